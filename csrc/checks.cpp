@@ -1,0 +1,213 @@
+#include "checks.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+
+namespace knnext {
+namespace {
+
+constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Half, ScalarType::BFloat16,
+                                                       ScalarType::Float};
+constexpr std::initializer_list<ScalarType> kAllFloats = {ScalarType::Half, ScalarType::BFloat16,
+                                                          ScalarType::Float, ScalarType::Double};
+
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+std::string shape_text(const Tensor& t) {
+  std::ostringstream out;
+  out << '(';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+std::string describe(const Tensor& t) {
+  return std::string("a ") + dtype_name(t.scalar_type()) + " tensor of shape " + shape_text(t);
+}
+
+bool is_one_of(ScalarType dtype, std::initializer_list<ScalarType> wanted) {
+  for (ScalarType w : wanted)
+    if (w == dtype) return true;
+  return false;
+}
+
+std::string names(std::initializer_list<ScalarType> dtypes) {
+  std::string text;
+  size_t i = 0;
+  for (ScalarType d : dtypes) {
+    if (i) text += i + 1 == dtypes.size() ? " or " : ", ";
+    text += dtype_name(d);
+    ++i;
+  }
+  return text;
+}
+
+// `sizes` holds -1 where any size will do; `shape` is how the wanted shape is written.
+void check_tensor(const char* op, const char* name, const Tensor& t,
+                  std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes,
+                  const std::string& shape) {
+  bool right = t.dim() == static_cast<int64_t>(sizes.size()) && is_one_of(t.scalar_type(), dtypes);
+  int64_t i = 0;
+  for (int64_t size : sizes) {
+    right = right && (size < 0 || t.size(i) == size);
+    ++i;
+  }
+  if (right) return;
+  fail(op, std::string(name) + " must be a " + names(dtypes) + " tensor of shape " + shape +
+               ", got " + describe(t));
+}
+
+void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                  const Tensor& other) {
+  if (t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda()) return;
+  fail(op, std::string(name) + " must be on the device of " + other_name);
+}
+
+std::string text(int64_t number) { return std::to_string(number); }
+
+std::string text(double number) {
+  std::ostringstream out;
+  out << number;
+  return out.str();
+}
+
+void check_queries_keys(const char* op, const Tensor& queries, const Tensor& keys) {
+  check_tensor(op, "queries", queries, kFloats, {-1, -1}, "(Q, D)");
+  if (queries.size(1) < 1) fail(op, "queries must have D >= 1, got " + describe(queries));
+  const std::string shape = "(N, " + text(queries.size(1)) + ")";
+  check_tensor(op, "keys", keys, {queries.scalar_type()}, {-1, queries.size(1)}, shape);
+  check_device(op, "keys", keys, "queries", queries);
+}
+
+void check_k(const char* op, int64_t k) {
+  if (k < 1) fail(op, "k must be at least 1, got " + text(k));
+}
+
+}  // namespace
+
+void fail(const char* op, const std::string& complaint) {
+  throw std::runtime_error(std::string("knnext::") + op + ": " + complaint);
+}
+
+Metric parse_metric(const char* op, const std::string& metric) {
+  if (metric == "l2") return Metric::kL2;
+  if (metric == "ip") return Metric::kIp;
+  fail(op, "metric must be \"l2\" or \"ip\", got \"" + metric + "\"");
+}
+
+SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t k,
+                             const std::string& metric, const std::optional<Tensor>& key_sqnorms,
+                             int64_t index_offset, const std::optional<Tensor>& init_distances,
+                             const std::optional<Tensor>& init_indices) {
+  const char* op = "knn_search";
+  check_queries_keys(op, queries, keys);
+  check_k(op, k);
+  SearchShape shape{queries.size(0), keys.size(0), queries.size(1), k, 0, parse_metric(op, metric)};
+  if (key_sqnorms) {
+    const std::string wanted = "(" + text(shape.num_keys) + ",)";
+    check_tensor(op, "key_sqnorms", *key_sqnorms, {ScalarType::Float}, {shape.num_keys}, wanted);
+    check_device(op, "key_sqnorms", *key_sqnorms, "queries", queries);
+  }
+  if (index_offset < 0) fail(op, "index_offset must be at least 0, got " + text(index_offset));
+  if (init_distances.has_value() != init_indices.has_value())
+    fail(op, "init_distances and init_indices must be given together");
+  if (init_distances) {
+    const std::string rows = "(" + text(shape.num_queries) + ", ";
+    check_tensor(op, "init_distances", *init_distances, {ScalarType::Float},
+                 {shape.num_queries, -1}, rows + "m)");
+    shape.num_init = init_distances->size(1);
+    check_tensor(op, "init_indices", *init_indices, {ScalarType::Long},
+                 {shape.num_queries, shape.num_init}, rows + text(shape.num_init) + ")");
+    check_device(op, "init_distances", *init_distances, "queries", queries);
+    check_device(op, "init_indices", *init_indices, "queries", queries);
+  }
+  return shape;
+}
+
+void check_key_sqnorms(const Tensor& keys) {
+  check_tensor("key_sqnorms", "keys", keys, kFloats, {-1, -1}, "(N, D)");
+}
+
+Metric check_rescore(const Tensor& queries, const Tensor& keys, const Tensor& indices,
+                     const std::string& metric) {
+  check_queries_keys("rescore", queries, keys);
+  check_tensor("rescore", "indices", indices, {ScalarType::Long}, {queries.size(0), -1},
+               "(" + text(queries.size(0)) + ", m)");
+  check_device("rescore", "indices", indices, "queries", queries);
+  return parse_metric("rescore", metric);
+}
+
+void check_merge_topk(const Tensor& distances, const Tensor& indices, int64_t k) {
+  const char* op = "merge_topk";
+  check_tensor(op, "distances", distances, {ScalarType::Float}, {-1, -1}, "(Q, m)");
+  check_tensor(op, "indices", indices, {ScalarType::Long}, {distances.size(0), distances.size(1)},
+               shape_text(distances));
+  check_device(op, "indices", indices, "distances", distances);
+  check_k(op, k);
+}
+
+MixShape check_neighbors(const char* op, const Tensor& distances, const Tensor& tokens) {
+  const auto wide_too = {ScalarType::Float, ScalarType::Double};
+  if (distances.is_cuda())
+    check_tensor(op, "distances", distances, {ScalarType::Float}, {-1, -1}, "(Q, k)");
+  else
+    check_tensor(op, "distances", distances, wide_too, {-1, -1}, "(Q, k)");
+  check_tensor(op, "tokens", tokens, {ScalarType::Long, ScalarType::Int},
+               {distances.size(0), distances.size(1)}, shape_text(distances));
+  check_device(op, "tokens", tokens, "distances", distances);
+  return {distances.size(0), distances.size(1), 0,
+          distances.scalar_type() == ScalarType::Double};
+}
+
+void check_vocab_size(const char* op, int64_t vocab_size) {
+  if (vocab_size < 1) fail(op, "vocab_size must be at least 1, got " + text(vocab_size));
+}
+
+void check_lm_logits(const char* op, const Tensor& lm_logits, const Tensor& distances) {
+  check_tensor(op, "lm_logits", lm_logits, kAllFloats, {distances.size(0), -1},
+               "(" + text(distances.size(0)) + ", V)");
+  if (lm_logits.size(1) < 1) fail(op, "lm_logits must have V >= 1, got " + describe(lm_logits));
+  check_device(op, "lm_logits", lm_logits, "distances", distances);
+}
+
+void check_targets(const char* op, const Tensor& targets, const Tensor& distances) {
+  check_tensor(op, "targets", targets, {ScalarType::Long, ScalarType::Int}, {distances.size(0)},
+               "(" + text(distances.size(0)) + ",)");
+  check_device(op, "targets", targets, "distances", distances);
+}
+
+void check_temperature(const char* op, double temperature) {
+  if (!(temperature > 0) || !std::isfinite(temperature))
+    fail(op, "temperature must be a finite number above 0, got " + text(temperature));
+}
+
+void check_lmbda(const char* op, double lmbda) {
+  if (!(lmbda >= 0 && lmbda <= 1)) fail(op, "lmbda must lie in [0, 1], got " + text(lmbda));
+}
+
+void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
+                         const Tensor& distances) {
+  const bool scalar = parameter.dim() == 0;
+  const bool rows = parameter.dim() == 1 && parameter.size(0) == distances.size(0);
+  if (!(scalar || rows) || !is_one_of(parameter.scalar_type(), kAllFloats))
+    fail(op, std::string(name) + " must be a number or a " + names(kAllFloats) +
+                 " tensor of shape () or (" + text(distances.size(0)) + ",), got " +
+                 describe(parameter));
+  check_device(op, name, parameter, "distances", distances);
+}
+
+}  // namespace knnext

@@ -1,0 +1,52 @@
+// Argument checks shared by the CPU and the CUDA kernels. Each message names the op, the argument,
+// what is wanted and what was given; knnext/ops/_checks.py says the same for fake tensors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace knnext {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+enum class Metric : int { kL2 = 0, kIp = 1 };
+
+struct SearchShape {
+  int64_t num_queries, num_keys, dim, k, num_init;
+  Metric metric;
+};
+
+struct MixShape {
+  int64_t num_queries, k, vocab_size;
+  bool wide;  // float64 distances: computed and returned in float64
+};
+
+Metric parse_metric(const char* op, const std::string& metric);
+
+SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t k,
+                             const std::string& metric, const std::optional<Tensor>& key_sqnorms,
+                             int64_t index_offset, const std::optional<Tensor>& init_distances,
+                             const std::optional<Tensor>& init_indices);
+void check_key_sqnorms(const Tensor& keys);
+Metric check_rescore(const Tensor& queries, const Tensor& keys, const Tensor& indices,
+                     const std::string& metric);
+void check_merge_topk(const Tensor& distances, const Tensor& indices, int64_t k);
+
+// distances and tokens of the mixing ops; vocab_size is left for the caller to fill in.
+MixShape check_neighbors(const char* op, const Tensor& distances, const Tensor& tokens);
+void check_vocab_size(const char* op, int64_t vocab_size);
+void check_lm_logits(const char* op, const Tensor& lm_logits, const Tensor& distances);
+void check_targets(const char* op, const Tensor& targets, const Tensor& distances);
+void check_temperature(const char* op, double temperature);
+void check_lmbda(const char* op, double lmbda);
+// A float tensor () or (Q,) on the device of distances; values are checked where they are read.
+void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
+                         const Tensor& distances);
+
+[[noreturn]] void fail(const char* op, const std::string& complaint);
+
+}  // namespace knnext

@@ -1,0 +1,42 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace knnext {
+
+ThresholdSample plan_threshold(int64_t num_keys, int64_t k) {
+  constexpr int64_t kMin = 1 << 12, kMax = 1 << 20;
+  ThresholdSample plan;
+  // One in a hundred keys: the sample costs 1 % of the scan where the store is large.
+  plan.sample = std::clamp<int64_t>(num_keys / 100, kMin, kMax);
+  const double fraction = static_cast<double>(plan.sample) / static_cast<double>(num_keys);
+  const double wanted = static_cast<double>(k) * fraction;
+  plan.rank = static_cast<int64_t>(std::ceil(wanted + 5.6 * std::sqrt(wanted) + 8.0));
+  const double rank = static_cast<double>(plan.rank);
+  plan.expected = rank / fraction;
+  plan.capacity =
+      static_cast<int64_t>(std::ceil((rank + 7.0 * std::sqrt(rank) + 20.0) / fraction));
+  // Where the list would hold every key anyway there is nothing to filter.
+  if (plan.capacity >= num_keys || plan.sample >= num_keys)
+    plan = {0, 0, num_keys, static_cast<double>(num_keys)};
+  return plan;
+}
+
+SearchPlan plan_search(const SearchProblem& problem) {
+  if (problem.num_queries < 0 || problem.num_keys < 0 || problem.dim < 1 || problem.k < 1)
+    throw std::invalid_argument(
+        "SearchPlan: queries and entries must be at least 0, dim and k at least 1");
+  if (problem.element_bytes != 2 && problem.element_bytes != 4)
+    throw std::invalid_argument("SearchPlan: element_bytes must be 2 or 4, got " +
+                                std::to_string(problem.element_bytes));
+  SearchPlan plan =
+      problem.compute_major ? plan_search_cuda(problem) : plan_search_cpu(problem);
+  plan.flop = 2.0 * static_cast<double>(problem.num_queries) *
+              static_cast<double>(problem.num_keys) * static_cast<double>(problem.dim);
+  plan.bytes_read = plan.num_passes * problem.num_keys * problem.dim * problem.element_bytes;
+  return plan;
+}
+
+}  // namespace knnext
