@@ -145,11 +145,14 @@ class NinjaFile:
             f"builddir = {self.build}",
             "rule cxx",
             f"  command = {cxx} -MMD -MF $out.d -fPIC -fvisibility=hidden -Wall -Wextra "
-            f"{common} $flags -c $in -o $out",
+            # gcc 12 sees overlap in std::string's own operator+ (GCC bug 105651).
+            f"-Wno-restrict {common} $flags -c $in -o $out",
+            "  description = CXX $in",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             f"  command = {cxx} -shared -o $out $in $libs",
+            "  description = LINK $out",
             f"torch_libs = {link}",
         ]
         if self.cuda:
@@ -160,10 +163,12 @@ class NinjaFile:
                 f"-fPIC,-fvisibility=hidden {common} -DUSE_CUDA --expt-relaxed-constexpr "
                 "-Xptxas -v,--warn-on-spills -lineinfo $flags -c $in -o $out > $out.log 2>&1 "
                 "|| (cat $out.log && false)",
+                "  description = NVCC $in",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link_cuda",
                 f"  command = {self.cuda.nvcc} -shared -cudart static -o $out $in $libs",
+                "  description = LINK $out",
             ]
 
     def library(self, output: Path, sources: list[Path], libs: str, flags: str = "") -> None:

@@ -1,0 +1,75 @@
+// The pybind11 module knnext._host: what was built, and the host arithmetic behind the search.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+py::dict build_info() {
+  py::list paths;
+  for (auto isa : {knnext::cpu::Isa::kPlain, knnext::cpu::Isa::kAvx2, knnext::cpu::Isa::kAvx512})
+    paths.append(knnext::cpu::name(isa));
+  return py::dict("version"_a = KNNEXT_VERSION, "torch_version"_a = KNNEXT_TORCH_VERSION,
+                  "torch_target"_a = "2.10", "cuda_version"_a = KNNEXT_CUDA_VERSION,
+                  "cuda_archs"_a = KNNEXT_CUDA_ARCHS, "compiler"_a = __VERSION__,
+                  "vector_paths"_a = paths);
+}
+
+std::string plan_text(const knnext::SearchPlan& plan) {
+  return "SearchPlan(kernel='" + plan.kernel + "', tiles=" + std::to_string(plan.query_tile) + "x" +
+         std::to_string(plan.key_tile) + "x" + std::to_string(plan.dim_tile) +
+         ", passes=" + std::to_string(plan.num_passes) +
+         ", workspace_bytes=" + std::to_string(plan.workspace_bytes) + ")";
+}
+
+void bind_plan(py::module_& m) {
+  using knnext::SearchPlan;
+  using knnext::ThresholdSample;
+  py::class_<ThresholdSample>(m, "ThresholdSample")
+      .def_readonly("sample", &ThresholdSample::sample)
+      .def_readonly("rank", &ThresholdSample::rank)
+      .def_readonly("capacity", &ThresholdSample::capacity)
+      .def_readonly("expected", &ThresholdSample::expected);
+  py::class_<SearchPlan>(m, "SearchPlan")
+      .def(py::init([](int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
+                       std::pair<int, int> capability, int num_units) {
+             return knnext::plan_search({queries, entries, dim, k, element_bytes, capability.first,
+                                         capability.second, num_units});
+           }),
+           py::kw_only(), "queries"_a, "entries"_a, "dim"_a, "k"_a, "element_bytes"_a = 2,
+           "capability"_a = std::pair<int, int>(0, 0), "num_units"_a = 1,
+           "How a search would run. capability is the GPU's, (0, 0) for the CPU; num_units its\n"
+           "multiprocessors, or the CPU's threads.")
+      .def_readonly("kernel", &SearchPlan::kernel)
+      .def_readonly("query_tile", &SearchPlan::query_tile)
+      .def_readonly("key_tile", &SearchPlan::key_tile)
+      .def_readonly("dim_tile", &SearchPlan::dim_tile)
+      .def_readonly("queries_per_pass", &SearchPlan::queries_per_pass)
+      .def_readonly("num_passes", &SearchPlan::num_passes)
+      .def_readonly("threshold", &SearchPlan::threshold)
+      .def_readonly("workspace_bytes", &SearchPlan::workspace_bytes)
+      .def_readonly("bytes_read", &SearchPlan::bytes_read)
+      .def_readonly("flop", &SearchPlan::flop)
+      .def("__repr__", &plan_text);
+  m.def("plan_threshold", &knnext::plan_threshold, "num_keys"_a, "k"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host side of knnext: what was built, and the plan of a search.";
+  m.def("build_info", &build_info, "Versions, architectures and vector paths of this build.");
+  m.def("cpu_isa", [] { return knnext::cpu::name(knnext::cpu::isa()); },
+        "The vector path in use: plain, avx2 or avx512.");
+  m.def("best_cpu_isa", [] { return knnext::cpu::name(knnext::cpu::best_isa()); },
+        "The widest vector path of this processor.");
+  bind_plan(m);
+}

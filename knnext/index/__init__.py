@@ -1,0 +1,22 @@
+"""Indexes: where the k nearest keys of a query are found.
+
+`ExactIndex` reads every key; `FaissIndex` asks an approximate index built with FAISS. A caller
+need not know which of the two it holds: both are an `Index`.
+"""
+
+from __future__ import annotations
+
+from knnext.index.base import Index
+from knnext.index.exact import ExactIndex
+from knnext.index.exactness import ExactnessReport, check_exactness
+from knnext.index.faiss import FaissIndex
+from knnext.index.sidecar import IndexMismatchError
+
+__all__ = [
+    "ExactIndex",
+    "ExactnessReport",
+    "FaissIndex",
+    "Index",
+    "IndexMismatchError",
+    "check_exactness",
+]

@@ -1,0 +1,50 @@
+"""The shape of an index, and what every index shares: tokens for the rows it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from knnext.ops import gather_tokens
+
+if TYPE_CHECKING:
+    from knnext.datastore import Datastore
+
+
+@runtime_checkable
+class Index(Protocol):
+    """What a search needs: a datastore, a metric, and neighbors for queries."""
+
+    datastore: Datastore
+    metric: str
+
+    def search(
+        self,
+        queries: Tensor,
+        k: int,
+        exclude_documents: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(Q, k) float32 distances and (Q, k) int64 indices, nearest first."""
+        ...
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """(Q, k) int32 vocabulary ids of the rows named; -1 stays -1."""
+        ...
+
+
+class TokenTable:
+    """Looks up the tokens of found rows; a base of the indexes."""
+
+    datastore: Datastore
+    _values: Tensor | None = None
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """(Q, k) int32 values of the rows named by (Q, k) indices; -1 stays -1."""
+        if self._values is None:
+            # One shard gives a view of its file; several are joined once, 4 bytes a row.
+            self._values = self.datastore.values[0 : self.datastore.num_entries]
+        if self._values.device != indices.device:
+            self._values = self._values.to(indices.device)
+        return gather_tokens(self._values, indices)

@@ -1,0 +1,203 @@
+"""Exact search over a datastore of any size: every key is read, in chunks.
+
+`knn_search` goes on from a previous result, so a chunk is searched, its winners are carried into
+the next chunk, and what comes out is what one search over all keys would give, ties included. The
+datastore is read once per call: give it many queries at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from knnext.index.base import TokenTable
+from knnext.index.queries import QueryGroup, check_k, group_queries, prepare_queries
+from knnext.ops import key_sqnorms, knn_search
+
+if TYPE_CHECKING:
+    from knnext.datastore import Datastore
+
+METRICS = ("l2", "ip")
+
+
+class Chunk(NamedTuple):
+    """Keys of the rows from `start` on, with their squared norms where the metric wants them."""
+
+    start: int
+    keys: Tensor
+    sqnorms: Tensor | None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.keys.shape[0]
+
+
+class ExactIndex(TokenTable):
+    """Exact nearest neighbors in a datastore, streamed in bounded memory.
+
+    Args:
+        datastore: an open `Datastore`; its rows must not change while the index is in use.
+        metric: `"l2"` or `"ip"`; the datastore's own by default. Exact search can use either.
+        device: where to search. Keys travel there chunk by chunk.
+        chunk_bytes: bytes of keys handled at once. On a GPU two such chunks are in flight.
+        resident_bytes: a datastore of at most this many bytes of keys is kept on the device
+            between calls. By default 2 GiB on the CPU and half of the free memory on a GPU.
+        query_batch: queries per call of `knn_search`, whose workspace grows with them.
+    """
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        *,
+        metric: str | None = None,
+        device: torch.device | str | None = None,
+        chunk_bytes: int = 256 << 20,
+        resident_bytes: int | None = None,
+        query_batch: int = 4096,
+    ) -> None:
+        self.datastore = datastore
+        self.metric = datastore.metric if metric is None else metric
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        for name, value in (("chunk_bytes", chunk_bytes), ("query_batch", query_batch)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.device = torch.device("cpu" if device is None else device)
+        self.query_batch = query_batch
+        row_bytes = datastore.dim * datastore.dtype.itemsize
+        self.chunk_rows = max(1, chunk_bytes // row_bytes)
+        if resident_bytes is None:
+            resident_bytes = _default_resident_bytes(self.device)
+        self._keep = datastore.num_entries * row_bytes <= resident_bytes
+        self._resident: list[Chunk] | None = None
+        self._sqnorms: dict[int, Tensor] = {}
+
+    def search(
+        self,
+        queries: Tensor,
+        k: int,
+        exclude_documents: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k nearest rows of each query, in order of (distance, index).
+
+        Args:
+            queries: (Q, dim), any float dtype, rounded to the keys' dtype: keys were rounded when
+                they were stored, and this way a query meets its own key at distance zero.
+            k: neighbors per query. Past the number of rows the tail is padding.
+            exclude_documents: None; an integer tensor (Q,) of one document a query, -1 for none;
+                or a sequence of documents that no query may find. The result is the one of a
+                datastore without those rows, whatever the size of the documents.
+
+        Returns:
+            `(distances, indices)`: (Q, k) float32 and (Q, k) int64, on the queries' device.
+            Padding is +inf and -1.
+        """
+        check_k(k)
+        rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype)
+        rounded = rounded.to(self.device)
+        count = rounded.shape[0]
+        distances = torch.full((count, k), float("inf"), device=self.device)
+        indices = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
+        groups = group_queries(exclude_documents, self.datastore.document_offsets, count)
+        if groups:
+            for chunk in self._chunks():
+                self._search_chunk(rounded, chunk, groups, distances, indices)
+        return distances.to(queries.device), indices.to(queries.device)
+
+    def _search_chunk(
+        self,
+        queries: Tensor,
+        chunk: Chunk,
+        groups: list[QueryGroup],
+        distances: Tensor,
+        indices: Tensor,
+    ) -> None:
+        """Carry the results over one chunk, updating them in place."""
+        plain = [g for g in groups if not g.touches(chunk.start, chunk.stop)]
+        if plain:
+            rows = _concatenate(plain, len(plain) == len(groups))
+            self._search_rows(queries, rows, chunk, distances, indices)
+        for group in groups:
+            if group.touches(chunk.start, chunk.stop):
+                for start, stop in group.allowed(chunk.start, chunk.stop):
+                    part = _slice(chunk, start, stop)
+                    self._search_rows(queries, group.queries, part, distances, indices)
+
+    def _search_rows(
+        self,
+        queries: Tensor,
+        rows: Tensor | None,
+        chunk: Chunk,
+        distances: Tensor,
+        indices: Tensor,
+    ) -> None:
+        """Search some queries (None: all of them) in one run of keys, in batches."""
+        count = queries.shape[0] if rows is None else rows.numel()
+        k = distances.shape[1]
+        for begin in range(0, count, self.query_batch):
+            batch: slice | Tensor = slice(begin, min(begin + self.query_batch, count))
+            if rows is not None:
+                batch = rows[batch].to(self.device)
+            distances[batch], indices[batch] = knn_search(
+                queries[batch],
+                chunk.keys,
+                k,
+                self.metric,
+                key_sqnorms=chunk.sqnorms,
+                index_offset=chunk.start,
+                init_distances=distances[batch],
+                init_indices=indices[batch],
+            )
+
+    def _chunks(self) -> Iterator[Chunk]:
+        """Chunks in row order: from memory where they are kept, else from the datastore."""
+        if self._resident is not None:
+            yield from self._resident
+            return
+        kept: list[Chunk] = []
+        for start, keys in self._read():
+            chunk = Chunk(start, keys, self._norms(start, keys))
+            if self._keep:
+                kept.append(chunk)
+            yield chunk
+        # Only a pass that went to its end has seen every chunk.
+        if self._keep:
+            self._resident = kept
+
+    def _read(self) -> Iterator[tuple[int, Tensor]]:
+        chunks = ((a, keys) for a, keys, _ in self.datastore.iter_chunks(self.chunk_rows))
+        if self.device.type == "cpu":
+            return chunks
+        from knnext.index.transfer import prefetch_to_device
+
+        # Chunks that stay must each have memory of their own; others share two buffers.
+        return prefetch_to_device(chunks, self.device, reuse_buffers=not self._keep)
+
+    def _norms(self, start: int, keys: Tensor) -> Tensor | None:
+        """Squared norms of a chunk: N float32 in all, computed once and kept."""
+        if self.metric != "l2":
+            return None
+        if start not in self._sqnorms:
+            self._sqnorms[start] = key_sqnorms(keys)
+        return self._sqnorms[start]
+
+
+def _concatenate(groups: list[QueryGroup], everyone: bool) -> Tensor | None:
+    """Rows of all the groups' queries, or None where that is every query."""
+    rows = [g.queries for g in groups if g.queries is not None]
+    return None if everyone or not rows else torch.cat(rows)
+
+
+def _slice(chunk: Chunk, start: int, stop: int) -> Chunk:
+    part = slice(start - chunk.start, stop - chunk.start)
+    return Chunk(start, chunk.keys[part], None if chunk.sqnorms is None else chunk.sqnorms[part])
+
+
+def _default_resident_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2 << 30
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 2

@@ -1,0 +1,212 @@
+"""Argument checks for fake tensors and the fallback: the words of csrc/checks.cpp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ALL_FLOATS = (*FLOATS, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+MAX_K_CUDA = 16384
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(t: Tensor) -> str:
+    return "(" + ", ".join(str(s) for s in t.shape) + (",)" if t.dim() == 1 else ")")
+
+
+def _describe(t: Tensor) -> str:
+    return f"a {_name(t.dtype)} tensor of shape {_shape(t)}"
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    names = [_name(d) for d in dtypes]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def fail(op: str, complaint: str) -> NoReturn:
+    raise RuntimeError(f"knnext::{op}: {complaint}")
+
+
+def _tensor(
+    op: str,
+    name: str,
+    t: Tensor,
+    dtypes: Sequence[torch.dtype],
+    sizes: Sequence[Any],
+    shape: str,
+) -> None:
+    right = t.dim() == len(sizes) and t.dtype in dtypes
+    right = right and all(w is None or bool(g == w) for g, w in zip(t.shape, sizes, strict=True))
+    if not right:
+        fail(op, f"{name} must be a {_names(dtypes)} tensor of shape {shape}, got {_describe(t)}")
+
+
+def _device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.device != other.device:
+        fail(op, f"{name} must be on the device of {other_name}")
+
+
+def _queries_keys(op: str, queries: Tensor, keys: Tensor) -> None:
+    _tensor(op, "queries", queries, FLOATS, (None, None), "(Q, D)")
+    if queries.shape[1] < 1:
+        fail(op, f"queries must have D >= 1, got {_describe(queries)}")
+    dim = queries.shape[1]
+    _tensor(op, "keys", keys, (queries.dtype,), (None, dim), f"(N, {dim})")
+    _device(op, "keys", keys, "queries", queries)
+
+
+def _k(op: str, k: int, like: Tensor) -> None:
+    if k < 1:
+        fail(op, f"k must be at least 1, got {k}")
+    if like.device.type == "cuda" and k > MAX_K_CUDA:
+        fail(op, f"k must be at most {MAX_K_CUDA} on CUDA, got {k}")
+
+
+def _metric(op: str, metric: str) -> None:
+    if metric not in ("l2", "ip"):
+        fail(op, f'metric must be "l2" or "ip", got "{metric}"')
+
+
+def knn_search(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    metric: str = "l2",
+    *,
+    key_sqnorms: Tensor | None = None,
+    index_offset: int = 0,
+    init_distances: Tensor | None = None,
+    init_indices: Tensor | None = None,
+    refine: bool = False,
+) -> None:
+    op = "knn_search"
+    _queries_keys(op, queries, keys)
+    _k(op, k, queries)
+    _metric(op, metric)
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    if key_sqnorms is not None:
+        wanted = f"({num_keys},)"
+        _tensor(op, "key_sqnorms", key_sqnorms, (torch.float32,), (num_keys,), wanted)
+        _device(op, "key_sqnorms", key_sqnorms, "queries", queries)
+    if index_offset < 0:
+        fail(op, f"index_offset must be at least 0, got {index_offset}")
+    if (init_distances is None) != (init_indices is None):
+        fail(op, "init_distances and init_indices must be given together")
+    if init_distances is not None and init_indices is not None:
+        sizes, shape = (num_queries, None), f"({num_queries}, m)"
+        _tensor(op, "init_distances", init_distances, (torch.float32,), sizes, shape)
+        m = init_distances.shape[1]
+        sizes, shape = (num_queries, m), f"({num_queries}, {m})"
+        _tensor(op, "init_indices", init_indices, (torch.int64,), sizes, shape)
+        _device(op, "init_distances", init_distances, "queries", queries)
+        _device(op, "init_indices", init_indices, "queries", queries)
+
+
+def key_sqnorms(keys: Tensor) -> None:
+    _tensor("key_sqnorms", "keys", keys, FLOATS, (None, None), "(N, D)")
+
+
+def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") -> None:
+    _queries_keys("rescore", queries, keys)
+    rows = queries.shape[0]
+    _tensor("rescore", "indices", indices, (torch.int64,), (rows, None), f"({rows}, m)")
+    _device("rescore", "indices", indices, "queries", queries)
+    _metric("rescore", metric)
+
+
+def merge_topk(distances: Tensor, indices: Tensor, k: int) -> None:
+    op = "merge_topk"
+    _tensor(op, "distances", distances, (torch.float32,), (None, None), "(Q, m)")
+    _tensor(op, "indices", indices, (torch.int64,), distances.shape, _shape(distances))
+    _device(op, "indices", indices, "distances", distances)
+    _k(op, k, distances)
+
+
+def _neighbors(op: str, distances: Tensor, tokens: Tensor) -> None:
+    wide_too = (torch.float32, torch.float64)
+    dtypes = (torch.float32,) if distances.device.type == "cuda" else wide_too
+    _tensor(op, "distances", distances, dtypes, (None, None), "(Q, k)")
+    _tensor(op, "tokens", tokens, INTEGERS, distances.shape, _shape(distances))
+    _device(op, "tokens", tokens, "distances", distances)
+
+
+def _row_parameter(op: str, name: str, value: Tensor, distances: Tensor) -> None:
+    rows = distances.shape[0]
+    right = value.dim() == 0 or (value.dim() == 1 and bool(value.shape[0] == rows))
+    if not right or value.dtype not in ALL_FLOATS:
+        wanted = f"a number or a {_names(ALL_FLOATS)} tensor of shape () or ({rows},)"
+        fail(op, f"{name} must be {wanted}, got {_describe(value)}")
+    _device(op, name, value, "distances", distances)
+
+
+def _temperature(op: str, temperature: float | Tensor, distances: Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        _row_parameter(op, "temperature", temperature, distances)
+    elif not (temperature > 0 and math.isfinite(temperature)):
+        fail(op, f"temperature must be a finite number above 0, got {temperature:g}")
+
+
+def _lmbda(op: str, lmbda: float | Tensor, distances: Tensor) -> None:
+    if isinstance(lmbda, Tensor):
+        _row_parameter(op, "lmbda", lmbda, distances)
+    elif not 0 <= lmbda <= 1:
+        fail(op, f"lmbda must lie in [0, 1], got {lmbda:g}")
+
+
+def knn_softmax(
+    distances: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_size: int
+) -> None:
+    op = "knn_softmax"
+    _neighbors(op, distances, tokens)
+    _temperature(op, temperature, distances)
+    if vocab_size < 1:
+        fail(op, f"vocab_size must be at least 1, got {vocab_size}")
+
+
+def knn_interpolate(
+    lm_logits: Tensor,
+    distances: Tensor,
+    tokens: Tensor,
+    temperature: float | Tensor,
+    lmbda: float | Tensor,
+) -> None:
+    op = "knn_interpolate"
+    _neighbors(op, distances, tokens)
+    rows = distances.shape[0]
+    _tensor(op, "lm_logits", lm_logits, ALL_FLOATS, (rows, None), f"({rows}, V)")
+    if lm_logits.shape[1] < 1:
+        fail(op, f"lm_logits must have V >= 1, got {_describe(lm_logits)}")
+    _device(op, "lm_logits", lm_logits, "distances", distances)
+    _temperature(op, temperature, distances)
+    _lmbda(op, lmbda, distances)
+
+
+def knn_target_log_prob(
+    distances: Tensor, tokens: Tensor, targets: Tensor, temperature: float | Tensor
+) -> None:
+    op = "knn_target_log_prob"
+    _neighbors(op, distances, tokens)
+    rows = distances.shape[0]
+    _tensor(op, "targets", targets, INTEGERS, (rows,), f"({rows},)")
+    _device(op, "targets", targets, "distances", distances)
+    _temperature(op, temperature, distances)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "knn_search": knn_search,
+    "key_sqnorms": key_sqnorms,
+    "rescore": rescore,
+    "merge_topk": merge_topk,
+    "knn_softmax": knn_softmax,
+    "knn_interpolate": knn_interpolate,
+    "knn_target_log_prob": knn_target_log_prob,
+}

@@ -1,0 +1,87 @@
+"""Exact k-nearest-neighbor search."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from knnext.ops import _checks
+
+
+def knn_search(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    metric: str = "l2",
+    *,
+    key_sqnorms: Tensor | None = None,
+    index_offset: int = 0,
+    init_distances: Tensor | None = None,
+    init_indices: Tensor | None = None,
+    refine: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest keys of each query, exactly, without ever making the (Q, N) matrix.
+
+    Products are accumulated in float32. Results are in order of (distance, index): equal distances
+    come with the lower index first, so neither chunking nor sharding changes the answer.
+
+    Args:
+        queries: (Q, D) float16, bfloat16 or float32.
+        keys: (N, D) of the same dtype.
+        k: neighbors a query, any k >= 1 (CUDA: up to 16,384); beyond N the tail is padding.
+        metric: ``"l2"``, squared Euclidean distance, or ``"ip"``, the negated inner product:
+            smaller is nearer in both.
+        key_sqnorms: (N,) float32 from :func:`knnext.key_sqnorms`, to spare computing them again.
+        index_offset: added to the row numbers of ``keys``; for one chunk or shard of many.
+        init_distances, init_indices: (Q, m) float32 and int64, an earlier result to go on from.
+        refine: recompute the winners' distances by direct subtraction and order by them: exact 0
+            for identical rows, where the expanded form is good to about 1e-6 (|q|^2 + |x|^2).
+
+    Returns:
+        distances (Q, k) float32 and indices (Q, k) int64; +inf and -1 are padding. A key that
+        holds NaN, or lies at an infinite distance, is never returned; a query that holds NaN gets
+        all padding. No gradient: to differentiate, :func:`knnext.rescore` the indices.
+
+    Raises:
+        RuntimeError: on a bad argument, naming it, what was given and what is wanted.
+    """
+    return torch.ops.knnext.knn_search(
+        queries,
+        keys,
+        k,
+        metric,
+        key_sqnorms=key_sqnorms,
+        index_offset=index_offset,
+        init_distances=init_distances,
+        init_indices=init_indices,
+        refine=refine,
+    )
+
+
+@torch.library.register_fake("knnext::knn_search")
+def _fake(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    metric: str = "l2",
+    *,
+    key_sqnorms: Tensor | None = None,
+    index_offset: int = 0,
+    init_distances: Tensor | None = None,
+    init_indices: Tensor | None = None,
+    refine: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _checks.knn_search(
+        queries,
+        keys,
+        k,
+        metric,
+        key_sqnorms=key_sqnorms,
+        index_offset=index_offset,
+        init_distances=init_distances,
+        init_indices=init_indices,
+        refine=refine,
+    )
+    shape = (queries.shape[0], k)
+    distances = queries.new_empty(shape, dtype=torch.float32)
+    return distances, queries.new_empty(shape, dtype=torch.int64)

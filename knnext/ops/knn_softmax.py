@@ -1,0 +1,65 @@
+"""p_knn over the whole vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knnext.ops import _checks, _mixing
+
+
+def knn_softmax(
+    distances: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_size: int
+) -> Tensor:
+    """Mask-to-k tempered softmax over neighbors, summed by token, scattered into the vocabulary.
+
+    ``p[q, v] = sum over i with tokens[q, i] = v of softmax_i(-distances[q, i] / temperature)``:
+    the kNN term of Khandelwal et al. (2020) with the temperature of Xu et al. (2023).
+    A row sums to 1; a row without a neighbor is all zero.
+
+    Args:
+        distances: (Q, k) float32 (float64 too on the CPU), smaller is nearer.
+        tokens: (Q, k) int64 or int32 vocabulary ids below ``vocab_size``; -1 weighs nothing.
+        temperature: above 0; a number, or a tensor () or (Q,) where a gradient or one value a row
+            is wanted.
+        vocab_size: V.
+
+    Returns:
+        (Q, V) of the dtype of ``distances``. Differentiable in distances and tensor temperature.
+    """
+    if isinstance(temperature, Tensor):
+        return torch.ops.knnext.knn_softmax.tensor(distances, tokens, temperature, vocab_size)
+    return torch.ops.knnext.knn_softmax.default(distances, tokens, temperature, vocab_size)
+
+
+def _fake(
+    distances: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_size: int
+) -> Tensor:
+    _checks.knn_softmax(distances, tokens, temperature, vocab_size)
+    return distances.new_empty(distances.shape[0], vocab_size)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    distances, tokens, temperature, _ = inputs
+    is_tensor = isinstance(temperature, Tensor)
+    ctx.temperature = None if is_tensor else temperature
+    ctx.save_for_backward(distances, tokens, *([temperature] if is_tensor else []))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    distances, tokens, *rest = ctx.saved_tensors
+    temperature = rest[0] if rest else ctx.temperature
+    a = _mixing.log_weights(distances, tokens, temperature).exp()
+    per_neighbor = a * grad.gather(1, tokens.long().clamp_min(0))
+    grad_z = per_neighbor - a * per_neighbor.sum(1, keepdim=True)
+    grad_distances, grad_temperature = _mixing.neighbor_gradients(
+        grad_z, distances, tokens, temperature, ctx.needs_input_grad[2]
+    )
+    return grad_distances, None, grad_temperature, None
+
+
+for _name in ("knnext::knn_softmax", "knnext::knn_softmax.tensor"):
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_autograd(_name, _backward, setup_context=_setup_context)

@@ -1,0 +1,66 @@
+"""log p_knn of one token a row: all that perplexity needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knnext.ops import _checks, _mixing
+
+
+def knn_target_log_prob(
+    distances: Tensor, tokens: Tensor, targets: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """log p_knn of each row's target, without a (Q, V) tensor, in log space throughout.
+
+    ``log sum over i with tokens[q, i] = targets[q] of softmax_i(-distances[q, i] / temperature)``.
+
+    Args:
+        distances: (Q, k) float32 (float64 too on the CPU), smaller is nearer.
+        tokens: (Q, k) int64 or int32; -1 is padding.
+        targets: (Q,) int64 or int32. A negative target matches nothing, not even padding.
+        temperature: above 0; a number, or a tensor () or (Q,).
+
+    Returns:
+        (Q,) of the dtype of ``distances``; -inf where no neighbor has the target. Differentiable
+        in distances and tensor temperature (gradient 0 where the result is -inf).
+    """
+    if isinstance(temperature, Tensor):
+        return torch.ops.knnext.knn_target_log_prob.tensor(distances, tokens, targets, temperature)
+    return torch.ops.knnext.knn_target_log_prob.default(distances, tokens, targets, temperature)
+
+
+def _fake(
+    distances: Tensor, tokens: Tensor, targets: Tensor, temperature: float | Tensor
+) -> Tensor:
+    _checks.knn_target_log_prob(distances, tokens, targets, temperature)
+    return distances.new_empty(distances.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    distances, tokens, targets, temperature = inputs
+    is_tensor = isinstance(temperature, Tensor)
+    ctx.temperature = None if is_tensor else temperature
+    ctx.save_for_backward(distances, tokens, targets, output, *([temperature] if is_tensor else []))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    distances, tokens, targets, output, *rest = ctx.saved_tensors
+    temperature = rest[0] if rest else ctx.temperature
+    log_a = _mixing.log_weights(distances, tokens, temperature)
+    match = (tokens.long() == targets.long()[:, None]) & (tokens >= 0)
+    found = (output > -_mixing.INF)[:, None]
+    # Share of each neighbor in its target's mass, less its share in the whole.
+    share = (log_a - output.masked_fill(~found[:, 0], 0.0)[:, None]).exp().masked_fill(~match, 0.0)
+    grad_z = (grad[:, None] * (share - log_a.exp())).masked_fill(~found, 0.0)
+    grad_distances, grad_temperature = _mixing.neighbor_gradients(
+        grad_z, distances, tokens, temperature, ctx.needs_input_grad[3]
+    )
+    return grad_distances, None, None, grad_temperature
+
+
+for _name in ("knnext::knn_target_log_prob", "knnext::knn_target_log_prob.tensor"):
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_autograd(_name, _backward, setup_context=_setup_context)
