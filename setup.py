@@ -6,6 +6,7 @@ libraries), never imported: an isolated build finds the one that is installed ar
 
     KNNEXT_CUDA=1 | FORCE_CUDA=1   insist on the CUDA library (also beside a CPU-only torch)
     KNNEXT_CUDA=0                  leave it out
+    KNNEXT_LOCAL_VERSION           e.g. cu130: the local label of a wheel's version
     TORCH_CUDA_ARCH_LIST           e.g. "8.0;9.0a+PTX"; CUDA_HOME, MAX_JOBS, NVCC_THREADS, DEBUG
 """
 
@@ -32,6 +33,7 @@ ISA_FLAGS = {
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
 }
 DEFAULT_ARCHS = "8.0;9.0a+PTX"
+VERSION = "0.1.0"
 
 
 def stop(sentence: str) -> None:
@@ -250,4 +252,9 @@ class Build(build_ext):
         return [str(p) for p in [*package.glob("lib/*.so"), *package.glob("_host*")]]
 
 
-setup(ext_modules=[Extension("knnext._host", sources=[])], cmdclass={"build_ext": Build})
+LABEL = os.environ.get("KNNEXT_LOCAL_VERSION")
+setup(
+    version=f"{VERSION}+{LABEL}" if LABEL else VERSION,
+    ext_modules=[Extension("knnext._host", sources=[])],
+    cmdclass={"build_ext": Build},
+)

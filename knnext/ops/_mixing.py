@@ -31,7 +31,7 @@ def neighbor_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of distances and, if asked for, of the temperature, from that of z.
 
-    z = -d / t, so dz/dd = -1 / t and dz/dt = d / t^2 = -z / t.
+    z = -d / t, so dz/dd = -1 / t and dz/dt = d / t^2.
     """
     t = column(temperature, grad_z)
     grad_distances = -grad_z / t
@@ -39,7 +39,7 @@ def neighbor_gradients(
         return grad_distances, None
     dead = (tokens < 0) | (distances == INF)
     # A dead neighbor has grad_z 0, and 0 * inf must not become NaN.
-    per_row = (-grad_distances * -distances.masked_fill(dead, 0.0) / t).sum(1)
+    per_row = (-grad_distances * distances.masked_fill(dead, 0.0) / t).sum(1)
     return grad_distances, sum_to_parameter(per_row, temperature)
 
 

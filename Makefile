@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all a stranger needs; `make help` lists the rest.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build build-cuda demo test bench lint format wheel clean
+
+help:  ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## a .venv with pinned versions (TORCH=2.13.0 unless said otherwise)
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "knnext needs Python >= 3.10; say which one to use with PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(READY)  ## compile what changed (the CUDA library where torch has CUDA and nvcc is found)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+build-cuda: $(READY)  ## compile the CUDA library too, also beside a CPU-only torch
+	@KNNEXT_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build  ## train a small LM on Python's own sources, and see neighbors improve it
+	$(BIN)/knnext demo $(ARGS)
+
+test: build  ## the tests (those marked gpu are skipped without one)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build  ## the benchmarks against the peers
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: $(READY)  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh|inl)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(READY)  ## rewrite everything as lint wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh|inl)$$' | xargs $(BIN)/clang-format -i
+
+wheel: $(READY)  ## a wheel in dist/ (KNNEXT_CUDA=1 KNNEXT_LOCAL_VERSION=cu130 for CUDA 13.0)
+	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info knnext/lib knnext/_host*.so
