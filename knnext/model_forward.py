@@ -1,0 +1,134 @@
+"""One forward pass that gives keys, and as little of the output layer as the caller needs.
+
+The output layer is the dearest part of a small model (V x D per token, and V floats per row), so
+it is run only on the wanted rows, and not at all when only keys are asked for. That is allowed
+where the model's logits are its output layer applied to its base model's output, bit for bit. A
+short pass tells; models that do more (soft caps, scales, projections) are run whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knnext.block_trace import first_tensor, trace_inputs
+from knnext.key_layer import KeyModule, capture_hidden_states, evaluating, find_key_module
+
+#: Bytes of float32 logits held at once while log-probabilities are taken.
+_LOGITS_BYTES = 64 << 20
+
+
+class ModelForward:
+    """Calls a causal LM for keys, target log-probabilities and logits of chosen positions."""
+
+    def __init__(
+        self, model: nn.Module, key: KeyModule, with_log_p_lm: bool, with_logits: bool
+    ) -> None:
+        self.model, self.key = model, key
+        self.with_log_p_lm, self.with_logits = with_log_p_lm, with_logits
+        self.device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
+        base, head = _plain_parts(model)
+        self._key_is_head = key.module is head and key.side == "input"
+        #: The key is read in the base model, where ``logits_to_keep`` cuts nothing off yet.
+        self._key_in_base = base is not None and any(m is key.module for m in base.modules())
+        usable = head is not None and (self._key_is_head or self._key_in_base)
+        self._base, self._head = (base, head) if usable else (None, None)
+        self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._extra = {"use_cache": False} if "use_cache" in trace_inputs(model) else {}
+
+    def __call__(
+        self, ids: Tensor, wanted: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(keys (n, D), log_p_lm (n,) or None, logits (n, V) or None) of the n wanted cells.
+
+        ``ids`` (B, L) int64, ``wanted`` (B, L) bool, ``targets`` (n,) int64 in the cells' order.
+        """
+        with evaluating(self.model):
+            if self._base is not None and self._head is not None:
+                states, head_input = self._run_base(self._base, ids, wanted)
+                return states, *self._apply_head(self._head, head_input, targets)
+            states, logits = self._run_whole(ids, wanted)
+            log_p = _log_p(logits, targets) if self.with_log_p_lm and logits is not None else None
+            return states, log_p, logits if self.with_logits else None
+
+    def _run_base(self, base: nn.Module, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        if self._key_is_head:
+            output = _last_state(base(input_ids=ids, **self._extra))[wanted]
+            return output, output
+        with capture_hidden_states(self.model, self.key) as captured:
+            output = _last_state(base(input_ids=ids, **self._extra))
+        return captured.states(len(ids))[wanted], output[wanted]
+
+    def _apply_head(
+        self, head: nn.Module, states: Tensor, targets: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.with_logits:
+            logits = head(states)
+            return (_log_p(logits, targets) if self.with_log_p_lm else None), logits
+        if not self.with_log_p_lm:
+            return None, None
+        rows = max(1, _LOGITS_BYTES // (4 * _num_outputs(head)))
+        parts = [
+            _log_p(head(part), wanted)
+            for part, wanted in zip(states.split(rows), targets.split(rows), strict=True)
+        ]
+        return (torch.cat(parts) if parts else targets.new_empty(0, dtype=torch.float32)), None
+
+    def _run_whole(self, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        length = ids.shape[1]
+        extra = dict(self._extra)
+        if self._can_keep:
+            only_keys = not (self.with_log_p_lm or self.with_logits)
+            first = int(wanted.any(dim=0).int().argmax())
+            extra["logits_to_keep"] = 1 if only_keys and self._key_in_base else length - first
+        with capture_hidden_states(self.model, self.key) as captured:
+            output = self.model(input_ids=ids, **extra)
+        states = captured.states(len(ids))
+        chosen = wanted[:, length - states.shape[1] :]
+        if not (self.with_log_p_lm or self.with_logits):
+            return states[chosen], None
+        logits = output.logits
+        return states[chosen], logits[wanted[:, length - logits.shape[1] :]]
+
+
+def _plain_parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The base model, and the output layer where head(base(x)) is all that the model does."""
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return None, None
+    try:
+        head = find_key_module(model, "ffn").module
+    except ValueError:
+        return base, None
+    outputs: list[Any] = []
+    handle = base.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        with evaluating(model):
+            logits = model(**trace_inputs(model)).logits
+            plain = len(outputs) == 1 and torch.equal(head(_last_state(outputs[0])), logits)
+    except (AttributeError, RuntimeError, TypeError):
+        plain = False  # whatever it does, it is more than that
+    finally:
+        handle.remove()
+    return base, head if plain else None
+
+
+def _last_state(output: Any) -> Tensor:
+    state = getattr(output, "last_hidden_state", None)
+    found = state if state is not None else first_tensor(output)
+    if found is None:
+        raise RuntimeError(f"the base model gave no hidden state, but {type(output).__name__}")
+    return found
+
+
+def _num_outputs(head: nn.Module) -> int:
+    return max(p.shape[0] for p in head.parameters())
+
+
+def _log_p(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.float()
+    target = logits.gather(1, targets[:, None]).squeeze(1)
+    return target - logits.logsumexp(dim=1)
