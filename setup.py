@@ -1,4 +1,4 @@
-"""Builds three binaries with ninja: the CPU ops, the CUDA ops where they can be, and the host module.
+"""Builds three binaries with ninja: CPU ops, CUDA ops where they can be, and the host module.
 
 The ops go through PyTorch's stable ABI, so that one binary serves every torch >= 2.10 and the CUDA
 library needs neither a GPU nor a CUDA build of torch. torch is only read as files (headers and
@@ -179,7 +179,8 @@ class NinjaFile:
         objects = []
         for source in sources:
             objects.append(folder / (str(source.relative_to(CSRC)).replace("/", "_") + ".o"))
-            rule, extra = "cxx", next((f for s, f in ISA_FLAGS.items() if source.stem.endswith(s)), "")
+            isa_flags = [f for s, f in ISA_FLAGS.items() if source.stem.endswith(s)]
+            rule, extra = "cxx", " ".join(isa_flags)
             if source.suffix == ".cu":
                 assert self.cuda is not None
                 rule, extra = "nvcc", self.cuda.gencode(source)
@@ -252,9 +253,10 @@ class Build(build_ext):
         return [str(p) for p in [*package.glob("lib/*.so"), *package.glob("_host*")]]
 
 
-LABEL = os.environ.get("KNNEXT_LOCAL_VERSION")
-setup(
-    version=f"{VERSION}+{LABEL}" if LABEL else VERSION,
-    ext_modules=[Extension("knnext._host", sources=[])],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":  # also how build backends run this file; tests import it
+    label = os.environ.get("KNNEXT_LOCAL_VERSION")
+    setup(
+        version=f"{VERSION}+{label}" if label else VERSION,
+        ext_modules=[Extension("knnext._host", sources=[])],
+        cmdclass={"build_ext": Build},
+    )

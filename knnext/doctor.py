@@ -64,7 +64,7 @@ def render(facts: dict[str, Any]) -> str:
         ("built", f"{cuda_build}; vector paths {', '.join(built.get('vector_paths', []))}"),
         ("torch", f"{torch_['version']}, CUDA {torch_['cuda'] or 'none'}"),
         ("driver", torch_["driver"] or "no NVIDIA driver"),
-        *(("gpu", f"{g['name']}, sm_{g['capability']}, {g['memory_gib']} GiB") for g in facts["gpus"]),
+        *(("gpu", _gpu_text(gpu)) for gpu in facts["gpus"]),
         ("cpu", f"{cpu['processor']}, {cpu['threads']} threads, path {cpu['isa']}"),
         ("cpu ops", loaded["cpu"] or "compiled"),
         ("cuda ops", loaded["cuda"] or f"{len(on_cuda)} of {len(NAMES)} compiled and registered"),
@@ -83,6 +83,10 @@ def render(facts: dict[str, Any]) -> str:
         lines += [_render_plan(plan) for plan in facts["plans"]]
     lines += ["", *(f"note: {text}" for text in facts["advice"])] if facts["advice"] else []
     return "\n".join(lines)
+
+
+def _gpu_text(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB"
 
 
 def _build() -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""The decisions of setup.py: which torch, whether CUDA, which flags; and what was built."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA_VARIABLES = ("KNNEXT_CUDA", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("no source tree beside the tests")
+    spec = importlib.util.spec_from_file_location("knnext_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["knnext_setup"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CUDA_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def fake_torch(folder: Path, version: str, cuda: str | None) -> None:
+    root = folder / "torch"
+    root.mkdir(parents=True)
+    (root / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+
+
+def find_in(build: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> object:
+    """Torch.find() in a process that can import no torch, with this site-packages."""
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        build.sysconfig,
+        "get_paths",
+        lambda: dict.fromkeys(("platlib", "purelib", "include"), str(folder)),
+    )
+    return build.Torch.find()
+
+
+def fake_nvcc(folder: Path, release: str = "13.0") -> Path:
+    path = folder / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+def test_without_torch_the_build_ends_in_one_sentence(build, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        find_in(build, monkeypatch, tmp_path)
+    message = str(stop.value)
+    assert "PyTorch is not installed" in message and "install torch >= 2.10" in message
+    assert "\n" not in message
+
+
+def test_an_isolated_build_finds_the_torch_around_it(build, monkeypatch, tmp_path):
+    fake_torch(tmp_path, "2.11.0+cu130", "13.0")
+    torch = find_in(build, monkeypatch, tmp_path)
+    assert (torch.version, torch.cuda, torch.root) == ("2.11.0+cu130", "13.0", tmp_path / "torch")
+
+
+def test_an_old_torch_is_refused(build, monkeypatch, tmp_path):
+    fake_torch(tmp_path, "2.9.1", None)
+    with pytest.raises(SystemExit, match=r"torch 2\.9\.1 is too old.*2\.10"):
+        find_in(build, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "torch_cuda", "built"),
+    [
+        ({}, "13.0", True),
+        ({}, None, False),
+        ({"KNNEXT_CUDA": "0"}, "13.0", False),
+        ({"KNNEXT_CUDA": "1"}, None, True),
+        ({"FORCE_CUDA": "1"}, None, True),
+        ({"FORCE_CUDA": "1", "KNNEXT_CUDA": "0"}, "13.0", False),
+    ],
+)
+def test_when_the_cuda_library_is_built(
+    build, monkeypatch, tmp_path, capsys, environment, torch_cuda, built
+):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda")))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cuda = build.Cuda.find(build.Torch(tmp_path, "2.13.0", torch_cuda))
+    assert (cuda is not None) == built
+    if built:
+        assert cuda.version == "13.0"
+    else:
+        assert "CPU package only" in capsys.readouterr().err
+
+
+def test_asking_for_cuda_without_nvcc_says_so(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("KNNEXT_CUDA", "1")
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit, match="no nvcc was found; set CUDA_HOME"):
+        build.Cuda.find(build.Torch(tmp_path, "2.13.0", None))
+
+
+def test_a_wrong_switch_is_refused(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("KNNEXT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="KNNEXT_CUDA must be 0, 1 or unset, not 'yes'"):
+        build.Cuda.find(build.Torch(tmp_path, "2.13.0", None))
+
+
+def test_architectures(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda")))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.6;9.0a+PTX")
+    cuda = build.Cuda.find(build.Torch(tmp_path, "2.13.0", "13.0"))
+    assert cuda.archs == ["8.0", "8.6", "9.0a+PTX"]
+    plain = cuda.gencode(Path("merge_topk.cu"))
+    assert "arch=compute_86,code=sm_86" in plain
+    assert "arch=compute_90a,code=sm_90a" in plain
+    assert "arch=compute_90,code=compute_90" in plain  # PTX that a newer GPU can run
+    hopper = cuda.gencode(Path("sm90_scan.cu"))
+    assert hopper == "-gencode arch=compute_90a,code=sm_90a"
+
+
+def test_build_info_names_this_build():
+    from knnext._host import best_cpu_isa, build_info, cpu_isa
+
+    info = build_info()
+    assert info["version"].startswith("0.")
+    assert info["torch_target"] == "2.10"
+    assert info["vector_paths"] == ["plain", "avx2", "avx512"]
+    assert cpu_isa() in info["vector_paths"] and best_cpu_isa() in info["vector_paths"]
+    forced = os.environ.get("KNNEXT_CPU_ISA")
+    assert cpu_isa() == (forced or best_cpu_isa())
