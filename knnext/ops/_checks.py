@@ -102,11 +102,10 @@ def knn_search(
     if (init_distances is None) != (init_indices is None):
         fail(op, "init_distances and init_indices must be given together")
     if init_distances is not None and init_indices is not None:
-        sizes, shape = (num_queries, None), f"({num_queries}, m)"
-        _tensor(op, "init_distances", init_distances, (torch.float32,), sizes, shape)
-        m = init_distances.shape[1]
-        sizes, shape = (num_queries, m), f"({num_queries}, {m})"
-        _tensor(op, "init_indices", init_indices, (torch.int64,), sizes, shape)
+        rows, m = (num_queries, None), f"({num_queries}, m)"
+        _tensor(op, "init_distances", init_distances, (torch.float32,), rows, m)
+        same, m = init_distances.shape, f"({num_queries}, {init_distances.shape[1]})"
+        _tensor(op, "init_indices", init_indices, (torch.int64,), same, m)
         _device(op, "init_distances", init_distances, "queries", queries)
         _device(op, "init_indices", init_indices, "queries", queries)
 

@@ -1,0 +1,35 @@
+from typing import Any
+
+class ThresholdSample:
+    sample: int
+    rank: int
+    capacity: int
+    expected: float
+
+class SearchPlan:
+    kernel: str
+    query_tile: int
+    key_tile: int
+    dim_tile: int
+    queries_per_pass: int
+    num_passes: int
+    threshold: ThresholdSample
+    workspace_bytes: int
+    bytes_read: int
+    flop: float
+    def __init__(
+        self,
+        *,
+        queries: int,
+        entries: int,
+        dim: int,
+        k: int,
+        element_bytes: int = 2,
+        capability: tuple[int, int] = (0, 0),
+        num_units: int = 1,
+    ) -> None: ...
+
+def build_info() -> dict[str, Any]: ...
+def cpu_isa() -> str: ...
+def best_cpu_isa() -> str: ...
+def plan_threshold(num_keys: int, k: int) -> ThresholdSample: ...
