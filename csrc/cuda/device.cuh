@@ -1,0 +1,79 @@
+// The door to the CUDA language: nvcc's headers, or the host emulator of tests/emulator, which runs
+// the same kernel source on a machine without a GPU (one source, two compilers).
+//
+// How to write a kernel that both take:
+//  - include this (and ptx.cuh for mma, ldmatrix, cp.async, named barriers), never cuda_runtime.h;
+//    keep torch's headers, X_cuda and the registration under `#ifndef KNNEXT_EMULATOR`.
+//  - launch with knnext::launch(kernel, grid, block, dynamic_bytes, stream, arguments...); grid and
+//    block are dim3. It sets the shared memory attribute, and throws on a launch error.
+//  - shared memory: SHARED(float[32], partial); SHARED(State, state); or dynamic_shared(), 128-byte
+//    aligned. No `__shared__`. It holds poison (0xFF) when the block begins: initialise what is
+//    read.
+//  - threadIdx, blockIdx, __syncthreads, __shfl_*_sync, __ballot_sync, __reduce_*_sync, atomicAdd,
+//    ... as always, with the `_sync` names and explicit masks; what is not there is added to
+//    tests/emulator/emulate.h in a line. Float atomics are left out on purpose.
+//  - every thread of a block reaches the same __syncthreads (an early return before one is an
+//    error); lanes of a mask reach the same collective on the same line.
+//  - never spin on plain memory: only an atomic lets another thread of the block go on.
+//  - inline PTX stands in ptx.cuh, each with its emulated twin.
+// Under the emulator the order of threads and blocks is drawn from a seed, and a missing barrier,
+// a missing cp.async wait or an uninitialised read shows as a wrong or NaN result under some seed.
+// tests/emulator/build.py compiles every csrc/cuda/*.cu that it is told of with g++ into one
+// library whose C functions (tests/emulator/api_*.cpp) call the X_launch functions; see
+// test_emulator.py.
+#pragma once
+
+#ifdef KNNEXT_EMULATOR
+
+#include "emulator/emulate.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+// Declared by the CUDA headers only without NDEBUG.
+extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line,
+                                        const char* function, size_t char_size);
+
+namespace knnext {
+
+#define SHARED(type, name)                        \
+  using name##_type = std::type_identity_t<type>; \
+  __shared__ name##_type name
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char knnext_dynamic_shared[];
+  return knnext_dynamic_shared;
+}
+
+// Stops the kernel and leaves the message on stderr; stays on with NDEBUG, like torch's own checks.
+__device__ __forceinline__ void device_assert(bool holds, const char* message) {
+  if (!holds) __assertfail(message, "knnext", 0, "kernel", 1);
+}
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("knnext: ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
+            A&&... arguments) {
+  if (dynamic_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(dynamic_bytes)),
+               "shared memory");
+  kernel<<<grid, block, dynamic_bytes, stream> > >(static_cast<P>(arguments)...);
+  check_cuda(cudaGetLastError(), "kernel launch");
+}
+
+}  // namespace knnext
+
+#endif

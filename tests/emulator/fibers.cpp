@@ -1,0 +1,397 @@
+#include "fibers.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <stdexcept>
+
+#if defined(EMULATE_TSAN)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emulate {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr unsigned kMaxThreads = 1024;
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Thread*> ready;
+  unsigned alive = 0;
+  Barrier barriers[kBarriers];
+  size_t shared_used = 0, dynamic_bytes = 0;
+  uint64_t serial = 0;
+  std::string error;
+  const std::function<void()>* body = nullptr;
+} block;
+
+constexpr size_t kSharedBytes = 228 * 1024;
+alignas(1024) unsigned char shared_bytes[kSharedBytes];
+
+uint64_t random_state = 1;
+void* scheduler_saved = nullptr;
+void* scheduler_sanitizer = nullptr;
+void* stacks[kMaxThreads] = {};
+uint64_t next_serial = 1;
+
+void thread_main();
+
+#if defined(__x86_64__)
+// Saves what a call must preserve, swaps stacks, restores. ucontext would add a system call.
+extern "C" void emulate_switch(void** save, void* load);
+asm(R"(
+.text
+.globl emulate_switch
+.hidden emulate_switch
+.type emulate_switch, @function
+emulate_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+void* new_context(void* stack) {
+  auto* top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStackBytes);
+  *--top = nullptr;  // thread_main never returns
+  *--top = reinterpret_cast<void*>(&thread_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  return top;
+}
+
+void switch_context(void** save, void* load) {
+  emulate_switch(save, load);
+}
+#else
+ucontext_t contexts[kMaxThreads + 1];
+
+void* new_context(void* stack) {
+  const size_t slot = std::find(stacks, stacks + kMaxThreads, stack) - stacks;
+  ucontext_t* context = &contexts[slot + 1];
+  getcontext(context);
+  context->uc_stack.ss_sp = stack;
+  context->uc_stack.ss_size = kStackBytes;
+  makecontext(context, thread_main, 0);
+  return context;
+}
+
+void switch_context(void** save, void* load) {
+  if (!*save) *save = &contexts[0];
+  swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(load));
+}
+#endif
+
+void to_scheduler() {
+#if defined(EMULATE_TSAN)
+  __tsan_switch_to_fiber(scheduler_sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
+  switch_context(&current->saved, scheduler_saved);
+}
+
+void to_thread(Thread* thread) {
+  current = thread;
+#if defined(EMULATE_TSAN)
+  __tsan_switch_to_fiber(thread->sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
+  switch_context(&scheduler_saved, thread->saved);
+  current = nullptr;
+}
+
+// For -fsanitize=thread: what came before a meeting is seen after it, and nothing else is.
+void order_release([[maybe_unused]] void* meeting) {
+#if defined(EMULATE_TSAN)
+  __tsan_release(meeting);
+#endif
+}
+
+void order_acquire([[maybe_unused]] void* meeting) {
+#if defined(EMULATE_TSAN)
+  __tsan_acquire(meeting);
+#endif
+}
+
+void thread_main() {
+  order_acquire(&block);
+  (*block.body)();
+  order_release(&block);
+  current->state = Thread::kDone;
+  --block.alive;
+  to_scheduler();
+  std::abort();
+}
+
+void make_ready(Thread* thread) {
+  thread->state = Thread::kReady;
+  thread->barrier = -1;
+  block.ready.push_back(thread);
+}
+
+void wait_here(const char* name, Place place, void* data) {
+  current->state = Thread::kWaiting;
+  current->waits_for = name;
+  current->place = place;
+  current->mask = 0;
+  current->data = data;
+}
+
+std::string describe(Place place) {
+  const std::string file = place.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
+}
+
+std::string where_threads_wait() {
+  std::map<std::string, std::vector<unsigned>> groups;
+  for (const Thread& t : block.threads)
+    if (t.state == Thread::kWaiting)
+      groups[std::string(t.waits_for) + " at " + describe(t.place)].push_back(t.rank);
+  std::string text;
+  for (auto& [place, ranks] : groups)
+    text += "; " + std::to_string(ranks.size()) + " wait in " + place + " (first: thread " +
+            std::to_string(ranks.front()) + ", mask " +
+            [&] {
+              char hex[16];
+              std::snprintf(hex, sizeof hex, "%08x", block.threads[ranks.front()].mask);
+              return std::string(hex);
+            }() +
+            ")";
+  return text;
+}
+
+Thread* pick() {
+  size_t at = 0;
+  if (settings.seed)
+    at = draw() % block.ready.size();
+  else
+    at = std::min_element(block.ready.begin(), block.ready.end(),
+                          [](Thread* a, Thread* b) { return a->rank < b->rank; }) -
+         block.ready.begin();
+  Thread* thread = block.ready[at];
+  block.ready[at] = block.ready.back();
+  block.ready.pop_back();
+  return thread;
+}
+
+void start_threads(unsigned count) {
+  block.threads.assign(count, {});
+  block.ready.clear();
+  for (unsigned rank = 0; rank < count; ++rank) {
+    Thread& t = block.threads[rank];
+    if (!stacks[rank]) {
+      stacks[rank] = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (stacks[rank] == MAP_FAILED) throw std::runtime_error("no memory for a fiber's stack");
+    }
+    t.rank = rank;
+    t.index = {rank % block_dim.x, rank / block_dim.x % block_dim.y,
+               rank / block_dim.x / block_dim.y};
+    t.saved = new_context(stacks[rank]);
+#if defined(EMULATE_TSAN)
+    t.sanitizer = __tsan_create_fiber(0);
+#endif
+    block.ready.push_back(&t);
+  }
+  block.alive = count;
+}
+
+void finish_threads() {
+#if defined(EMULATE_TSAN)
+  for (Thread& t : block.threads) __tsan_destroy_fiber(t.sanitizer);
+#endif
+}
+
+void run_block() {
+  std::memset(shared_bytes, kPoison, std::max(block.shared_used, block.dynamic_bytes));
+  block.shared_used = (block.dynamic_bytes + 127) / 128 * 128;
+  block.serial = next_serial++;
+  for (Barrier& b : block.barriers) b = {};
+  order_release(&block);
+  start_threads(block_dim.x * block_dim.y * block_dim.z);
+  while (block.error.empty() && block.alive) {
+    if (block.ready.empty()) {
+      block.error = std::to_string(block.threads.size() - block.alive) + " of " +
+                    std::to_string(block.threads.size()) +
+                    " threads have returned and the others wait for ever" + where_threads_wait();
+      break;
+    }
+    to_thread(pick());
+  }
+  order_acquire(&block);
+  finish_threads();
+}
+
+void check_same_place(const std::vector<Thread*>& members) {
+  const Place here = current->place;
+  for (Thread* t : members)
+    if (t->place.line() != here.line() || std::strcmp(t->waits_for, current->waits_for) != 0)
+      fail("threads meet at different places" + where_threads_wait(), here);
+}
+
+// All are there. Under a seed even the last to come may have to wait for its turn.
+void release(const std::vector<Thread*>& members) {
+  const bool go_on = !settings.seed || current->state == Thread::kReady;
+  for (Thread* t : members)
+    if (t != current || !go_on) make_ready(t);
+  if (go_on)
+    current->state = Thread::kReady;
+  else
+    to_scheduler();
+}
+
+void check_launch(Dim3 grid, Dim3 threads) {
+  const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
+  if (count < 1 || count > kMaxThreads || threads.z > 64)
+    throw std::runtime_error("a block of " + std::to_string(count) + " threads cannot be launched");
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    throw std::runtime_error("a grid of (" + std::to_string(grid.x) + ", " +
+                             std::to_string(grid.y) + ", " + std::to_string(grid.z) +
+                             ") blocks cannot be launched");
+}
+
+}  // namespace
+
+uint64_t draw() {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return random_state;
+}
+
+void fail(const std::string& message, Place place) {
+  const Dim3 b = block_index, t = current->index;
+  block.error = message + " [" + describe(place) + ", block (" + std::to_string(b.x) + ", " +
+                std::to_string(b.y) + ", " + std::to_string(b.z) + "), thread (" +
+                std::to_string(t.x) + ", " + std::to_string(t.y) + ", " + std::to_string(t.z) +
+                ")]";
+  to_scheduler();  // never resumed
+  std::abort();
+}
+
+void give_way() {
+  if (!settings.seed || !settings.interleave || draw() % settings.interleave) return;
+  block.ready.push_back(current);
+  to_scheduler();
+}
+
+void meet_warp(const char* name, unsigned mask, void* data, Finish finish, bool orders,
+               Place place) {
+  const unsigned lane = current->rank % 32, first = current->rank - lane;
+  wait_here(name, place, data);
+  current->mask = mask;
+  if (!(mask >> lane & 1)) fail(std::string(name) + ": the calling lane is not in its mask", place);
+  if (orders) order_release(&block.threads[first]);
+  std::vector<Thread*> members;
+  Thread* lanes[32] = {};
+  for (unsigned i = 0; i < 32; ++i) {
+    if (!(mask >> i & 1)) continue;
+    if (first + i >= block.threads.size())
+      fail(std::string(name) + ": the mask names a lane that the block does not have", place);
+    Thread* t = lanes[i] = &block.threads[first + i];
+    if (t->state == Thread::kDone)
+      fail(std::string(name) + ": a lane of the mask has returned", place);
+    if (t->state == Thread::kWaiting && t->barrier < 0 && t->mask == mask) members.push_back(t);
+  }
+  if (members.size() == static_cast<size_t>(__builtin_popcount(mask))) {
+    check_same_place(members);
+    if (finish) finish(lanes, mask);
+    release(members);
+  } else {
+    to_scheduler();
+  }
+  if (orders) order_acquire(&block.threads[first]);
+}
+
+void meet_barrier(const char* name, int id, unsigned count, bool wait, void* data, Finish finish,
+                  Place place) {
+  if (id < 0 || id >= static_cast<int>(kBarriers)) fail("no such barrier", place);
+  const bool whole = count == block.threads.size();
+  if (count % 32 && !whole) fail("a barrier counts whole warps", place);
+  if (whole && block.alive != count)
+    fail(std::string(name) + ": some threads of the block have returned", place);
+  Barrier& barrier = block.barriers[id];
+  if (barrier.arrived && barrier.wanted != count)
+    fail(std::string(name) + ": threads give different counts for one barrier", place);
+  order_release(&barrier);
+  wait_here(name, place, data);
+  current->barrier = wait ? id : -1;
+  barrier.wanted = count;
+  if (++barrier.arrived == count) {
+    std::vector<Thread*> members;
+    for (Thread& t : block.threads)
+      if (t.state == Thread::kWaiting && t.barrier == id) members.push_back(&t);
+    barrier = {};
+    if (id == 0) check_same_place(members);
+    if (finish) finish(members.data(), static_cast<unsigned>(members.size()));
+    if (!wait) current->state = Thread::kReady;
+    release(members);
+  } else if (wait) {
+    to_scheduler();
+  } else {
+    current->state = Thread::kReady;
+  }
+  if (wait) order_acquire(&barrier);
+}
+
+void* shared_memory(SharedSite& site, size_t bytes, size_t alignment) {
+  if (site.block == block.serial) return site.memory;
+  size_t at = (block.shared_used + alignment - 1) / alignment * alignment;
+  if (at + bytes > settings.shared_limit)
+    fail("the block needs more than " + std::to_string(settings.shared_limit) +
+         " bytes of shared memory");
+  block.shared_used = at + bytes;
+  site = {block.serial, shared_bytes + at};
+  return site.memory;
+}
+
+void* dynamic_shared_memory() {
+  return shared_bytes;
+}
+
+void run_grid(Dim3 grid, Dim3 threads, size_t dynamic_bytes, const std::function<void()>& body) {
+  check_launch(grid, threads);
+  if (dynamic_bytes > settings.shared_limit)
+    throw std::runtime_error("a kernel asked for " + std::to_string(dynamic_bytes) +
+                             " bytes of shared memory");
+#if defined(EMULATE_TSAN)
+  scheduler_sanitizer = __tsan_get_current_fiber();
+#endif
+  random_state = settings.seed * 0x9E3779B97F4A7C15ull + 1;
+  block.shared_used = kSharedBytes;
+  block.dynamic_bytes = dynamic_bytes;
+  block.body = &body;
+  block.error.clear();
+  grid_dim = grid;
+  block_dim = threads;
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  std::vector<uint64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  for (uint64_t i = count; settings.seed && i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
+  for (uint64_t linear : order) {
+    block_index = {static_cast<unsigned>(linear % grid.x),
+                   static_cast<unsigned>(linear / grid.x % grid.y),
+                   static_cast<unsigned>(linear / grid.x / grid.y)};
+    run_block();
+    if (!block.error.empty()) throw std::runtime_error(block.error);
+  }
+}
+
+}  // namespace emulate
