@@ -1,0 +1,111 @@
+// knn_interpolate on the CPU: one pass over a row of logits for max and sum, one that writes
+// log((1 - lmbda) p_lm), then log p_knn is added in where a neighbor has the token.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/mixing.h"
+#include "cpu/neighbors.h"
+
+namespace knnext::cpu {
+namespace {
+
+constexpr const char* kOp = "knn_interpolate";
+
+template <class T>
+class Mixer {
+ public:
+  Mixer(int logits_kind, int64_t vocab_size) : kind_(logits_kind), vocab_size_(vocab_size) {}
+
+  template <class Token>
+  bool read(const T* distances, const Token* tokens, int64_t k) {
+    return neighbors_.read(distances, tokens, k, vocab_size_);
+  }
+  int64_t bad_token() const { return neighbors_.bad_token(); }
+
+  void write_row(const void* logits, T temperature, double lmbda, T* out) {
+    if (neighbors_.state() == RowState::kNan)
+      return void(std::fill_n(out, vocab_size_, std::numeric_limits<T>::quiet_NaN()));
+    // A row without a neighbor is the LM alone.
+    const double weight = neighbors_.state() == RowState::kSome ? lmbda : 0.0;
+    const MaxSum<T> lm = loops_.max_sum[kind_](logits, vocab_size_);
+    const T offset = static_cast<T>(std::log(lm.sum) - std::log1p(-weight));
+    loops_.shift[kind_](logits, vocab_size_, lm.max, offset, out);
+    if (weight > 0) add_neighbors(temperature, static_cast<T>(std::log(weight)), out);
+  }
+
+ private:
+  void add_neighbors(T temperature, T log_lmbda, T* out) {
+    neighbors_.to_log_weights(temperature);
+    const auto& tokens = neighbors_.tokens();
+    std::vector<T>& log_p = neighbors_.values();
+    for (T& value : log_p) value += log_lmbda;
+    mixed_.resize(tokens.size());
+    for (size_t j = 0; j < tokens.size(); ++j) mixed_[j] = out[tokens[j]];
+    loops_.log_add_exp(mixed_.data(), log_p.data(), tokens.size());
+    for (size_t j = 0; j < tokens.size(); ++j) out[tokens[j]] = mixed_[j];
+  }
+
+  const RowLoops<T>& loops_ = row_loops<T>();
+  Neighbors<T> neighbors_;
+  std::vector<T> mixed_;
+  int kind_;
+  int64_t vocab_size_;
+};
+
+Tensor run(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
+           const RowParameter& temperature, const RowParameter& lmbda, const MixShape& shape) {
+  Tensor out = new_output(distances, shape.num_queries, shape.vocab_size, shape.wide);
+  const Rows logits(lm_logits), d(distances), ids(tokens);
+  const int kind = logits_kind(lm_logits);
+  BadToken bad;
+  with_types(shape.wide, tokens, [&]<class T, class Token>() {
+    T* to = out.mutable_data_ptr<T>();
+    for_rows(shape.num_queries, 2 * shape.vocab_size + 8 * shape.k, [&](int64_t a, int64_t b) {
+      Mixer<T> mixer(kind, shape.vocab_size);
+      for (int64_t row = a; row < b; ++row) {
+        if (!mixer.read(d.as<T>(row), ids.as<Token>(row), shape.k))
+          return bad.report(row, mixer.bad_token());
+        mixer.write_row(logits.at(row), clamped_temperature<T>(temperature[row]), lmbda[row],
+                        to + row * shape.vocab_size);
+      }
+    });
+  });
+  bad.fail_if_any(kOp, shape.vocab_size);
+  return out;
+}
+
+MixShape check(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens) {
+  MixShape shape = check_neighbors(kOp, distances, tokens);
+  check_lm_logits(kOp, lm_logits, distances);
+  shape.vocab_size = lm_logits.size(1);
+  return shape;
+}
+
+}  // namespace
+
+Tensor knn_interpolate_cpu(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
+                           double temperature, double lmbda) {
+  const MixShape shape = check(lm_logits, distances, tokens);
+  check_temperature(kOp, temperature);
+  check_lmbda(kOp, lmbda);
+  return run(lm_logits, distances, tokens, RowParameter(temperature), RowParameter(lmbda), shape);
+}
+
+Tensor knn_interpolate_tensor_cpu(const Tensor& lm_logits, const Tensor& distances,
+                                  const Tensor& tokens, const Tensor& temperature,
+                                  const Tensor& lmbda) {
+  const MixShape shape = check(lm_logits, distances, tokens);
+  check_row_parameter(kOp, "temperature", temperature, distances);
+  check_row_parameter(kOp, "lmbda", lmbda, distances);
+  return run(lm_logits, distances, tokens, RowParameter::temperature(kOp, temperature),
+             RowParameter::lmbda(kOp, lmbda), shape);
+}
+
+}  // namespace knnext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
+  m.impl("knn_interpolate", TORCH_BOX(&knnext::cpu::knn_interpolate_cpu));
+  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::cpu::knn_interpolate_tensor_cpu));
+}

@@ -1,0 +1,74 @@
+// knn_softmax on the CPU: a row is filled with zeros and, while still in cache, given its neighbors.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cpu/mixing.h"
+#include "cpu/neighbors.h"
+
+namespace knnext::cpu {
+namespace {
+
+constexpr const char* kOp = "knn_softmax";
+
+template <class T>
+void write_row(Neighbors<T>& neighbors, T temperature, int64_t vocab_size, T* out) {
+  const bool nan = neighbors.state() == RowState::kNan;
+  std::fill_n(out, vocab_size, nan ? std::numeric_limits<T>::quiet_NaN() : T{0});
+  if (neighbors.state() != RowState::kSome) return;
+  neighbors.to_weights(temperature);
+  const auto& tokens = neighbors.tokens();
+  for (size_t j = 0; j < tokens.size(); ++j) out[tokens[j]] = neighbors.values()[j];
+}
+
+Tensor run(const Tensor& distances, const Tensor& tokens, const RowParameter& temperature,
+           const MixShape& shape) {
+  Tensor out = new_output(distances, shape.num_queries, shape.vocab_size, shape.wide);
+  const Rows d(distances), ids(tokens);
+  BadToken bad;
+  with_types(shape.wide, tokens, [&]<class T, class Token>() {
+    T* to = out.mutable_data_ptr<T>();
+    for_rows(shape.num_queries, shape.vocab_size + 8 * shape.k, [&](int64_t begin, int64_t end) {
+      Neighbors<T> neighbors;
+      for (int64_t row = begin; row < end; ++row) {
+        if (!neighbors.read(d.as<T>(row), ids.as<Token>(row), shape.k, shape.vocab_size))
+          return bad.report(row, neighbors.bad_token());
+        write_row<T>(neighbors, clamped_temperature<T>(temperature[row]), shape.vocab_size,
+                     to + row * shape.vocab_size);
+      }
+    });
+  });
+  bad.fail_if_any(kOp, shape.vocab_size);
+  return out;
+}
+
+MixShape check(const Tensor& distances, const Tensor& tokens, int64_t vocab_size) {
+  MixShape shape = check_neighbors(kOp, distances, tokens);
+  shape.vocab_size = vocab_size;
+  return shape;
+}
+
+}  // namespace
+
+Tensor knn_softmax_cpu(const Tensor& distances, const Tensor& tokens, double temperature,
+                       int64_t vocab_size) {
+  const MixShape shape = check(distances, tokens, vocab_size);
+  check_temperature(kOp, temperature);
+  check_vocab_size(kOp, vocab_size);
+  return run(distances, tokens, RowParameter(temperature), shape);
+}
+
+Tensor knn_softmax_tensor_cpu(const Tensor& distances, const Tensor& tokens,
+                              const Tensor& temperature, int64_t vocab_size) {
+  const MixShape shape = check(distances, tokens, vocab_size);
+  check_row_parameter(kOp, "temperature", temperature, distances);
+  check_vocab_size(kOp, vocab_size);
+  return run(distances, tokens, RowParameter::temperature(kOp, temperature), shape);
+}
+
+}  // namespace knnext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
+  m.impl("knn_softmax", TORCH_BOX(&knnext::cpu::knn_softmax_cpu));
+  m.impl("knn_softmax.tensor", TORCH_BOX(&knnext::cpu::knn_softmax_tensor_cpu));
+}

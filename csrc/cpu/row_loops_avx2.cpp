@@ -1,0 +1,7 @@
+#if defined(__x86_64__)
+#include "cpu/row_loops_float.h"
+
+namespace knnext::cpu {
+extern const RowLoops<float> kRowLoopsAvx2 = kLoopsOfThisPath;
+}  // namespace knnext::cpu
+#endif
