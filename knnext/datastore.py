@@ -1,0 +1,329 @@
+"""The datastore: keys and the tokens that followed them, on disk, as torch tensors.
+
+A folder of flat files that is never loaded whole. It says what it holds (``meta.json``), survives
+a kill during its build, and notices damage. docs/datastore-format.md specifies every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from knnext import datastore_copy
+from knnext.datastore_batch import ArrayLike, Documents
+from knnext.datastore_errors import (
+    CorruptDatastoreError,
+    DatastoreError,
+    DatastoreLockedError,
+    DatastoreWriteError,
+    FormatVersionError,
+    IncompatibleDatastoreError,
+    UnfinishedDatastoreError,
+)
+from knnext.datastore_meta import (
+    BUILD_FILE,
+    DatastoreMeta,
+    Origin,
+    check_byte_order,
+    creation_time,
+    installed_version,
+    read_finished,
+    read_meta,
+)
+from knnext.datastore_reader import DatastoreReader
+from knnext.datastore_resume import open_writer
+from knnext.datastore_verify import Progress, check_sizes
+from knnext.datastore_writer import DatastoreWriter
+
+__all__ = [
+    "CorruptDatastoreError",
+    "Datastore",
+    "DatastoreError",
+    "DatastoreLockedError",
+    "DatastoreWriteError",
+    "FormatVersionError",
+    "IncompatibleDatastoreError",
+    "UnfinishedDatastoreError",
+]
+
+_SHARD_BYTES = 1 << 30
+
+
+class Datastore(DatastoreReader):
+    """Keys (num_entries, dim) and values (num_entries,) int32, row i of one for row i of the other.
+
+    Make one with :meth:`create`, read one with :meth:`open`. :meth:`shard` and :meth:`subsample`
+    give views, which read the same files and are datastores in every respect but that they cannot
+    be written to.
+    """
+
+    _writer: DatastoreWriter | None = None
+
+    # Writing
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        dim: int,
+        dtype: torch.dtype = torch.float16,
+        *,
+        metric: str = "l2",
+        key_layer: str | None = None,
+        model_id: str | None = None,
+        model_revision: str | None = None,
+        tokenizer_hash: str | None = None,
+        vocab_size: int | None = None,
+        corpus: str | None = None,
+        origin: Origin | None = None,
+        entries_per_shard: int | None = None,
+        resume: bool = False,
+        commit_seconds: float = 60.0,
+    ) -> Datastore:
+        """Begin a datastore in the folder ``path``, or with ``resume`` go on with one.
+
+        A resumed build must repeat its parameters; ``num_entries`` then is the row to go on with.
+        A finished datastore can be resumed too, to append more. Best used in a ``with`` block: at
+        its end the datastore is finished, after an exception it stays an unfinished build.
+
+        Args:
+            dim: width of a key.
+            dtype: of the stored keys: torch.float16, bfloat16 or float32.
+            metric: "l2" or "ip", what the keys are meant to be searched with.
+            key_layer: which activation the keys are, such as "att" or "ffn".
+            origin: where the rows come from, if not from a model: str, int, float or bool values.
+            entries_per_shard: rows of a shard file; by default what fits 1 GiB of keys.
+            commit_seconds: a commit is made at the first append after so long, beside the one
+                after each full shard. A kill loses at most what came after the last commit.
+
+        Raises:
+            DatastoreError: ``path`` holds something else, or a datastore and not ``resume``.
+            IncompatibleDatastoreError: a resumed build has other parameters; names each.
+            DatastoreLockedError: another process is writing to it.
+        """
+        check_byte_order()
+        if not isinstance(dim, int) or not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dim, dtype: got {dim!r}, {dtype!r}, want an int and a torch.dtype")
+        fitting = max(1, _SHARD_BYTES // max(1, dim * dtype.itemsize))
+        meta = DatastoreMeta(
+            dim=dim,
+            dtype=dtype,
+            metric=metric,
+            num_entries=0,
+            entries_per_shard=fitting if entries_per_shard is None else entries_per_shard,
+            key_layer=key_layer,
+            model_id=model_id,
+            model_revision=model_revision,
+            tokenizer_hash=tokenizer_hash,
+            vocab_size=vocab_size,
+            corpus=corpus,
+            origin=None if origin is None else dict(origin),
+            created=creation_time(),
+            knnext_version=installed_version(),
+            documents=None,
+            shards=(),
+        )
+        writer = open_writer(
+            Path(path),
+            meta,
+            entries_per_shard=entries_per_shard,
+            resume=resume,
+            commit_seconds=commit_seconds,
+        )
+        store = cls(Path(path), writer.meta(), unfinished=True)
+        store._writer = writer
+        return store
+
+    def append(
+        self,
+        keys: ArrayLike,
+        values: ArrayLike,
+        documents: Documents | None = None,
+        *,
+        start: int | None = None,
+    ) -> None:
+        """Append n rows, all of them or (on any error) none.
+
+        Args:
+            keys: (n, dim) of a float dtype, on any device; stored as the datastore's dtype.
+            values: (n,) integers in [0, vocab_size).
+            documents: (n,) integer ids, from 0 and never going back; or ``(name, rows)`` pairs,
+                of which neighbours of one name, also across calls, are one document. Either with
+                every append of a datastore or with none.
+            start: the row that ``keys[0]`` is. Rows that the datastore has already are skipped,
+                after comparing their values; so a build may be replayed from any earlier row.
+
+        Raises:
+            ValueError: a key holds NaN or infinity, or a value is out of range; names the row.
+            DatastoreWriteError: the disk refused. Rows appended before are kept.
+        """
+        self._writing("append").append(keys, values, documents, start)
+
+    def set_document_names(self, names: Sequence[str]) -> None:
+        """Names of documents 0, 1, ...; before their rows are appended. Repeat when resuming.
+
+        Documents without a name are called by their number. At the end of the build every name
+        has its document, if need be one without rows.
+        """
+        self._writing("set_document_names").set_document_names(names)
+
+    def commit(self) -> None:
+        """Make every row so far survive a kill or a power cut. Costs a few fsyncs."""
+        self._writing("commit").commit()
+
+    def close(self) -> None:
+        """Finish the build (it then can be read), or let go of mapped files when reading."""
+        if self._writer is None:
+            self._keys.unmap()
+            self._values.unmap()
+            return
+        self._writer.finish()
+        self._writer = None
+        super().__init__(self.path, read_finished(self.path))
+
+    def __enter__(self) -> Datastore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and self._writer is not None:
+            self._writer.abandon()
+        else:
+            self.close()
+
+    # Opening
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, verify: bool = False, allow_unfinished: bool = False
+    ) -> Datastore:
+        """Open for reading. Reads ``meta.json`` and file sizes only; nothing is loaded.
+
+        Args:
+            verify: compare all checksums first, which reads every byte.
+            allow_unfinished: where the build has not ended, open what it last committed.
+
+        Raises:
+            UnfinishedDatastoreError, FormatVersionError, CorruptDatastoreError, DatastoreError
+        """
+        check_byte_order()
+        path = Path(path)
+        unfinished = False
+        try:
+            meta = read_finished(path)
+        except UnfinishedDatastoreError:
+            if not allow_unfinished:
+                raise
+            meta = read_meta(path, BUILD_FILE)
+            unfinished = True
+        check_sizes(path, meta)
+        store = cls(path, meta, unfinished=unfinished)
+        if verify:
+            store.verify()
+        return store
+
+    # Parts and wholes
+
+    def subsample(
+        self,
+        fraction: float,
+        seed: int = 0,
+        path: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> Datastore:
+        """round(fraction * num_entries) rows, in row order; a view, or stored at ``path``.
+
+        The same seed gives the same rows, and a smaller fraction a subset of them. Document ids
+        stay. A view holds its row numbers (8 bytes each) and copies rows when read.
+        """
+        rows = datastore_copy.sample_rows(self.num_entries, fraction, seed)
+        view = self._view(
+            (self.keys.select(rows), self.values.select(rows)),
+            lambda: torch.searchsorted(rows, self.document_offsets),
+        )
+        if path is None:
+            return view
+        origin: Origin = {"subsample_of": self.fingerprint, "fraction": fraction, "seed": seed}
+        with self._create_like(path, origin, resume) as target:
+            datastore_copy.copy(target, view, progress)
+        return target
+
+    @staticmethod
+    def merge(
+        stores: Sequence[Datastore],
+        path: str | Path,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> Datastore:
+        """Store the rows of all ``stores``, one after another, at ``path``; documents renumbered.
+
+        IncompatibleDatastoreError where dim, dtype, metric, layer, model, tokenizer or vocabulary
+        differ. Rows stream, so memory stays small; ``resume`` goes on with a merge that was killed.
+        """
+        datastore_copy.check_mergeable(stores)
+        prints = " ".join(store.fingerprint for store in stores)
+        with stores[0]._create_like(path, {"merge_of": prints}, resume) as target:
+            datastore_copy.merge(target, stores, progress)
+        return target
+
+    @staticmethod
+    def import_legacy(source: str | Path, path: str | Path, **options: Any) -> Datastore:
+        """Store the datastore of another kNN-LM program at ``path``: :mod:`knnext.legacy`."""
+        from knnext.legacy import import_legacy
+
+        return import_legacy(source, path, **options)
+
+    # Inside
+
+    @property
+    def num_entries(self) -> int:
+        """Real rows: nothing pads, nothing is allocated ahead. While writing: rows so far."""
+        return super().num_entries if self._writer is None else self._writer.num_entries
+
+    @property
+    def meta(self) -> DatastoreMeta:
+        """What the stored datastore says of itself; of a view: the whole that it is a part of."""
+        return super().meta if self._writer is None else self._writer.meta()
+
+    def _create_like(self, path: str | Path, origin: Origin, resume: bool) -> Datastore:
+        meta = self.meta
+        return Datastore.create(
+            path,
+            meta.dim,
+            meta.dtype,
+            metric=meta.metric,
+            key_layer=meta.key_layer,
+            model_id=meta.model_id,
+            model_revision=meta.model_revision,
+            tokenizer_hash=meta.tokenizer_hash,
+            vocab_size=meta.vocab_size,
+            corpus=meta.corpus,
+            origin=origin,
+            resume=resume,
+        )
+
+    def _writing(self, what: str) -> DatastoreWriter:
+        if self._writer is None:
+            raise DatastoreError(
+                f"{self.path}: {what}() needs a datastore from Datastore.create(); this one is "
+                "open for reading"
+            )
+        return self._writer
+
+    def _reading(self, what: str) -> None:
+        if self._writer is not None:
+            raise DatastoreError(
+                f"{self.path}: {what} of a datastore that is being written; close() it first, or "
+                "open what is committed with Datastore.open(path, allow_unfinished=True)"
+            )

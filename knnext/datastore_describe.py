@@ -1,0 +1,49 @@
+"""A datastore in words, for ``knnext info`` and error reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from knnext.datastore_meta import DTYPE_NAMES, DatastoreMeta
+
+
+def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
+    """One ``name  value`` line for each fact; sizes in bytes and GiB."""
+    keys = sum(shard.keys.num_bytes for shard in meta.shards)
+    values = sum(shard.values.num_bytes for shard in meta.shards)
+    lines = {
+        "datastore": str(path),
+        "entries": f"{meta.num_entries:,} in {len(meta.shards):,} shards "
+        f"of at most {meta.entries_per_shard:,}",
+        "keys": f"{DTYPE_NAMES[meta.dtype]} x {meta.dim:,}, {size(keys)}",
+        "values": f"int32, {size(values)}",
+        "documents": "not kept" if meta.documents is None else f"{meta.documents.count:,}",
+        "metric": meta.metric,
+        "key_layer": meta.key_layer,
+        "model": _with_revision(meta),
+        "tokenizer": meta.tokenizer_hash,
+        "vocab_size": None if meta.vocab_size is None else f"{meta.vocab_size:,}",
+        "corpus": meta.corpus,
+        "origin": _origin(meta),
+        "created": f"{meta.created} by knnext {meta.knnext_version}",
+        "state": "unfinished build, last commit shown" if unfinished else "finished",
+    }
+    width = max(map(len, lines)) + 2
+    return "\n".join(f"{name:<{width}}{text or 'unknown'}" for name, text in lines.items())
+
+
+def size(num_bytes: int) -> str:
+    """``1,073,741,824 bytes (1.00 GiB)``"""
+    return f"{num_bytes:,} bytes ({num_bytes / 2**30:.2f} GiB)"
+
+
+def _with_revision(meta: DatastoreMeta) -> str | None:
+    if meta.model_id is None or meta.model_revision is None:
+        return meta.model_id
+    return f"{meta.model_id} at {meta.model_revision}"
+
+
+def _origin(meta: DatastoreMeta) -> str:
+    if meta.origin is None:
+        return "built by append"
+    return ", ".join(f"{name} {value}" for name, value in meta.origin.items())

@@ -1,0 +1,223 @@
+"""Reading a datastore: lazily, as a whole or as a view of some of its rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from knnext.datastore_describe import describe
+from knnext.datastore_documents import DocumentTable
+from knnext.datastore_errors import DatastoreError, IncompatibleDatastoreError
+from knnext.datastore_meta import DatastoreMeta, to_json
+from knnext.datastore_rows import LazyRows, ShardFiles, check_rows
+from knnext.datastore_verify import Progress, verify
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class DatastoreReader:
+    """The reading half of :class:`knnext.datastore.Datastore`.
+
+    Attributes:
+        path: the folder.
+        row_offset: the row, in the datastore that :meth:`shard` was called on, of row 0.
+        unfinished: True where only the committed part of an unfinished build is seen.
+    """
+
+    path: Path
+    row_offset: int
+    unfinished: bool
+
+    def __init__(
+        self,
+        path: Path,
+        meta: DatastoreMeta,
+        *,
+        rows: tuple[LazyRows, LazyRows] | None = None,
+        document_offsets: Callable[[], Tensor] | None = None,
+        row_offset: int = 0,
+        unfinished: bool = False,
+    ) -> None:
+        """Internal: use ``Datastore.open``. ``rows`` and ``document_offsets`` make a view."""
+        self.path = path
+        self.row_offset = row_offset
+        self.unfinished = unfinished
+        self._meta = meta
+        self._keys, self._values = rows or _stored_rows(path, meta)
+        self._documents = DocumentTable(path, meta.documents, meta.num_entries)
+        self._offsets = document_offsets or (lambda: self._documents.offsets)
+
+    def __len__(self) -> int:
+        return self.num_entries
+
+    @property
+    def num_entries(self) -> int:
+        """Real rows: nothing pads, nothing is allocated ahead."""
+        return len(self._keys)
+
+    @property
+    def meta(self) -> DatastoreMeta:
+        """What the stored datastore says of itself; of a view: the whole that it is a part of."""
+        return self._meta
+
+    @property
+    def dim(self) -> int:
+        return self._meta.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys."""
+        return self._meta.dtype
+
+    @property
+    def metric(self) -> str:
+        return self._meta.metric
+
+    @property
+    def key_layer(self) -> str | None:
+        return self._meta.key_layer
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self._meta.vocab_size
+
+    @property
+    def keys(self) -> LazyRows:
+        """(num_entries, dim): ``keys[a:b]``, ``keys[indices]`` give tensors."""
+        self._reading("keys")
+        return self._keys
+
+    @property
+    def values(self) -> LazyRows:
+        """(num_entries,) int32: the token that followed each key. ``values[:]`` loads them all."""
+        self._reading("values")
+        return self._values
+
+    def iter_chunks(self, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (start, keys (n, dim), values (n,) int32) in order; n is ``rows`` or the rest."""
+        if rows < 1:
+            raise ValueError(f"rows: got {rows}, want at least 1")
+        keys, values = self.keys, self.values
+        for start in range(0, self.num_entries, rows):
+            stop = min(start + rows, self.num_entries)
+            yield start, keys[start:stop], values[start:stop]
+
+    # Documents
+
+    @property
+    def num_documents(self) -> int:
+        """0 where the build gave no documents. A view keeps all ids, some of them without rows."""
+        self._reading("num_documents")
+        return len(self._documents)
+
+    @property
+    def document_names(self) -> Sequence[str]:
+        self._reading("document_names")
+        return self._documents.names
+
+    @cached_property
+    def document_offsets(self) -> Tensor:
+        """(num_documents + 1,) int64: document d has rows offsets[d] to offsets[d + 1]."""
+        self._reading("document_offsets")
+        return self._offsets()
+
+    def document_of(self, rows: Tensor) -> Tensor:
+        """Document ids of ``rows``, int64 of the same shape and device; -1 stays -1."""
+        if not self.num_documents:
+            raise DatastoreError(f"{self.path}: was built without documents")
+        checked = check_rows(rows, self.num_entries, padding=True)
+        found = torch.searchsorted(self.document_offsets, checked, right=True) - 1
+        return found.masked_fill_(checked < 0, -1).to(rows.device)
+
+    def shard(self, index: int, num_shards: int) -> Self:
+        """The ``index``-th of ``num_shards`` contiguous, near-equal ranges of rows, as a view."""
+        if not 0 <= index < num_shards:
+            raise ValueError(f"index: got {index} of {num_shards} shards")
+        first = index * self.num_entries // num_shards
+        last = (index + 1) * self.num_entries // num_shards
+        return self._view(
+            (self.keys.range(first, last), self.values.range(first, last)),
+            lambda: self.document_offsets.clamp(first, last) - first,
+            first,
+        )
+
+    def stored_rows(self, rows: Tensor) -> Tensor:
+        """Row numbers in the files of ``rows`` of this view, int64."""
+        return self.keys.stored_rows(check_rows(rows, self.num_entries))
+
+    # Trust
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read all files and compare checksums; CorruptDatastoreError lists every bad one.
+
+        ``progress(done, total)`` gets bytes, now and then, from one thread at a time.
+        """
+        verify(self.path, self.meta, progress)
+
+    def check_compatible(self, **expected: Any) -> None:
+        """IncompatibleDatastoreError unless the datastore was built for what is ``expected``.
+
+        Keywords are fields of :attr:`meta` (model_id, key_layer, dim, dtype, metric,
+        tokenizer_hash, vocab_size, ...). What is None, here or in the datastore, is not compared.
+        """
+        unknown = expected.keys() - DatastoreMeta.__dataclass_fields__.keys()
+        if unknown:
+            raise TypeError(f"check_compatible() knows no {', '.join(sorted(unknown))}")
+        found = [
+            f"{name}: datastore has {getattr(self.meta, name)!r}, want {want!r}"
+            for name, want in expected.items()
+            if want is not None and getattr(self.meta, name) not in (None, want)
+        ]
+        if found:
+            raise IncompatibleDatastoreError(f"{self.path}: " + "; ".join(found))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what is stored, and of which rows of it a view takes.
+
+        An index notes it, to know its datastore again.
+        """
+        digest = hashlib.blake2b(to_json(self.meta), digest_size=8)
+        if self.num_entries != self.meta.num_entries:
+            digest.update(self._keys.identity())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """What is stored, in lines of text."""
+        return describe(self.path, self.meta, unfinished=self.unfinished)
+
+    def __repr__(self) -> str:
+        return (
+            f"Datastore({str(self.path)!r}, num_entries={self.num_entries}, dim={self.dim}, "
+            f"dtype={self.dtype}, metric={self.metric!r})"
+        )
+
+    # Inside
+
+    def _view(
+        self, rows: tuple[LazyRows, LazyRows], offsets: Callable[[], Tensor], row_offset: int = 0
+    ) -> Self:
+        return type(self)(
+            self.path,
+            self._meta,
+            rows=rows,
+            document_offsets=offsets,
+            row_offset=self.row_offset + row_offset,
+            unfinished=self.unfinished,
+        )
+
+    def _reading(self, what: str) -> None:
+        """Raise where ``what`` cannot be read yet."""
+
+
+def _stored_rows(path: Path, meta: DatastoreMeta) -> tuple[LazyRows, LazyRows]:
+    keys = ShardFiles([(path / s.keys.file, s.rows) for s in meta.shards], (meta.dim,), meta.dtype)
+    values = ShardFiles([(path / s.values.file, s.rows) for s in meta.shards], (), torch.int32)
+    return LazyRows(keys, 0, meta.num_entries), LazyRows(values, 0, meta.num_entries)

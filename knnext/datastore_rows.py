@@ -1,0 +1,161 @@
+"""Rows of a sharded array on disk, read as torch tensors without loading the array."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnext.datastore_files import map_file
+
+# A mapping holds a file descriptor; a datastore of thousands of shards must not use them all up.
+_MAPPED_SHARDS = 128
+
+RowIndex: TypeAlias = int | slice | Tensor | NDArray[np.int64] | Sequence[int]
+
+
+class ShardFiles:
+    """``(path, rows)`` shards that hold one array of shape ``(sum of rows, *row_shape)``."""
+
+    def __init__(
+        self, shards: Sequence[tuple[Path, int]], row_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.row_shape = row_shape
+        self.dtype = dtype
+        self.paths = [path for path, _ in shards]
+        self.bounds = np.cumsum([0, *(rows for _, rows in shards)], dtype=np.int64)
+        self._row_bytes = int(np.prod(row_shape, dtype=np.int64)) * dtype.itemsize
+        self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
+
+    def _map(self, shard: int) -> Tensor:
+        rows = int(self.bounds[shard + 1] - self.bounds[shard])
+        buffer = map_file(self.paths[shard], rows * self._row_bytes)
+        return torch.frombuffer(buffer, dtype=self.dtype).view(rows, *self.row_shape)
+
+    def unmap(self) -> None:
+        self._mapped.cache_clear()
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows [first, last): a view of the file where they lie in one shard, else a copy."""
+        begin = int(np.searchsorted(self.bounds, first, side="right")) - 1
+        end = int(np.searchsorted(self.bounds, last, side="left"))
+        parts = []
+        for shard in range(begin, end):
+            start = int(self.bounds[shard])
+            parts.append(self._mapped(shard)[max(first - start, 0) : last - start])
+        if not parts:
+            return torch.empty((0, *self.row_shape), dtype=self.dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Copy the ``rows`` (n,) int64, read in ascending order so that the disk streams."""
+        ordered, order = rows.sort()
+        cuts = torch.searchsorted(ordered, torch.from_numpy(self.bounds)).tolist()
+        result = torch.empty((len(rows), *self.row_shape), dtype=self.dtype)
+        for shard in range(len(self.paths)):
+            begin, end = cuts[shard], cuts[shard + 1]
+            if begin == end:
+                continue
+            local = ordered[begin:end] - int(self.bounds[shard])
+            result.index_copy_(0, order[begin:end], self._mapped(shard).index_select(0, local))
+        return result
+
+
+class LazyRows:
+    """An array-like over rows of :class:`ShardFiles`: a range of them, or a sorted selection.
+
+    ``rows[a:b]`` gives rows a to b without a copy where they lie in one shard. ``rows[indices]``
+    with int64 indices of any shape copies those rows, giving ``indices.shape + row shape``.
+    Treat what you get as read-only: writing to it never reaches the file, but may be seen by
+    later reads of this object.
+    """
+
+    def __init__(
+        self, files: ShardFiles, first: int, count: int, selection: Tensor | None = None
+    ) -> None:
+        self._files = files
+        self._first = first
+        self._count = count
+        self._selection = selection
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self._count, *self._files.row_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._files.dtype
+
+    def __repr__(self) -> str:
+        return f"LazyRows(shape={self.shape}, dtype={self.dtype})"
+
+    def __getitem__(self, index: RowIndex) -> Tensor:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._count)
+            if step != 1:
+                return self._gather(torch.arange(self._count)[index])
+            return self._read(start, max(start, stop))
+        rows = index if isinstance(index, Tensor) else torch.as_tensor(index)
+        return self._gather(check_rows(rows, self._count))
+
+    def range(self, first: int, last: int) -> LazyRows:
+        """Rows [first, last) as an array of their own, still lazy."""
+        if self._selection is None:
+            return LazyRows(self._files, self._first + first, last - first)
+        return LazyRows(self._files, 0, last - first, self._selection[first:last])
+
+    def select(self, rows: Tensor) -> LazyRows:
+        """The ascending ``rows`` (n,) int64 as an array of their own, still lazy."""
+        return LazyRows(self._files, 0, len(rows), self.stored_rows(rows))
+
+    def stored_rows(self, rows: Tensor) -> Tensor:
+        """Row numbers in the stored datastore of ``rows`` of this view."""
+        return rows + self._first if self._selection is None else self._selection[rows]
+
+    def identity(self) -> bytes:
+        """Bytes that differ between views of other rows."""
+        if self._selection is None:
+            return f"{self._first}+{self._count}".encode()
+        return self._selection.numpy().tobytes()
+
+    def unmap(self) -> None:
+        """Let go of every mapping that no tensor uses."""
+        self._files.unmap()
+
+    def _read(self, first: int, last: int) -> Tensor:
+        if self._selection is None:
+            return self._files.read(self._first + first, self._first + last)
+        return self._files.gather(self._selection[first:last])
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        stored = self.stored_rows(rows.reshape(-1))
+        return self._files.gather(stored).view(*rows.shape, *self._files.row_shape)
+
+
+def check_rows(rows: Tensor, num_entries: int, *, padding: bool = False) -> Tensor:
+    """``rows`` as int64 on the CPU; IndexError outside [0, num_entries).
+
+    -1 is refused rather than read as the last row: in search results it is padding. ``padding``
+    lets it through.
+    """
+    if rows.numel() == 0:
+        return rows.to("cpu", torch.int64)
+    if rows.dtype in (torch.bool, torch.uint64) or rows.is_floating_point() or rows.is_complex():
+        raise TypeError(f"rows: got dtype {rows.dtype}, want int64 row numbers")
+    rows = rows.to("cpu", torch.int64)
+    low, high = (int(bound) for bound in rows.aminmax())
+    if low < (-1 if padding else 0) or high >= num_entries:
+        raise IndexError(
+            f"rows: got row {low if low < 0 else high}, want rows in [0, {num_entries}); "
+            "-1 is the padding of a search, mask it first"
+        )
+    return rows

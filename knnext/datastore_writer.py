@@ -1,0 +1,354 @@
+"""Building a datastore so that a kill at any moment loses only what came after the last commit.
+
+Rows go straight to the end of the last shard; nothing on disk counts until ``build.json`` says so.
+A commit syncs the files, then replaces ``build.json``. Finishing renames it to ``meta.json``. The
+bytes of the files depend on the rows alone, not on how they were cut into appends and commits, so
+a resumed build ends with the same bytes as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import torch
+
+from knnext.datastore_batch import Batch, check_batch
+from knnext.datastore_documents import DocumentWriter
+from knnext.datastore_errors import (
+    CorruptDatastoreError,
+    DatastoreWriteError,
+    IncompatibleDatastoreError,
+)
+from knnext.datastore_files import (
+    AppendFile,
+    WriterLock,
+    check_file,
+    file_checksum,
+    parse_checksum,
+    replace_file,
+    sync_directory,
+)
+from knnext.datastore_meta import (
+    BUILD_FILE,
+    META_FILE,
+    NAMES_FILE,
+    STARTS_FILE,
+    DatastoreMeta,
+    FileMeta,
+    ShardMeta,
+    shard_names,
+    to_json,
+)
+from knnext.datastore_rows import ShardFiles
+
+
+class _OpenShard:
+    """The shard that still grows."""
+
+    def __init__(self, directory: Path, index: int, shard: ShardMeta | None = None) -> None:
+        self.rows = 0 if shard is None else shard.rows
+        parts = (None, None) if shard is None else (shard.keys, shard.values)
+        self.keys, self.values = (
+            AppendFile(directory / name)
+            if part is None
+            else AppendFile(directory / name, part.num_bytes, parse_checksum(part.checksum))
+            for name, part in zip(shard_names(index), parts, strict=True)
+        )
+
+    def append(self, batch: Batch, first: int, count: int) -> None:
+        keys = batch.keys[first : first + count]
+        self.keys.append(keys.view(torch.uint8).numpy().data.cast("B"))
+        self.values.append(batch.values[first : first + count].data.cast("B"))
+        self.rows += count
+
+    def meta(self) -> ShardMeta:
+        keys, values = (
+            FileMeta(file.path.name, file.length, file.checksum)
+            for file in (self.keys, self.values)
+        )
+        return ShardMeta(self.rows, keys, values)
+
+    def sync(self) -> None:
+        self.keys.sync()
+        self.values.sync()
+
+    def close(self) -> None:
+        self.keys.close()
+        self.values.close()
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where a failed append returns to."""
+
+    sealed: int
+    shard: ShardMeta | None
+    documents: Any
+
+
+class DatastoreWriter:
+    """The writing side of one datastore. Made by ``datastore_resume.open_writer``."""
+
+    def __init__(
+        self, directory: Path, meta: DatastoreMeta, lock: WriterLock, commit_seconds: float
+    ) -> None:
+        self.directory = directory
+        self._base = meta
+        self._lock = lock
+        self._failure: str | None = None
+        self._commit_seconds = commit_seconds
+        self._commit_time = time.monotonic()
+        self._committed = to_json(meta)
+        self._commit_due = False
+        self._planned_names: Sequence[str] = ()
+        self._sealed = list(meta.shards)
+        self._shard: _OpenShard | None = None
+        self._documents: DocumentWriter | None = None
+        self._reopen(meta)
+
+    def _reopen(self, meta: DatastoreMeta) -> None:
+        _remove_leftovers(self.directory, meta)
+        for shard in meta.shards:
+            for part in (shard.keys, shard.values):
+                check_file(self.directory / part.file, part.num_bytes)
+        if self._sealed and self._sealed[-1].rows < meta.entries_per_shard:
+            last = self._sealed.pop()
+            _check_content(self.directory, last.keys, last.values)
+            self._shard = _OpenShard(self.directory, len(self._sealed), last)
+        if meta.documents is not None:
+            _check_content(self.directory, meta.documents.starts, meta.documents.names)
+            self._documents = DocumentWriter(self.directory, meta.documents)
+
+    @property
+    def num_entries(self) -> int:
+        """Rows appended so far, committed or not."""
+        sealed = len(self._sealed) * self._base.entries_per_shard
+        return sealed + (0 if self._shard is None else self._shard.rows)
+
+    def meta(self) -> DatastoreMeta:
+        """What a commit would write now."""
+        shards = list(self._sealed)
+        if self._shard is not None and self._shard.rows:
+            shards.append(self._shard.meta())
+        documents = None if self._documents is None else self._documents.meta()
+        return replace(
+            self._base,
+            num_entries=self.num_entries,
+            shards=tuple(shards),
+            documents=documents,
+        )
+
+    def set_document_names(self, names: Sequence[str]) -> None:
+        bad = next((name for name in names if not isinstance(name, str)), None)
+        if bad is not None or isinstance(names, str):
+            raise TypeError(f"names: got {bad or names!r}, want a sequence of str")
+        self._planned_names = tuple(names)
+        if self._documents is not None:
+            self._documents.plan_names(self._planned_names)
+
+    def append(self, keys: Any, values: Any, documents: Any, start: int | None) -> None:
+        """See :meth:`knnext.datastore.Datastore.append`."""
+        self._check_usable()
+        first = self.num_entries if start is None else start
+        batch = check_batch(self._base, keys, values, documents, first)
+        batch = self._skip_known(batch, first)
+        if not len(batch):
+            return
+        self._check_documents_kept(batch)
+        # Before the rows rather than after: an append that raises has then appended nothing.
+        if self._commit_due or time.monotonic() - self._commit_time > self._commit_seconds:
+            self.commit()
+        with self._all_or_nothing():
+            self._append_documents(batch)
+            self._append_rows(batch)
+
+    def _skip_known(self, batch: Batch, first: int) -> Batch:
+        known = self.num_entries - first
+        if known < 0 or first < 0:
+            raise ValueError(
+                f"start: got {first}, want at most {self.num_entries}, the next row: "
+                "a gap would lose rows"
+            )
+        known = min(known, len(batch))
+        if known:
+            stored = self._stored_values(first, first + known)
+            differs = (stored != torch.from_numpy(batch.values[:known])).nonzero()
+            if len(differs):
+                raise IncompatibleDatastoreError(
+                    f"{self.directory}: row {first + int(differs[0])} is stored with another "
+                    "value; this is not the text that the build began with"
+                )
+        return batch.drop(known)
+
+    def _stored_values(self, first: int, last: int) -> torch.Tensor:
+        shards = [(self.directory / shard.values.file, shard.rows) for shard in self.meta().shards]
+        return ShardFiles(shards, (), torch.int32).read(first, last)
+
+    def _check_documents_kept(self, batch: Batch) -> None:
+        given = batch.ids is not None or batch.runs is not None
+        if self.num_entries and given != (self._documents is not None):
+            has = "without" if given else "with"
+            raise ValueError(
+                f"documents: this datastore was begun {has} documents; "
+                "give them with every append, or with none"
+            )
+
+    def _append_documents(self, batch: Batch) -> None:
+        if batch.ids is None and batch.runs is None:
+            return
+        if self._documents is None:
+            self._documents = DocumentWriter(self.directory, None)
+            self._documents.plan_names(self._planned_names)
+        if batch.ids is not None:
+            self._documents.append_ids(batch.ids, self.num_entries)
+        elif batch.runs is not None:
+            self._documents.append_runs(batch.runs, self.num_entries)
+
+    def _append_rows(self, batch: Batch) -> None:
+        done = 0
+        while done < len(batch):
+            if self._shard is None:
+                self._shard = _OpenShard(self.directory, len(self._sealed))
+            count = min(len(batch) - done, self._base.entries_per_shard - self._shard.rows)
+            self._shard.append(batch, done, count)
+            done += count
+            if self._shard.rows == self._base.entries_per_shard:
+                self._seal()
+
+    def _seal(self) -> None:
+        assert self._shard is not None
+        self._shard.sync()
+        self._shard.close()
+        self._sealed.append(self._shard.meta())
+        self._shard = None
+        self._commit_due = True
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        mark = _Mark(
+            len(self._sealed),
+            None if self._shard is None else self._shard.meta(),
+            None if self._documents is None else self._documents.mark(),
+        )
+        try:
+            yield
+        except BaseException as error:
+            self._try_to(lambda: self._roll_back(mark))
+            if isinstance(error, OSError):
+                raise self._write_error(error) from error
+            raise
+
+    def _roll_back(self, mark: _Mark) -> None:
+        if self._shard is not None:
+            self._shard.close()
+        del self._sealed[mark.sealed :]
+        self._shard = None
+        if mark.shard is not None:
+            self._shard = _OpenShard(self.directory, mark.sealed, mark.shard)
+        if self._documents is not None:
+            if mark.documents is None:
+                self._documents.close()
+                self._documents = None
+            else:
+                self._documents.roll_back(mark.documents)
+        _remove_leftovers(self.directory, self.meta())
+
+    def _try_to(self, recover: Callable[[], None]) -> None:
+        try:
+            recover()
+        except OSError as error:
+            self._failure = f"could not undo a failed write ({error})"
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise DatastoreWriteError(
+                f"{self.directory}: {self._failure}; what was committed is intact. "
+                "Close this build and resume it"
+            )
+
+    def _write_error(self, error: OSError) -> DatastoreWriteError:
+        free = disk_usage(self.directory).free
+        return DatastoreWriteError(
+            f"{self.directory}: {error.strerror or error} after {self.num_entries:,} entries "
+            f"({free:,} bytes free on this disk). Nothing written before is lost: make room and "
+            "append again, or resume with Datastore.create(..., resume=True)"
+        )
+
+    def commit(self) -> None:
+        """Make every row so far survive a kill or a power cut."""
+        self._check_usable()
+        content = to_json(self.meta())
+        if content != self._committed:
+            try:
+                self._sync()
+                replace_file(self.directory / BUILD_FILE, content)
+            except OSError as error:
+                raise self._write_error(error) from error
+            self._committed = content
+        self._commit_due = False
+        self._commit_time = time.monotonic()
+
+    def _sync(self) -> None:
+        if self._shard is not None:
+            self._shard.sync()
+        if self._documents is not None:
+            self._documents.sync()
+        sync_directory(self.directory)  # the names of new shards, before build.json lists them
+
+    def finish(self) -> None:
+        """Commit, and turn the build into a finished datastore."""
+        self._check_usable()
+        if self._documents is not None:
+            with self._all_or_nothing():
+                self._documents.end(self.num_entries)
+        self.commit()
+        build = self.directory / BUILD_FILE
+        if build.exists():
+            try:
+                build.replace(self.directory / META_FILE)
+                sync_directory(self.directory)
+            except OSError as error:
+                raise self._write_error(error) from error
+        self.release()
+
+    def abandon(self) -> None:
+        """Commit what can be committed and let go; the build stays unfinished."""
+        try:
+            self.commit()
+        except DatastoreWriteError:
+            pass  # the last commit stands, and the caller has an error of its own to show
+        finally:
+            self._failure = "this build was left after an error"
+            self.release()
+
+    def release(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+        if self._documents is not None:
+            self._documents.close()
+        self._lock.release()
+
+
+def _remove_leftovers(directory: Path, meta: DatastoreMeta) -> None:
+    """Remove what was begun after ``meta``: shards, document tables, temporary files."""
+    known = {file.file for file in meta.files()}
+    patterns = ("keys-*.bin", "values-*.bin", STARTS_FILE, NAMES_FILE, "*.json.tmp")
+    for path in (path for pattern in patterns for path in directory.glob(pattern)):
+        if path.name not in known:
+            path.unlink()
+
+
+def _check_content(directory: Path, *parts: FileMeta) -> None:
+    for part in parts:
+        path = directory / part.file
+        check_file(path, part.num_bytes)
+        crc = file_checksum(path, part.num_bytes)
+        if crc is None or crc != parse_checksum(part.checksum):
+            problem = f"{path}: the committed part has changed since it was written"
+            raise CorruptDatastoreError(f"{problem}; it cannot be resumed", [problem])
