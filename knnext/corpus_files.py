@@ -23,16 +23,23 @@ import gzip
 import json
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from knnext.documents import CorpusError, Document, unique_names
 
-_TEXT_SUFFIXES = frozenset(
-    ".txt .text .tokens .raw .md .markdown .rst .py .pyi .c .h .cc .cpp .hpp .cu .cuh .java .js "
-    ".ts .go .rs .rb .pl .sh .tex .org .adoc .html .xml .csv .tsv .jsonl".split()
-)
-_PACKED = {".xz": lzma.open, ".gz": gzip.open}
+# fmt: off
+_TEXT_SUFFIXES = frozenset({
+    ".txt", ".text", ".tokens", ".raw", ".jsonl", ".csv", ".tsv",
+    ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".html", ".xml",
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java",
+    ".js", ".ts", ".go", ".rs", ".rb", ".pl", ".sh",
+})
+# fmt: on
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".xz": lzma.decompress,
+    ".gz": gzip.decompress,
+}
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -102,14 +109,13 @@ def _is_text(path: Path) -> bool:
 
 def _plain_name(name: str) -> str:
     """The name without the suffix of its packing."""
-    return name[: -len(Path(name).suffix)] if Path(name).suffix in _PACKED else name
+    return name[: -len(Path(name).suffix)] if Path(name).suffix in _UNPACK else name
 
 
 def _read(path: Path) -> str:
-    opener = _PACKED.get(path.suffix)
+    unpack = _UNPACK.get(path.suffix, bytes)
     try:
-        raw = opener(path, "rb").read() if opener else path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        text = unpack(path.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(f"corpus file {path} is not UTF-8 text: {error}") from error
     except (OSError, EOFError, lzma.LZMAError) as error:

@@ -17,14 +17,10 @@ from pathlib import Path
 from knnext.documents import CorpusError, Document
 
 #: Folders that are no part of the library's own text, wherever they stand in the path.
-_SKIPPED_FOLDERS = frozenset(
-    # tests
-    "test tests idle_test testing __phello__ "
-    # other people's code, or code that is kept in two places
-    "site-packages dist-packages _vendor _vendored _bundled pgen2 "
-    # tables and compiled things
-    "encodings __pycache__ lib-dynload".split()
-)
+_TESTS = {"test", "tests", "idle_test", "testing", "__phello__"}
+_VENDORED = {"site-packages", "dist-packages", "_vendor", "_vendored", "_bundled", "pgen2"}
+_TABLES = {"encodings", "__pycache__", "lib-dynload"}
+_SKIPPED_FOLDERS = frozenset(_TESTS | _VENDORED | _TABLES)
 _TABLE_ROW = re.compile(
     r"""^\s*[-'"\d(\[{bu].*[,:}\])]\s*(\#.*)?$"""  # a literal that goes on: 'a': 1,  (1, 2),  0x1f,
     r"""|^\s*\w+\s*[:=]\s*-?[\d'"]+,?\s*(\#.*)?$"""  # NAME = 17

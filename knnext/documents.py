@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-#: Shares of the hash range given to train, valid and test where a corpus brings no split of its own.
+#: Shares of train and valid (the rest is test) where a corpus brings no split of its own.
 TRAIN_SHARE, VALID_SHARE = 0.8, 0.1
 
 SPLITS = ("train", "valid", "test")
@@ -107,6 +107,7 @@ def cap_bytes(documents: list[Document], max_bytes: int, seed: int) -> list[Docu
             "bytes, and documents are kept whole"
         )
     return [documents[i] for i in sorted(kept)]
+
 
 def unique_names(documents: list[Document]) -> list[Document]:
     """Appends ``~2``, ``~3`` to names that return: names address documents in a datastore."""

@@ -87,7 +87,7 @@ def _output_layer(model: nn.Module) -> KeyModule:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     for name, module in model.named_modules():
-        if module is head:
+        if head is not None and module is head:
             return KeyModule(name, module, "input")
     raise ValueError(
         f"{type(model).__name__} has no output layer (get_output_embeddings() gives none): load it "
@@ -110,9 +110,7 @@ def _named_module(model: nn.Module, key_layer: str) -> KeyModule:
 
 
 @contextmanager
-def capture_hidden_states(
-    model: nn.Module, key_layer: str | KeyModule
-) -> Iterator[CapturedStates]:
+def capture_hidden_states(model: nn.Module, key_layer: str | KeyModule) -> Iterator[CapturedStates]:
     """Reads the keys of every forward pass inside the block, with a hook that ends with it.
 
     Yields an object whose ``states(batch)`` gives the latest pass's keys. A module that runs more

@@ -79,7 +79,7 @@ class ModelForward:
 
     def _run_whole(self, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
         length = ids.shape[1]
-        extra = dict(self._extra)
+        extra: dict[str, Any] = dict(self._extra)
         if self._can_keep:
             only_keys = not (self.with_log_p_lm or self.with_logits)
             first = int(wanted.any(dim=0).int().argmax())

@@ -1,0 +1,141 @@
+"""Builds a datastore from a model and a token stream, and goes on where an earlier run stopped.
+
+A row is a state and the token that followed it; its document is the one in which that token lies.
+So the separator that opens a document is a row too, of that document: its state is the last of the
+document before (the paper stores its ``</s>`` likewise), and every target of an evaluation over
+the same text has exactly one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knnext.block_trace import trace_inputs
+from knnext.corpus import TokenizedDocuments
+from knnext.datastore import Datastore
+from knnext.hidden_states import default_block_size, find_key_module, hidden_states
+from knnext.key_layer import capture_hidden_states, evaluating
+from knnext.progress import Progress
+
+_SAMPLED_VALUES = 4096
+
+
+def build_datastore(
+    model: nn.Module,
+    tokenizer: Any,
+    tokenized: TokenizedDocuments,
+    path: str | Path,
+    *,
+    key_layer: str = "att",
+    metric: str = "l2",
+    dtype: torch.dtype = torch.float16,
+    block_size: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    corpus: str | None = None,
+    resume: bool = True,
+) -> Datastore:
+    """The finished datastore of ``len(tokenized) - 1`` rows at ``path``, opened for reading.
+
+    Where ``path`` holds the beginning of this very build, it is continued, and the result has the
+    same bytes as an unbroken one; a finished one is opened as it is. Model, revision, tokenizer,
+    text, windows and batches are written into the datastore, and a build that differs in any of
+    them is refused by name (IncompatibleDatastoreError). ``resume=False`` refuses any datastore
+    that is there. ``corpus`` describes the text, for people. See ``hidden_states`` for the windows.
+    """
+    block = default_block_size(model) if block_size is None else block_size
+    step = max(1, block // 2) if stride is None else stride
+    total = max(0, len(tokenized) - 1)
+    model_id, revision = model_identity(model)
+    store = Datastore.create(
+        path,
+        _key_width(model, key_layer),
+        dtype,
+        metric=metric,
+        key_layer=key_layer,
+        model_id=model_id,
+        model_revision=revision,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        vocab_size=_vocab_size(model),
+        corpus=corpus,
+        origin={
+            "tokens": _sha256(tokenized.tokens.tobytes()),
+            "block_size": block,
+            "stride": step,
+            "batch_size": batch_size,
+        },
+        resume=resume,
+    )
+    with store, Progress(total, "build the datastore", "tokens") as bar:
+        store.set_document_names(tokenized.names)
+        bar.update(store.num_entries)
+        batches = hidden_states(
+            model,
+            tokenized.tokens,
+            key_layer=key_layer,
+            block_size=block,
+            stride=step,
+            batch_size=batch_size,
+            dtype=dtype,
+            start=store.num_entries,
+        )
+        for batch in batches:
+            documents = tokenized.document_of(batch.positions.cpu().numpy() + 1)
+            store.append(batch.keys, batch.targets, torch.from_numpy(documents))
+            bar.update(len(batch))
+    return store
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """``sha256:...`` of a fast tokenizer's whole definition: vocabulary, merges, normalization."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TypeError(f"tokenizer must be a fast one, got {type(tokenizer).__name__}")
+    return _sha256(backend.to_str().encode())
+
+
+def model_identity(model: nn.Module) -> tuple[str, str]:
+    """(id, revision) of a model: its hub name or class, and its commit or a hash of its weights.
+
+    The weights' hash covers names, shapes and up to 4,096 values of each parameter, which tells
+    models of one family and checkpoints of one training apart without reading all of a large one.
+    A path is not part of the identity: a model that is moved stays the same model.
+    """
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    commit = getattr(config, "_commit_hash", None)
+    if commit:
+        return str(name), str(commit)
+    digest = hashlib.sha256()
+    for parameter_name, parameter in model.named_parameters():
+        digest.update(f"{parameter_name} {tuple(parameter.shape)}".encode())
+        digest.update(_sampled(parameter.detach()).numpy().tobytes())
+    return type(model).__name__, f"weights:{digest.hexdigest()[:16]}"
+
+
+def _sampled(parameter: Tensor) -> Tensor:
+    flat = parameter.flatten()
+    step = max(1, flat.numel() // _SAMPLED_VALUES)
+    return flat[::step].float().cpu().contiguous()
+
+
+def _key_width(model: nn.Module, key_layer: str) -> int:
+    key = find_key_module(model, key_layer)
+    with evaluating(model), capture_hidden_states(model, key) as captured:
+        model(**trace_inputs(model))
+        return int(captured.states(1).shape[-1])
+
+
+def _vocab_size(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
+    return int(size) if size else int(model.get_input_embeddings().weight.shape[0])  # type: ignore
+
+
+def _sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
