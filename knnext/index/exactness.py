@@ -96,9 +96,7 @@ class _Float64Search:
     def _distances(self, keys: Tensor) -> Tensor:
         if self.metric == "ip":
             return -(self.queries @ keys.T)
-        return torch.cdist(
-            self.queries, keys, compute_mode="donot_use_mm_for_euclid_dist"
-        ).square()
+        return torch.cdist(self.queries, keys, compute_mode="donot_use_mm_for_euclid_dist").square()
 
     def _keep(self, distances: Tensor, rows: Tensor) -> None:
         distances = torch.cat([self.best, distances], 1)

@@ -84,7 +84,9 @@ def group_queries(
         return []
     if exclude_documents is None:
         return [QueryGroup(None, ())]
-    num_documents = document_offsets.numel() - 1
+    num_documents = max(document_offsets.numel() - 1, 0)
+    if num_documents == 0:
+        raise ValueError("exclude_documents was given, but the datastore has no documents")
     if not isinstance(exclude_documents, Tensor):
         ids = sorted({int(document) for document in exclude_documents})
         _check_documents(ids, num_documents, lowest=0)
@@ -97,9 +99,7 @@ def group_queries(
         return [QueryGroup(None, _excluded_rows(int(ids_present[0]), document_offsets))]
     return [
         QueryGroup(rows, _excluded_rows(document, document_offsets))
-        for document, rows in zip(
-            ids_present.tolist(), order.split(counts.tolist()), strict=True
-        )
+        for document, rows in zip(ids_present.tolist(), order.split(counts.tolist()), strict=True)
     ]
 
 

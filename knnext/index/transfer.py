@@ -67,9 +67,7 @@ def _fit(slot: _Slot, keys: Tensor, device: torch.device | None) -> _Slot:
     return _new_slot(keys, device)
 
 
-def _send(
-    keys: Tensor, slot: _Slot, stream: torch.cuda.Stream, device: torch.device
-) -> Tensor:
+def _send(keys: Tensor, slot: _Slot, stream: torch.cuda.Stream, device: torch.device) -> Tensor:
     rows = keys.shape[0]
     slot.sent.synchronize()  # the host may not touch pinned memory that is still being read
     slot.pinned[:rows].copy_(keys)

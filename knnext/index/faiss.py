@@ -1,0 +1,346 @@
+"""Approximate search with FAISS: inverted lists of product codes as in the paper, or any factory.
+
+FAISS chooses which k rows are kept (the mask). Their distances can be FAISS's own, computed from
+the codes, or the real ones, recomputed from the stored keys (`rescore=True`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnext.index import faiss_build, faiss_library
+from knnext.index.base import TokenTable
+from knnext.index.queries import QueryGroup, Range, check_k, group_queries, prepare_queries
+from knnext.index.sidecar import (
+    IndexMismatchError,
+    Sidecar,
+    check_recipe,
+    file_crc32,
+    read_sidecar,
+)
+from knnext.ops import merge_topk, rescore
+
+if TYPE_CHECKING:
+    from knnext.datastore import Datastore
+
+DEFAULT_NPROBE = 32  # the paper's, of 4,096 lists
+GPU_MAX_K = 2048
+_QUERY_BATCH = 4096
+
+
+class FaissIndex(TokenTable):
+    """Neighbors from a FAISS index over a datastore. Made by `build` or `open`."""
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        index: Any,
+        sidecar: Sidecar,
+        path: Path,
+        *,
+        nprobe: int | None = None,
+        rescore: bool = False,
+        gather_bytes: int = 256 << 20,
+        gpu: bool | str = "auto",
+    ) -> None:
+        self.datastore = datastore
+        self.metric = datastore.metric
+        self.sidecar = sidecar
+        self.path = path
+        self.nprobe = _check_nprobe(sidecar.nprobe if nprobe is None else nprobe)
+        self.rescore = rescore
+        self.gather_bytes = gather_bytes
+        self._cpu_index = index
+        self._gpu_index = faiss_library.to_gpu(index) if _use_gpu(gpu) else None
+
+    @classmethod
+    def build(
+        cls,
+        datastore: Datastore,
+        path: str | Path | None = None,
+        factory: str | None = None,
+        *,
+        train_size: int | None = None,
+        seed: int = 1,
+        nprobe: int | None = None,
+        add_chunk: int = 65_536,
+        segment_rows: int | None = None,
+        gpu: bool | str = "auto",
+        overwrite: bool = False,
+        rescore: bool = False,
+    ) -> FaissIndex:
+        """Build the index of a datastore, or go on with a build that was interrupted.
+
+        A finished index of the same recipe is opened as it is. Memory: the training sample in
+        float32 (`train_size` x dim x 4 bytes), then the codes.
+
+        Args:
+            datastore: an open datastore; all of its rows are indexed.
+            path: the folder of the index; `<datastore folder>.index` beside it by default.
+            factory: FAISS factory string; by default `IVF4096,PQ64` as in the paper, scaled down
+                to the data (see `faiss_build.default_factory`).
+            train_size: rows drawn for training without replacement; by default 256 a list, at
+                least 65,536 and at most 1,000,000 (the paper's number).
+            seed: of the sample and of k-means.
+            nprobe: inverted lists visited per query, kept with the index; 32 as in the paper.
+            add_chunk: rows converted to float32 at once (`add_chunk` x dim x 4 bytes).
+            segment_rows: rows between two checkpoints; by default 1,048,576 or N / 32.
+            gpu: True, False or `"auto"`: use GPUs where this FAISS sees any.
+            overwrite: discard whatever index, finished or not, is in the folder.
+            rescore: see `search`.
+
+        Raises:
+            IndexMismatchError: the folder holds an index of another recipe.
+            ValueError: a factory string or size that does not suit the datastore.
+        """
+        folder = default_path(datastore) if path is None else Path(path)
+        nprobe = _check_nprobe(DEFAULT_NPROBE if nprobe is None else nprobe)
+        recipe = faiss_build.make_recipe(datastore, factory, train_size, seed, segment_rows)
+        if overwrite:
+            faiss_build.discard(folder)
+        sidecar_path = folder / faiss_build.SIDECAR_FILE
+        if sidecar_path.exists():
+            check_recipe(read_sidecar(sidecar_path).recipe, recipe, folder)
+        else:
+            faiss_build.build(
+                datastore, folder, recipe, nprobe=nprobe, add_chunk=add_chunk, gpu=_use_gpu(gpu)
+            )
+        return cls.open(folder, datastore, nprobe=nprobe, gpu=gpu, rescore=rescore)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | None,
+        datastore: Datastore,
+        *,
+        nprobe: int | None = None,
+        rescore: bool = False,
+        gather_bytes: int = 256 << 20,
+        gpu: bool | str = "auto",
+        verify: bool = True,
+    ) -> FaissIndex:
+        """Open a finished index (None: the default place) with the datastore it was built from.
+
+        `verify` reads the file once more and compares its checksum.
+
+        Raises:
+            FileNotFoundError: there is no finished index in the folder.
+            IndexMismatchError: the index is damaged, or was built from another datastore, with
+                another metric or for another number of rows.
+        """
+        folder = default_path(datastore) if path is None else Path(path)
+        sidecar_path = folder / faiss_build.SIDECAR_FILE
+        if not sidecar_path.exists():
+            raise FileNotFoundError(
+                f"there is no finished index in {folder}: FaissIndex.build makes one, and goes on "
+                "with one that was interrupted"
+            )
+        sidecar = read_sidecar(sidecar_path)
+        _check_datastore(sidecar, datastore, folder)
+        file = folder / faiss_build.INDEX_FILE
+        _check_file(file, sidecar, verify)
+        index = _read_checked(file, sidecar)
+        return cls(
+            datastore,
+            index,
+            sidecar,
+            folder,
+            nprobe=nprobe,
+            rescore=rescore,
+            gather_bytes=gather_bytes,
+            gpu=gpu,
+        )
+
+    @property
+    def factory(self) -> str:
+        """The FAISS factory string the index was built with."""
+        return self.sidecar.recipe.factory
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the index file."""
+        return self.sidecar.num_bytes
+
+    def with_options(self, *, nprobe: int | None = None, rescore: bool | None = None) -> FaissIndex:
+        """The same index in memory, searched with other settings by default."""
+        other = copy.copy(self)
+        other.nprobe = self.nprobe if nprobe is None else _check_nprobe(nprobe)
+        other.rescore = self.rescore if rescore is None else rescore
+        return other
+
+    def search(
+        self,
+        queries: Tensor,
+        k: int,
+        exclude_documents: Tensor | Sequence[int] | None = None,
+        *,
+        rescore: bool | None = None,
+        nprobe: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k neighbors that FAISS finds for each query, in order of (distance, index).
+
+        Args:
+            queries: (Q, dim), any float dtype, rounded to the keys' dtype like those of the exact
+                index, then given to FAISS in float32.
+            k: neighbors per query. Where the lists visited hold fewer, the tail is padding.
+            exclude_documents: None; an integer tensor (Q,) of one document a query, -1 for none;
+                or a sequence of documents that no query may find. The rows are left out inside
+                the search, as if they were not in the lists. With this, GPUs are not used: their
+                indexes take no filter.
+            rescore: recompute the distances of the rows found from the stored keys, and order by
+                them (the paper's real score on a FAISS mask).
+            nprobe: inverted lists to visit, instead of the index's own setting.
+
+        Returns:
+            `(distances, indices)`: (Q, k) float32 and (Q, k) int64 on the queries' device, with
+            the conventions of `knn_search`: L2 squared, inner products negated, padding +inf and
+            -1.
+        """
+        check_k(k)
+        nprobe = self.nprobe if nprobe is None else _check_nprobe(nprobe)
+        rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype).cpu()
+        distances = torch.full((rounded.shape[0], k), float("inf"))
+        indices = torch.full((rounded.shape[0], k), -1, dtype=torch.int64)
+        offsets = self.datastore.document_offsets
+        for group in group_queries(exclude_documents, offsets, rounded.shape[0]):
+            for rows in _batches(group, rounded.shape[0], _QUERY_BATCH):
+                batch = faiss_library.as_float32(rounded[rows])
+                found = self._search_batch(batch, k, group.excluded, nprobe)
+                distances[rows], indices[rows] = merge_topk(*found, k)
+        if self.rescore if rescore is None else rescore:
+            distances, indices = self._rescore(rounded, indices)
+        return distances.to(queries.device), indices.to(queries.device)
+
+    def _search_batch(
+        self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
+    ) -> tuple[Tensor, Tensor]:
+        if self._gpu_index is not None and not excluded and k <= GPU_MAX_K:
+            faiss_library.set_nprobe(self._gpu_index, nprobe)
+            return self._convert(*self._gpu_index.search(queries, k))
+        parameters = faiss_library.search_parameters(self._cpu_index, nprobe, excluded)
+        if parameters is not None:
+            return self._convert(*self._cpu_index.search(queries, k, params=parameters[0]))
+        return self._overfetch(queries, k, excluded, nprobe)
+
+    def _overfetch(
+        self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
+    ) -> tuple[Tensor, Tensor]:
+        """For an index without filters: ask for as many rows more as could be dropped."""
+        faiss_library.set_nprobe(self._cpu_index, nprobe)
+        more = sum(stop - start for start, stop in excluded)
+        wanted = min(k + more, max(k, self.datastore.num_entries))
+        distances, indices = self._convert(*self._cpu_index.search(queries, wanted))
+        for start, stop in excluded:
+            indices.masked_fill_((indices >= start) & (indices < stop), -1)
+        return distances, indices
+
+    def _convert(
+        self, distances: NDArray[np.float32], indices: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        """FAISS's scores as distances: similarities negated, rounding below zero cut off."""
+        found = torch.from_numpy(distances)
+        # Table look-ups can push the distance of a near-identical code just below zero.
+        found = -found if self.metric == "ip" else found.clamp_min(0)
+        rows = torch.from_numpy(indices)
+        return found.masked_fill_(rows < 0, float("inf")), rows
+
+    def _rescore(self, queries: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Real distances of the rows found, a batch of queries at a time.
+
+        A batch's rows are read once each and in ascending order, so that a memory map is read
+        forwards; `gather_bytes` bounds what is held.
+        """
+        k = indices.shape[1]
+        row_bytes = self.datastore.dim * self.datastore.dtype.itemsize
+        step = max(1, self.gather_bytes // (k * row_bytes))
+        distances = torch.full(indices.shape, float("inf"))
+        for begin in range(0, queries.shape[0], step):
+            part = slice(begin, begin + step)
+            rows, local = indices[part].unique(return_inverse=True)  # ascending, -1 first
+            padding = int(rows.numel() > 0 and rows[0] < 0)
+            keys = self.datastore.keys[rows[padding:]]
+            scores = rescore(queries[part], keys, local - padding, self.metric)
+            distances[part], indices[part] = merge_topk(scores, indices[part], k)
+        return distances, indices
+
+
+def default_path(datastore: Datastore) -> Path:
+    """`<datastore folder>.index`, beside the datastore's folder."""
+    folder = Path(datastore.path).resolve()
+    return folder.with_name(folder.name + ".index")
+
+
+def _batches(group: QueryGroup, num_queries: int, size: int) -> list[slice | Tensor]:
+    if group.queries is not None:
+        return list(group.queries.split(size))
+    return [slice(a, min(a + size, num_queries)) for a in range(0, num_queries, size)]
+
+
+def _check_nprobe(nprobe: int) -> int:
+    if isinstance(nprobe, bool) or not isinstance(nprobe, int) or nprobe < 1:
+        raise ValueError(f"nprobe must be an integer of at least 1, got {nprobe!r}")
+    return nprobe
+
+
+def _use_gpu(gpu: bool | str) -> bool:
+    if gpu not in (True, False, "auto"):
+        raise ValueError(f'gpu must be True, False or "auto", got {gpu!r}')
+    if gpu is False:
+        return False
+    available = faiss_library.num_gpus() > 0
+    if gpu is True and not available:
+        raise ValueError("gpu=True, but this FAISS sees no GPU")
+    return available
+
+
+def _check_datastore(sidecar: Sidecar, datastore: Datastore, folder: Path) -> None:
+    """Refuse any datastore but the one the index was built from, saying what differs."""
+    recipe = sidecar.recipe
+    for name, found, wanted in (
+        ("metric", recipe.metric, datastore.metric),
+        ("dim", recipe.dim, datastore.dim),
+        ("num_entries", recipe.num_entries, datastore.num_entries),
+        ("datastore", recipe.datastore, datastore.fingerprint),
+    ):
+        if found != wanted:
+            raise IndexMismatchError(
+                f"the index at {folder} was built for another datastore: {name} is {found!r} in "
+                f"the index and {wanted!r} in {datastore.path}"
+            )
+
+
+def _check_file(file: Path, sidecar: Sidecar, verify: bool) -> None:
+    if not file.exists():
+        raise IndexMismatchError(f"{file} is missing; build again with overwrite=True")
+    size = file.stat().st_size
+    if size != sidecar.num_bytes:
+        raise IndexMismatchError(
+            f"{file} has {size} bytes, its sidecar says {sidecar.num_bytes}; "
+            "build again with overwrite=True"
+        )
+    if verify and file_crc32(file) != sidecar.crc32:
+        raise IndexMismatchError(
+            f"{file} is damaged: its checksum differs from its sidecar's; "
+            "build again with overwrite=True"
+        )
+
+
+def _read_checked(file: Path, sidecar: Sidecar) -> Any:
+    """Load the index; what FAISS says of it must agree with the sidecar too."""
+    index = faiss_library.read(file)
+    found = (faiss_library.metric_of(index), int(index.d), int(index.ntotal))
+    recipe = sidecar.recipe
+    if found != (recipe.metric, recipe.dim, recipe.num_entries):
+        raise IndexMismatchError(
+            f"{file} holds (metric, dim, rows) {found}, its sidecar says "
+            f"{(recipe.metric, recipe.dim, recipe.num_entries)}"
+        )
+    return index

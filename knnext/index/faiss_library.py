@@ -1,0 +1,174 @@
+"""All calls into the `faiss` package, which is loaded only when one of them is made.
+
+torch is imported first on purpose: loading FAISS before it has given wrong neighbors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnext.index.queries import Range
+
+
+def load() -> ModuleType:
+    """The faiss module, or an error that says how to get it."""
+    try:
+        import faiss
+    except ImportError:
+        raise ImportError(
+            'FaissIndex needs the faiss package: pip install "knnext[faiss]"'
+        ) from None
+    return faiss
+
+
+def version() -> str:
+    return str(load().__version__)
+
+
+def num_gpus() -> int:
+    """GPUs that this FAISS can use; none where it was built without."""
+    faiss = load()
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0
+
+
+def create(factory: str, dim: int, metric: str) -> Any:
+    """An empty index from a factory string."""
+    faiss = load()
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    try:
+        return faiss.index_factory(dim, factory, kind)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"factory {factory!r} does not suit FAISS for dim {dim} and metric {metric!r}: {reason}"
+        ) from None
+
+
+def metric_of(index: Any) -> str:
+    faiss = load()
+    if index.metric_type == faiss.METRIC_L2:
+        return "l2"
+    return "ip" if index.metric_type == faiss.METRIC_INNER_PRODUCT else str(index.metric_type)
+
+
+def write(index: Any, path: Path) -> None:
+    load().write_index(index, str(path))
+
+
+def read(path: Path) -> Any:
+    return load().read_index(str(path))
+
+
+def as_float32(keys: Tensor) -> NDArray[np.float32]:
+    """(n, D) keys of any float dtype as the contiguous float32 that FAISS reads."""
+    array: NDArray[np.float32] = keys.detach().to("cpu", torch.float32).contiguous().numpy()
+    return array
+
+
+def ivf_of(index: Any) -> Any | None:
+    """The inverted file inside an index, or None where it has none."""
+    return load().try_extract_index_ivf(index)
+
+
+def num_lists(index: Any) -> int:
+    ivf = ivf_of(index)
+    return 0 if ivf is None else int(ivf.nlist)
+
+
+def set_seed(index: Any, seed: int) -> None:
+    """Seed every k-means that training will run."""
+    ivf = ivf_of(index)
+    quantizers = [index] if ivf is None else [load().downcast_index(ivf)]
+    if ivf is not None:
+        ivf.cp.seed = seed
+    for quantizer in quantizers:
+        if hasattr(quantizer, "pq"):
+            quantizer.pq.cp.seed = seed
+
+
+def can_merge(index: Any) -> bool:
+    """Whether rows can be added in pieces and joined later: inverted files and flat codes."""
+    faiss = load()
+    inner = _inner(index)
+    return isinstance(inner, (faiss.IndexIVF, faiss.IndexFlatCodes))
+
+
+def merge(index: Any, segment: Any) -> None:
+    """Append a segment; its ids go on where those of `index` end."""
+    flat = isinstance(_inner(index), load().IndexFlatCodes)
+    index.merge_from(segment, 0 if flat else index.ntotal)
+
+
+def to_gpu(index: Any) -> Any:
+    """A replica on every GPU, with half-precision tables: those of 64-byte codes need it."""
+    faiss = load()
+    options = faiss.GpuMultipleClonerOptions()
+    options.useFloat16LookupTables = True
+    return faiss.index_cpu_to_all_gpus(index, co=options)
+
+
+def to_cpu(index: Any) -> Any:
+    return load().index_gpu_to_cpu(index)
+
+
+def search_parameters(
+    index: Any, nprobe: int, excluded: tuple[Range, ...]
+) -> tuple[Any, list[Any]] | None:
+    """Parameters that set nprobe and leave out rows, and what must outlive them.
+
+    None where this kind of index takes no filter. FAISS keeps bare pointers to selectors, so the
+    list has to stay alive for as long as the parameters are used.
+    """
+    faiss = load()
+    selector, alive = _selector(excluded, index.ntotal)
+    inner = _inner(index)
+    if isinstance(inner, faiss.IndexIVF):
+        made = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
+    elif isinstance(inner, faiss.IndexFlatCodes):
+        made = faiss.SearchParameters(sel=selector)
+    else:
+        return None
+    if inner is not index:
+        alive.append(made)
+        made = faiss.SearchParametersPreTransform(index_params=made)
+    return made, alive
+
+
+def set_nprobe(index: Any, nprobe: int) -> None:
+    """Set nprobe on an index that takes no parameters at search time, or on its replicas."""
+    faiss = load()
+    if num_gpus() and hasattr(faiss, "GpuParameterSpace"):
+        faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+    elif num_lists(index):
+        faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+
+
+def _inner(index: Any) -> Any:
+    """The index behind a linear transform such as OPQ, with its own class."""
+    faiss = load()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.downcast_index(index.index)
+    return index
+
+
+def _selector(excluded: tuple[Range, ...], ntotal: int) -> tuple[Any, list[Any]]:
+    faiss = load()
+    if not excluded:
+        return None, []
+    if len(excluded) == 1:
+        inside = faiss.IDSelectorRange(*excluded[0])
+        return faiss.IDSelectorNot(inside), [inside]
+    # One bit a row answers many ranges in one look.
+    allowed = np.ones(ntotal, dtype=bool)
+    for start, stop in excluded:
+        allowed[start:stop] = False
+    bits = np.packbits(allowed, bitorder="little")
+    return faiss.IDSelectorBitmap(bits), [bits]

@@ -1,0 +1,133 @@
+"""The small file beside a FAISS index that says what it was built from.
+
+An index is worth nothing with another datastore: its ids are row numbers there. FAISS files know
+neither the datastore nor, once loaded as inner product, that they were meant for L2. The sidecar
+holds both, and opening checks them before a wrong neighbor can be returned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+MAGIC = "knnext-faiss-index"
+FORMAT_VERSION = 1
+_READ_BYTES = 8 << 20
+
+
+class IndexMismatchError(ValueError):
+    """An index file is damaged, or belongs to another datastore, metric or request."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what an index holds: two builds of one recipe are the same.
+
+    Attributes:
+        factory: the FAISS factory string.
+        metric: `"l2"` or `"ip"`.
+        num_entries: rows of the datastore, all of which are indexed.
+        dim: width of a key.
+        datastore: fingerprint of the datastore's contents.
+        seed: of the training sample and of k-means.
+        train_size: rows sampled for training.
+        segment_rows: rows a resumable piece.
+    """
+
+    factory: str
+    metric: str
+    num_entries: int
+    dim: int
+    datastore: str
+    seed: int
+    train_size: int
+    segment_rows: int
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A finished index: its recipe, how to search it, and its file's size and checksum."""
+
+    recipe: Recipe
+    nprobe: int
+    faiss_version: str
+    num_bytes: int
+    crc32: str
+    magic: str = MAGIC
+    format_version: int = FORMAT_VERSION
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        write_json(path, asdict(self))
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """Read and check the form of a sidecar; contents are compared by the caller."""
+    data = read_json(path)
+    if data.get("magic") != MAGIC:
+        raise IndexMismatchError(f"{path} does not describe a knnext FAISS index")
+    if data.get("format_version") != FORMAT_VERSION:
+        raise IndexMismatchError(
+            f"{path} has format version {data.get('format_version')}, "
+            f"this version of knnext reads {FORMAT_VERSION}"
+        )
+    try:
+        return Sidecar(**{**data, "recipe": Recipe(**data["recipe"])})
+    except (TypeError, KeyError) as error:
+        raise IndexMismatchError(f"{path} is incomplete: {error}") from None
+
+
+def check_recipe(found: Recipe, wanted: Recipe, path: Path) -> None:
+    """Refuse an index whose recipe differs, naming every field that does."""
+    differing = [
+        f"{field.name} is {getattr(found, field.name)!r}, wanted {getattr(wanted, field.name)!r}"
+        for field in fields(Recipe)
+        if getattr(found, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        raise IndexMismatchError(
+            f"the index at {path} was built from something else: {'; '.join(differing)}"
+        )
+
+
+def file_crc32(path: Path) -> str:
+    """CRC-32 of a file, read in pieces."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IndexMismatchError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise IndexMismatchError(f"{path} must hold a JSON object")
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    text = json.dumps(data, indent=2) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, force it to disk, then rename it into place."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,186 @@
+"""What one pass over a text leaves behind: enough to evaluate any temperature and lmbda at once.
+
+The language model and the search are the expensive parts, and neither depends on temperature or
+lmbda. Their results for every token of a text are kept here, in memory or as an `.npz` file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnext.ops import knn_target_log_prob
+
+FORMAT_VERSION = 1
+_TENSORS = ("log_p_lm", "targets", "document_ids", "ends_document", "distances", "tokens")
+_COUNTS = ("num_words", "num_bytes")
+
+
+@dataclass
+class StreamScores:
+    """Scores of n consecutive targets of a token stream.
+
+    Attributes:
+        log_p_lm: (n,) float32, the base model's log-probability of each target.
+        targets: (n,) int64 token ids; position i of the stream has token i + 1 as its target.
+        document_ids: (n,) int64, the document that position i belongs to.
+        ends_document: (n,) bool, whether the target is the mark between two documents.
+        distances: (n, k) float32, smaller is nearer, +inf is padding.
+        tokens: (n, k) int32, -1 is padding.
+        indices: (n, k) int64 rows of the datastore, or None where they were not kept.
+        document_names: one name a document.
+        num_words: (documents,) int64 words of each document's text.
+        num_bytes: (documents,) int64 bytes of each document's text in UTF-8.
+        seconds: time spent in each part: `"lm"`, `"search"`.
+    """
+
+    log_p_lm: Tensor
+    targets: Tensor
+    document_ids: Tensor
+    ends_document: Tensor
+    distances: Tensor
+    tokens: Tensor
+    indices: Tensor | None = None
+    document_names: Sequence[str] = ()
+    num_words: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    num_bytes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = self.num_tokens
+        for name in _TENSORS[1:]:
+            if getattr(self, name).shape[0] != count:
+                raise ValueError(
+                    f"{name} must have {count} rows like log_p_lm, "
+                    f"got {tuple(getattr(self, name).shape)}"
+                )
+        if self.distances.shape != self.tokens.shape:
+            raise ValueError(
+                f"distances and tokens must have one shape, got {tuple(self.distances.shape)} and "
+                f"{tuple(self.tokens.shape)}"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets scored, n."""
+        return self.log_p_lm.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Neighbors per token."""
+        return self.distances.shape[1]
+
+    @property
+    def has_neighbors(self) -> Tensor:
+        """(n,) bool: rows that are not all padding."""
+        return (self.tokens >= 0).any(1)
+
+    @property
+    def target_found(self) -> Tensor:
+        """(n,) bool: whether any neighbor stands for the target."""
+        return (self.tokens == self.targets[:, None]).any(1)
+
+    def truncate(self, k: int) -> StreamScores:
+        """The same scores with the nearest k neighbors only; nothing is copied."""
+        if not 1 <= k <= self.k:
+            raise ValueError(f"k must be from 1 to the {self.k} neighbors stored, got {k}")
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("distances", "tokens", "indices"):
+            if parts[name] is not None:
+                parts[name] = parts[name][:, :k]
+        return StreamScores(**parts)
+
+    def log_p_knn(self, temperature: float) -> Tensor:
+        """(n,) float64 log p_knn(target); -inf where no neighbor stands for the target."""
+        return knn_target_log_prob(
+            self.distances, self.tokens, self.targets, float(temperature)
+        ).double()
+
+    def log_p(self, temperature: float, lmbda: float) -> Tensor:
+        """(n,) float64 log-probability of each target under the mixture."""
+        return mix_log_probs(
+            self.log_p_lm.double(), self.log_p_knn(temperature), lmbda, self.has_neighbors
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write an `.npz` without pickled objects; it appears under its name when whole."""
+        arrays = {name: getattr(self, name).numpy() for name in _TENSORS + _COUNTS}
+        if self.indices is not None:
+            arrays["indices"] = self.indices.numpy()
+        header = {
+            "format_version": FORMAT_VERSION,
+            "document_names": list(self.document_names),
+            "seconds": self.seconds,
+        }
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        with part.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> StreamScores:
+        """Read what `save` wrote. ValueError for any other file; nothing is unpickled."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            header = json.loads(arrays.pop("header").tobytes())
+            version = header["format_version"]
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} does not hold scores saved by knnext: {error}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {version}, this version of knnext reads "
+                f"{FORMAT_VERSION}"
+            )
+        missing = [name for name in _TENSORS + _COUNTS if name not in arrays]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return cls(**tensors, document_names=header["document_names"], seconds=header["seconds"])
+
+
+def mix_log_probs(
+    log_p_lm: Tensor, log_p_knn: Tensor, lmbda: float, has_neighbors: Tensor | None = None
+) -> Tensor:
+    """log((1 - lmbda) p_lm + lmbda p_knn) per token, in log space.
+
+    Args:
+        log_p_lm: (n,) log-probabilities of the base model.
+        log_p_knn: (n,) log-probabilities of the neighbors, -inf allowed.
+        lmbda: weight of p_knn in [0, 1]; 0 gives `log_p_lm` and 1 gives `log_p_knn`, bit by bit.
+        has_neighbors: (n,) bool; a row without neighbors is left to the model alone.
+    """
+    check_lmbda(lmbda)
+    if lmbda == 0:
+        mixed = log_p_lm
+    elif lmbda == 1:
+        mixed = log_p_knn
+    else:
+        mixed = torch.logaddexp(log_p_lm + math.log1p(-lmbda), log_p_knn + math.log(lmbda))
+    return mixed if has_neighbors is None else torch.where(has_neighbors, mixed, log_p_lm)
+
+
+def check_lmbda(lmbda: float) -> None:
+    """Refuse a weight outside [0, 1]."""
+    if not 0 <= lmbda <= 1:
+        raise ValueError(f"lmbda must lie in [0, 1], got {lmbda}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not positive and finite."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")

@@ -1,0 +1,92 @@
+"""A log with one row per token, for looking at where neighbors help and where they do not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from knnext.scores import StreamScores, mix_log_probs
+
+_CHUNK = 65_536
+_COLUMNS = ("position", "document", "token", "log_p_lm", "log_p_knn", "log_p")
+
+
+def write_token_log(
+    scores: StreamScores, path: str | Path, temperature: float, lmbda: float
+) -> Path:
+    """Write position, document, token id, log p_lm, log p_knn and log p of every target.
+
+    The ending of `path` says how: `.parquet` (needs pyarrow) or `.jsonl`. `position` is that of
+    the target in the token stream, `document` the document's name, or its number where it has no
+    name. Where no neighbor stands for the target, log p_knn is -inf in parquet and null in JSON,
+    which knows no infinity.
+    """
+    path = Path(path)
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"path must end in .parquet or .jsonl, got {path.name!r}")
+    log_p_knn = scores.log_p_knn(temperature)
+    log_p = mix_log_probs(scores.log_p_lm.double(), log_p_knn, lmbda, scores.has_neighbors)
+    part = path.with_name(path.name + ".part")
+    chunks = _chunks(scores, log_p_knn, log_p)
+    if path.suffix == ".parquet":
+        _write_parquet(part, chunks)
+    else:
+        _write_jsonl(part, chunks)
+    part.replace(path)
+    return path
+
+
+def _chunks(scores: StreamScores, log_p_knn: Tensor, log_p: Tensor) -> Iterator[dict[str, Any]]:
+    names = scores.document_names
+    for start in range(0, scores.num_tokens, _CHUNK):
+        rows = slice(start, min(start + _CHUNK, scores.num_tokens))
+        ids = scores.document_ids[rows].tolist()
+        columns: tuple[Any, ...] = (
+            list(range(start + 1, rows.stop + 1)),
+            [names[i] if i < len(names) else str(i) for i in ids],
+            scores.targets[rows].tolist(),
+            scores.log_p_lm[rows].tolist(),
+            log_p_knn[rows].tolist(),
+            log_p[rows].tolist(),
+        )
+        yield dict(zip(_COLUMNS, columns, strict=True))
+
+
+def _write_jsonl(path: Path, chunks: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for chunk in chunks:
+            for row in zip(*chunk.values(), strict=True):
+                finite = (None if _infinite(value) else value for value in row)
+                file.write(json.dumps(dict(zip(_COLUMNS, finite, strict=True))) + "\n")
+
+
+def _infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _write_parquet(path: Path, chunks: Iterator[dict[str, Any]]) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ImportError(
+            'a .parquet log needs pyarrow: pip install "knnext[lm]", or write a .jsonl log'
+        ) from None
+    schema = pa.schema(
+        [
+            ("position", pa.int64()),
+            ("document", pa.string()),
+            ("token", pa.int64()),
+            ("log_p_lm", pa.float32()),
+            ("log_p_knn", pa.float64()),
+            ("log_p", pa.float64()),
+        ]
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for chunk in chunks:
+            writer.write_table(pa.table(chunk, schema=schema))
