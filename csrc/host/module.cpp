@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "plan.h"
+#include "plan_cuda.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -28,6 +29,31 @@ std::string plan_text(const knnext::SearchPlan& plan) {
          std::to_string(plan.key_tile) + "x" + std::to_string(plan.dim_tile) +
          ", passes=" + std::to_string(plan.num_passes) +
          ", workspace_bytes=" + std::to_string(plan.workspace_bytes) + ")";
+}
+
+py::dict plan_cuda(int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
+                   std::pair<int, int> capability, int num_units, int64_t merge_columns,
+                   bool key_norms) {
+  const knnext::CudaSearchExtras extras{merge_columns, key_norms};
+  const knnext::CudaSearchPlan plan = knnext::plan_cuda_search(
+      {queries, entries, dim, k, element_bytes, capability.first, capability.second, num_units},
+      extras);
+  py::list steps;
+  for (int i = 0; i < plan.num_steps; ++i) {
+    const knnext::ScanStep& step = plan.steps[i];
+    steps.append(py::dict("rows"_a = step.rows, "wanted"_a = step.wanted,
+                          "capacity"_a = step.capacity, "dense"_a = step.dense,
+                          "strides"_a = std::pair(step.strides[0], step.strides[1])));
+  }
+  return py::dict(
+      "shape"_a = plan.shape.name, "query_tile"_a = plan.shape.query_tile,
+      "resident"_a = plan.resident, "shared_bytes"_a = plan.shared_bytes,
+      "fallback_shared_bytes"_a = plan.fallback_shared_bytes, "chunk_keys"_a = plan.chunk_keys,
+      "num_chunks"_a = plan.num_chunks, "queries_per_pass"_a = plan.queries_per_pass,
+      "num_passes"_a = plan.num_passes, "list_words"_a = plan.list_words,
+      "owners"_a = plan.owners, "owner_words"_a = plan.owner_words, "steps"_a = steps,
+      "shared_limit"_a = knnext::max_shared_bytes(capability.first, capability.second),
+      "workspace_bytes"_a = plan.workspace_bytes);
 }
 
 void bind_plan(py::module_& m) {
@@ -60,6 +86,10 @@ void bind_plan(py::module_& m) {
       .def_readonly("flop", &SearchPlan::flop)
       .def("__repr__", &plan_text);
   m.def("plan_threshold", &knnext::plan_threshold, "num_keys"_a, "k"_a);
+  m.def("plan_cuda", &plan_cuda, py::kw_only(), "queries"_a, "entries"_a, "dim"_a, "k"_a,
+        "element_bytes"_a = 2, "capability"_a = std::pair<int, int>(9, 0), "num_units"_a = 132,
+        "merge_columns"_a = 0, "key_norms"_a = true,
+        "Every size that the CUDA search works with, as a dict; for tests.");
 }
 
 }  // namespace
