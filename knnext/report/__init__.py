@@ -1,0 +1,105 @@
+"""The report: one HTML file with the table, the tuning surface and the token explorer.
+
+Style, script and data are inside the file, so it opens from disk and loads nothing. Everything
+that comes from a corpus or a path is escaped here or set as text by the script.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from knnext import __version__
+from knnext.report.surface import Surface, surface_figure
+from knnext.report.table import Row, format_bytes, results_table, text_table
+
+__all__ = ["Report", "Row", "Surface", "format_bytes", "text_table", "write_report"]
+
+_NO_TOKENS: dict[str, Any] = {
+    "k": 0, "lmbda": 0, "documents": [], "vocab": [], "spans": [], "excerpts": []
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows.
+
+    Attributes:
+        title: the finding, in one line.
+        lead: a sentence or two below it.
+        rows: the systems compared; the first is the base that the others are compared with.
+        note: what the figures of the table mean.
+        surface: validation perplexity over the grid, or None.
+        facts: names and values of the section "What was run".
+        explorer: from `knnext.report.explorer.explorer_data`, or None.
+    """
+
+    title: str
+    lead: str
+    rows: Sequence[Row]
+    note: str = ""
+    surface: Surface | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    explorer: Mapping[str, Any] | None = None
+
+
+def write_report(path: str | Path, report: Report) -> Path:
+    """Write the page and return its path; it appears under its name when whole."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    # A lone surrogate, from a file name that is not UTF-8, must not end a report.
+    part.write_text(render(report), encoding="utf-8", errors="replace")
+    part.replace(path)
+    return path
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    surface = surface_figure(report.surface) if report.surface else "<p>No grid was searched.</p>"
+    return _fill(
+        _part("page.html"),
+        {
+            "title": html.escape(report.title),
+            "lead": html.escape(report.lead),
+            "style": _part("style.css"),
+            "table": results_table(report.rows),
+            "note": html.escape(report.note),
+            "surface": surface,
+            "facts": _facts(report.facts),
+            "version": html.escape(__version__),
+            "data": script_json(report.explorer or _NO_TOKENS),
+            "script": _part("explorer.js"),
+        },
+    )
+
+
+def script_json(data: Any) -> str:
+    """JSON that may stand in a script element: no character in it can end the element."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # "<" covers "</script" and "<!--"; the two line separators end a line in older JavaScript.
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _part(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8").rstrip("\n")
+
+
+def _fill(page: str, parts: Mapping[str, str]) -> str:
+    """Put the parts in place in one pass: what is put in is never read as a placeholder."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], page)
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    lines = (
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
+        for name, value in facts.items()
+    )
+    return '<dl class="facts">\n' + "\n".join(lines) + "\n</dl>"

@@ -1,0 +1,152 @@
+"""Validation perplexity over temperature and lmbda, as inline SVG that follows the page's colours.
+
+The colours are ten bands of log perplexity between the best point and the base model, like a
+filled contour map; what is worse than the base has a colour of its own.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_BANDS = 10
+_LEFT, _TOP, _WIDTH, _HEIGHT = 64, 18, 560, 320
+_MAX_CELLS = 64  # a side; finer grids are thinned, which no eye sees at this size
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Perplexity of the mixture on a grid.
+
+    Attributes:
+        temperatures: T ascending values.
+        lmbdas: L ascending values.
+        perplexity: T lists of L values.
+        best: (temperature, lmbda, perplexity) of the lowest point.
+        base: perplexity of the base model on the same text.
+        name: of the system whose grid it is.
+    """
+
+    temperatures: Sequence[float]
+    lmbdas: Sequence[float]
+    perplexity: Sequence[Sequence[float]]
+    best: tuple[float, float, float]
+    base: float
+    name: str = ""
+
+
+def surface_figure(surface: Surface) -> str:
+    """A figure element with a caption that says all the picture does."""
+    columns = _thinned(len(surface.temperatures))
+    rows = _thinned(len(surface.lmbdas))
+    cells = _cells(surface, columns, rows)
+    x = _scale(surface.temperatures, columns, surface.best[0], _LEFT, _WIDTH)
+    y = _scale(surface.lmbdas, rows, surface.best[1], _TOP + _HEIGHT, -_HEIGHT)
+    best = f"temperature {surface.best[0]:.3g}, λ {surface.best[1]:.3g}"
+    words = (
+        f"{surface.name + ': ' if surface.name else ''}perplexity {surface.best[2]:.1f} at {best}; "
+        f"the base model alone has {surface.base:.1f} on the same text."
+    )
+    return "\n".join(
+        [
+            "<figure>",
+            f'<svg viewBox="0 0 {_LEFT + _WIDTH + 16} {_TOP + _HEIGHT + 108}" role="img" '
+            f'aria-label="{html.escape(words)}">',
+            *cells,
+            *_axis(surface.temperatures, columns, horizontal=True),
+            *_axis(surface.lmbdas, rows, horizontal=False),
+            f'<circle class="halo" cx="{x:.1f}" cy="{y:.1f}" r="7"/>',
+            f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="7"/>',
+            *_legend(surface),
+            "</svg>",
+            f"<figcaption>{html.escape(words)} The ring marks the point used for the test split."
+            "</figcaption>",
+            "</figure>",
+        ]
+    )
+
+
+def _thinned(count: int) -> list[int]:
+    """At most `_MAX_CELLS` indices, evenly spread, both ends kept."""
+    if count <= _MAX_CELLS:
+        return list(range(count))
+    return [round(i * (count - 1) / (_MAX_CELLS - 1)) for i in range(_MAX_CELLS)]
+
+
+def _cells(surface: Surface, columns: list[int], rows: list[int]) -> list[str]:
+    """One rectangle for each run of equal bands along a row."""
+    width, height = _WIDTH / len(columns), _HEIGHT / len(rows)
+    cells = []
+    for r, row in enumerate(rows):
+        bands = [_band(surface.perplexity[c][row], surface) for c in columns]
+        start = 0
+        for c in range(1, len(bands) + 1):
+            if c < len(bands) and bands[c] == bands[start]:
+                continue
+            # Half a unit more on each side: neighbors must not leave a hairline between them.
+            cells.append(
+                f'<rect class="{bands[start]}" x="{_LEFT + start * width:.1f}" '
+                f'y="{_TOP + _HEIGHT - (r + 1) * height:.1f}" '
+                f'width="{(c - start) * width + 0.5:.1f}" height="{height + 0.5:.1f}"/>'
+            )
+            start = c
+    return cells
+
+
+def _band(perplexity: float, surface: Surface) -> str:
+    if not perplexity < surface.base:
+        return "over"
+    span = math.log(surface.base / surface.best[2])
+    share = math.log(perplexity / surface.best[2]) / span if span > 0 else 0.0
+    return f"s{min(_BANDS - 1, max(0, int(share * _BANDS)))}"
+
+
+def _scale(
+    values: Sequence[float], chosen: list[int], at: float, start: float, length: float
+) -> float:
+    """The place of a value on an axis whose cells have one width whatever their values."""
+    shown = [values[i] for i in chosen]
+    nearest = min(range(len(shown)), key=lambda i: abs(shown[i] - at))
+    return start + (nearest + 0.5) * length / len(shown)
+
+
+def _axis(values: Sequence[float], chosen: list[int], *, horizontal: bool) -> list[str]:
+    count = len(chosen)
+    step = max(1, math.ceil(count / 8))
+    lines = []
+    x: float
+    y: float
+    for i in range(0, count, step):
+        text = f"{values[chosen[i]]:.3g}"
+        if horizontal:
+            x, y, anchor = _LEFT + (i + 0.5) * _WIDTH / count, _TOP + _HEIGHT + 18, "middle"
+        else:
+            x, y, anchor = _LEFT - 8, _TOP + _HEIGHT - (i + 0.5) * _HEIGHT / count + 4, "end"
+        lines.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>')
+    if horizontal:
+        x, y = _LEFT + _WIDTH / 2, _TOP + _HEIGHT + 40
+        lines.append(f'<text class="label" x="{x}" y="{y}" text-anchor="middle">temperature</text>')
+    else:
+        lines.append(f'<text class="label" x="14" y="{_TOP + _HEIGHT / 2}">λ</text>')
+    return lines
+
+
+def _legend(surface: Surface) -> list[str]:
+    y, width = _TOP + _HEIGHT + 62, 36
+    lines = [
+        f'<rect class="s{i}" x="{_LEFT + i * width}" y="{y}" width="{width + 0.5}" height="12"/>'
+        for i in range(_BANDS)
+    ]
+    over = _LEFT + _BANDS * width + 20
+    lines.append(f'<rect class="over" x="{over}" y="{y}" width="{width}" height="12"/>')
+    ratio = surface.base / surface.best[2]
+    for i in (0, 5, 10):
+        text = f"{surface.best[2] * ratio ** (i / _BANDS):.0f}"
+        anchor = ("start", "middle", "end")[i // 5]
+        lines.append(
+            f'<text x="{_LEFT + i * width}" y="{y + 30}" text-anchor="{anchor}">{text}</text>'
+        )
+    lines.append(f'<text x="{over}" y="{y + 30}">worse than the base</text>')
+    return lines

@@ -1,0 +1,122 @@
+"""The results table, as HTML and for a terminal."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system's figures on the test split.
+
+    Attributes:
+        name: of the system.
+        perplexity: of a token.
+        perplexity_interval: (low, high) of that.
+        change: relative change of the perplexity against the base, -0.5 for half; None in the
+            row of the base itself.
+        change_interval: (low, high) of that, from a paired bootstrap.
+        temperature, lmbda: as tuned on the validation split.
+        tokens_per_second: of the whole evaluation: model, search and mixing.
+        num_bytes: on disk, of all that the system needs beside the base model.
+    """
+
+    name: str
+    perplexity: float
+    perplexity_interval: tuple[float, float]
+    change: float | None = None
+    change_interval: tuple[float, float] | None = None
+    temperature: float | None = None
+    lmbda: float | None = None
+    tokens_per_second: float | None = None
+    num_bytes: int | None = None
+
+
+_HEADINGS = (
+    "system",
+    "perplexity",
+    "against the base",
+    "temperature",
+    "λ",
+    "tokens/s",
+    "on disk",
+)
+
+
+def format_bytes(count: float) -> str:
+    """``"512 B"``, ``"1.5 kB"``, ``"128 MB"``: three digits, powers of 1000."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = 0
+    while count >= 999.5 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    digits = 0 if power == 0 or count >= 99.5 else 1
+    return f"{count:.{digits}f} {units[power]}"
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    """An HTML table; the lowest perplexity stands out."""
+    best = min(rows, key=lambda row: row.perplexity) if rows else None
+    lines = ["<table>", "<thead><tr>"]
+    lines += [f'<th scope="col">{html.escape(heading)}</th>' for heading in _HEADINGS]
+    lines += ["</tr></thead>", "<tbody>"]
+    for row in rows:
+        name, perplexity, change, *rest = _cells(row)
+        lines.append('<tr class="best">' if row is best else "<tr>")
+        lines.append(f'<th scope="row">{html.escape(name[0])}</th>')
+        lines += [_html_cell(perplexity, strong=True), _html_cell(change)]
+        lines += [*map(_html_cell, rest), "</tr>"]
+    return "\n".join([*lines, "</tbody>", "</table>"])
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The same for a terminal, aligned in columns."""
+    cells = [list(_HEADINGS)] + [
+        [f"{main}  [{interval}]" if interval else main for main, interval in _cells(row)]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _html_cell(cell: tuple[str, str], strong: bool = False) -> str:
+    main, interval = map(html.escape, cell)
+    main = f"<strong>{main}</strong>" if strong else main
+    return f"<td>{main}" + (f"<small>{interval}</small>" if interval else "") + "</td>"
+
+
+def _cells(row: Row) -> list[tuple[str, str]]:
+    """(main text, interval or "") of each column."""
+    change = "–" if row.change is None else _percent(row.change)
+    return [
+        (row.name, ""),
+        (_number(row.perplexity), _interval(row.perplexity_interval, _number)),
+        (change, _interval(row.change_interval, _percent)),
+        ("–" if row.temperature is None else f"{row.temperature:.3g}", ""),
+        ("–" if row.lmbda is None else f"{row.lmbda:.3g}", ""),
+        ("–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}", ""),
+        ("–" if row.num_bytes is None else format_bytes(row.num_bytes), ""),
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _percent(change: float) -> str:
+    return f"{100 * change:+.1f} %".replace("-", "−")
+
+
+def _interval(interval: tuple[float, float] | None, form: Callable[[float], str]) -> str:
+    if interval is None or not all(map(math.isfinite, interval)):
+        return ""
+    return " to ".join(map(form, interval))
