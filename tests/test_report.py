@@ -1,0 +1,312 @@
+"""The report: what is escaped, what the explorer shows, and the page at work in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from knnext.datastore import Datastore
+from knnext.report import Report, Row, Surface, render, script_json, write_report
+from knnext.report.explorer import choose_excerpts, explorer_data
+from knnext.report.table import format_bytes, text_table
+from knnext.scores import StreamScores
+from knnext.spans import neighbor_spans
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+
+NASTY = (
+    '</script><script>document.title="owned"</script> & "quotes" \'single\'\n\t<!-- $x {{data}}\n'
+)
+PROSE = "A neighbor is a row of the datastore; its token is what came next in the text.\n"
+TEXTS = {"docs/<b>nasty</b>.py": NASTY * 12, "src/prose.txt": PROSE * 20, "src/more.txt": PROSE * 9}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from knnext.corpus import Document
+    from knnext.train import train_tokenizer
+
+    return train_tokenizer([Document(n, t) for n, t in TEXTS.items()], vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def store(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Datastore:
+    path = tmp_path_factory.mktemp("report") / "store"
+    with Datastore.create(path, 4, vocab_size=len(tokenizer)) as store:
+        for name, text in TEXTS.items():
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            keys = torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0))
+            store.append(keys, torch.tensor(ids, dtype=torch.int32), [(name, len(ids))])
+    return Datastore.open(path)
+
+
+@pytest.fixture(scope="module")
+def scores(store: Datastore) -> StreamScores:
+    """Each row of the datastore scored with ten neighbors, of which the first is always right."""
+    generator = torch.Generator().manual_seed(1)
+    n, k = store.num_entries, 10
+    targets = store.values[:].long()
+    indices = torch.randint(0, n, (n, k), generator=generator)
+    indices[:, 0] = torch.arange(n)
+    indices[:, -1] = -1
+    distances = torch.rand(n, k, generator=generator).cumsum(1)
+    distances[:, -1] = math.inf
+    found = store.values[:][indices.clamp_min(0)].int().masked_fill(indices < 0, -1)
+    ends = torch.zeros(n, dtype=torch.bool)
+    ends[store.document_offsets[1:-1] - 1] = True
+    return StreamScores(
+        log_p_lm=-4 * torch.rand(n, generator=generator),
+        targets=targets,
+        document_ids=store.document_of(torch.arange(n)),
+        ends_document=ends,
+        distances=distances,
+        tokens=found,
+        indices=indices,
+        document_names=list(store.document_names),
+    )
+
+
+@pytest.fixture(scope="module")
+def report(scores: StreamScores, store: Datastore, tokenizer: Any) -> Report:
+    grid = [
+        [100 + (t - 3) ** 2 + 40 * (w - 0.5) ** 2 for w in (0.1, 0.5, 0.9)] for t in range(1, 6)
+    ]
+    return Report(
+        title="Neighbors & <friends>",
+        lead='On "test" text.',
+        rows=[
+            Row("base LM", 200.0, (180.0, 220.0), tokens_per_second=9000, num_bytes=3_000_000),
+            Row("exact", 90.0, (80.0, 101.0), -0.55, (-0.6, -0.5), 3.0, 0.5, 800, 130_000_000),
+        ],
+        surface=Surface(range(1, 6), (0.1, 0.5, 0.9), grid, (3, 0.5, 100), 106, "exact"),
+        facts={"corpus": "a <i> & b"},
+        explorer=explorer_data(
+            scores, store, tokenizer, 1.5, 0.4, excerpt_tokens=120, num_neighbors=3
+        ),
+    )
+
+
+def data_of(page: str) -> dict[str, Any]:
+    match = re.search(r'id="explorer-data">(.*?)</script>', page, re.S)
+    assert match
+    return json.loads(match.group(1))
+
+
+def test_spans_are_the_text_around_a_row(store: Datastore, tokenizer: Any) -> None:
+    offset = int(store.document_offsets[1])
+    rows = torch.tensor([offset, offset + 5, int(store.document_offsets[2]) - 1])
+    first, middle, last = neighbor_spans(store, tokenizer, rows, before=3, after=2)
+    name = "src/prose.txt"
+    assert [s.document for s in (first, middle, last)] == [name] * 3
+    assert first.before == "" and last.after == ""  # never text of another document
+    around = tokenizer.decode(store.values[offset + 2 : offset + 8].tolist())
+    assert middle.before + middle.token + middle.after == around
+    assert TEXTS[name].startswith(first.token + first.after)
+
+
+def test_spans_without_documents(tmp_path: Path, tokenizer: Any) -> None:
+    with Datastore.create(tmp_path / "plain", 2) as store:
+        store.append(torch.zeros(5, 2), torch.tensor([70, 71, 72, 73, 74]))
+    opened = Datastore.open(tmp_path / "plain")
+    (span,) = neighbor_spans(opened, tokenizer, torch.tensor([1]), before=9, after=9)
+    assert (len(span.before), len(span.after), span.document) == (1, 3, "")
+
+
+def test_excerpts_hold_consecutive_targets_of_one_document(scores: StreamScores) -> None:
+    excerpts = choose_excerpts(scores, 2, 50)
+    assert len(excerpts) == 2
+    for positions in excerpts:
+        assert len(scores.document_ids[positions].unique()) == 1
+        assert not scores.ends_document[positions].any()
+        assert positions.tolist() == list(range(int(positions[0]), int(positions[0]) + 50))
+    assert len({int(scores.document_ids[p[0]]) for p in excerpts}) == 2
+
+
+def test_explorer_data_agrees_with_the_scores(
+    scores: StreamScores, store: Datastore, tokenizer: Any
+) -> None:
+    data = explorer_data(scores, store, tokenizer, 1.5, 0.4, excerpt_tokens=40, num_neighbors=20)
+    excerpt = data["excerpts"][0]
+    document = data["documents"]
+    at = choose_excerpts(scores, 12, 40)[0]
+    assert excerpt["mix"] == pytest.approx(scores.log_p(1.5, 0.4)[at].tolist(), abs=1e-4)
+    assert [data["vocab"][t] for t in excerpt["targets"]] == [
+        tokenizer.decode([t]) for t in scores.targets[at].tolist()
+    ]
+    for i, near in enumerate(excerpt["near"]):
+        spans, distances, shares = near[0::3], near[1::3], near[2::3]
+        assert len(spans) == 9  # the padding is left out
+        assert sum(shares) == pytest.approx(1, abs=1e-3)
+        assert distances == sorted(distances)
+        assert data["spans"][spans[0]][1] == excerpt["targets"][i]
+        assert document[data["spans"][spans[0]][3]] == excerpt["name"]
+        votes = dict(zip(excerpt["votes"][i][0::2], excerpt["votes"][i][1::2], strict=True))
+        mass = votes.get(excerpt["targets"][i])
+        if mass is not None:
+            assert math.log(mass) == pytest.approx(excerpt["knn"][i], abs=1e-3)
+
+
+def test_missing_indices_are_refused(
+    scores: StreamScores, store: Datastore, tokenizer: Any
+) -> None:
+    parts = {name: getattr(scores, name) for name in scores.__dataclass_fields__}
+    bare = StreamScores(**{**parts, "indices": None})
+    with pytest.raises(ValueError, match="indices"):
+        explorer_data(bare, store, tokenizer, 1.0, 0.5)
+
+
+def test_page_is_whole_and_escaped(report: Report) -> None:
+    page = render(report)
+    assert page.count("</script>") == 2  # the data and the script, and none out of the corpus
+    assert "<friends>" not in page and "Neighbors &amp; &lt;friends&gt;" in page
+    assert "a &lt;i&gt; &amp; b" in page
+    outside = re.sub(r'id="explorer-data">.*?</script>', "", page, flags=re.S)
+    assert "{{" not in outside
+    assert not re.search(r"""(src|href)=["'](?!#)""", page)  # nothing is fetched
+    assert "http" not in page.replace("http-equiv", "")
+    data = data_of(page)
+    assert any("</script>" in s[0] + data["vocab"][s[1]] + s[2] for s in data["spans"])
+    assert "docs/<b>nasty</b>.py" in data["documents"]
+
+
+def test_script_json_ends_no_element() -> None:
+    text = script_json({"a": "</script><!-- & \u2028"})
+    assert not set(text) & set("<>&\u2028")
+    assert json.loads(text) == {"a": "</script><!-- & \u2028"}
+
+
+def test_report_without_tokens_or_surface(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "r.html", Report("t", "l", [Row("base", 2.0, (math.nan,) * 2)]))
+    page = path.read_text(encoding="utf-8")
+    assert "nan" not in page.lower().replace("infinity", "")
+    assert data_of(page)["excerpts"] == []
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_lone_surrogates_do_not_end_a_report(tmp_path: Path) -> None:
+    report = Report("t", "l", [], explorer=None, facts={"file": "bad\udcff"})
+    assert "bad" in write_report(tmp_path / "r.html", report).read_text(encoding="utf-8")
+
+
+def test_text_table_is_aligned(report: Report) -> None:
+    lines = text_table(report.rows).splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith("exact") and "−55.0 %" in lines[3] and "130 MB" in lines[3]
+    ends = [re.search(r"tokens/s|9,000|800", lines[i]).end() for i in (0, 2, 3)]  # type: ignore[union-attr]
+    assert len(set(ends)) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (999_600, "1.0 MB"), (128e6, "128 MB")],
+)
+def test_format_bytes(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+# In a browser
+
+
+def start_chromium(folder: Path, width: int = 1280, height: int = 900) -> Any:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    driver = shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("no chromium with chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    flags = (
+        "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking"
+    )
+    for flag in [*flags.split(), f"user-data-dir={folder / 'profile'}"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--window-size={width},{height}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options, webdriver.ChromeService(driver))
+
+
+@pytest.fixture(scope="module")
+def browser(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("browser")
+    path = write_report(folder / "report.html", report)
+    driver = start_chromium(folder)
+    driver.get(path.as_uri())
+    yield driver
+    driver.quit()
+
+
+def css(browser: Any, selector: str) -> list[Any]:
+    return browser.find_elements("css selector", selector)
+
+
+@pytest.mark.slow
+def test_click_shows_the_neighbors(browser: Any, report: Report) -> None:
+    assert report.explorer is not None
+    excerpt, spans = report.explorer["excerpts"][0], report.explorer["spans"]
+    for i in (0, 17, 60):
+        css(browser, ".t")[i].click()
+        target = excerpt["targets"][i]
+        items = css(browser, "#neighbors li")
+        assert len(items) == len(excerpt["near"][i]) // 3 > 0
+        assert css(browser, ".t[aria-pressed=true]")[0].get_attribute("data-i") == str(i)
+        span = spans[excerpt["near"][i][0]]
+        assert report.explorer["documents"][span[3]] in items[0].text
+        hits = [len(item.find_elements("css selector", "mark.hit")) for item in items]
+        assert hits == [int(spans[s][1] == target) for s in excerpt["near"][i][0::3]]
+        assert f"{excerpt['near'][i][1]:.4g}"[:4] in items[0].text
+        base = math.exp(excerpt["lm"][i])
+        assert abs(float(css(browser, ".probs dd.num")[0].text) - base) < 6e-4
+
+
+@pytest.mark.slow
+def test_keyboard_moves_and_chooses(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    css(browser, ".t")[3].click()
+    active = browser.switch_to.active_element
+    active.send_keys(Keys.ARROW_RIGHT)
+    active = browser.switch_to.active_element
+    assert active.get_attribute("data-i") == "4"
+    assert active.get_attribute("aria-pressed") == "true"
+    assert [t.get_attribute("data-i") for t in css(browser, ".t[tabindex='0']")] == ["4"]
+    active.send_keys(Keys.ARROW_DOWN)
+    below = browser.switch_to.active_element
+    assert int(below.get_attribute("data-i")) > 4
+    below.send_keys(Keys.ENTER)
+    assert "nats" in css(browser, "#status")[0].get_attribute("textContent")
+
+
+@pytest.mark.slow
+def test_buttons_and_excerpts(browser: Any, report: Report) -> None:
+    assert report.explorer is not None
+    first = report.explorer["excerpts"][0]
+    gains = [m - b for m, b in zip(first["mix"], first["lm"], strict=True)]
+    css(browser, "#loss")[0].click()
+    chosen = css(browser, ".t[aria-pressed=true]")[0].get_attribute("data-i")
+    assert gains[int(chosen)] == min(gains)
+    css(browser, "#gain")[0].click()
+    chosen = css(browser, ".t[aria-pressed=true]")[0].get_attribute("data-i")
+    assert gains[int(chosen)] == max(gains)
+    options = css(browser, "#excerpt option")
+    assert len(options) == len(report.explorer["excerpts"]) > 1
+    options[1].click()
+    assert len(css(browser, ".t")) == len(report.explorer["excerpts"][1]["targets"])
+
+
+@pytest.mark.slow
+def test_nothing_from_the_corpus_runs(browser: Any) -> None:
+    assert browser.title == "Neighbors & <friends>"
+    assert css(browser, "main b, #text i:not(.mark), #panel pre i:not(.mark)") == []
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+    entries = browser.execute_script("return performance.getEntriesByType('resource').length")
+    assert entries == 0
