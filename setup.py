@@ -237,7 +237,9 @@ class Build(build_ext):
         ninja.library(package / "lib/libknnext_cpu.so", ops, "$torch_libs")
         cuda_library = package / "lib/libknnext_cuda.so"
         if cuda:
-            kernels = [*shared, *sources("plan*.cpp"), *sources("cuda/*.cu")]
+            # The plan of a CPU search asks for the vector path.
+            plan = [*sources("plan*.cpp"), CSRC / "cpu/isa.cpp"]
+            kernels = [*shared, *plan, *sources("cuda/*.cu")]
             ninja.library(cuda_library, kernels, "$torch_libs -ldl")
         else:
             cuda_library.unlink(missing_ok=True)  # of an earlier build: it would be loaded

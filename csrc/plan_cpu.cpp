@@ -1,17 +1,119 @@
+#include "plan_cpu.h"
+
 #include <algorithm>
 
-#include "plan.h"
-
 namespace knnext {
+namespace {
+
+constexpr int64_t kCachedBytes = 512 << 10;     // half of a usual second-level cache
+constexpr int64_t kBlockBytes = 4 << 20;        // of packed keys, shared through the third level
+constexpr int64_t kPassBytes = 160 << 20;       // of lists and packed queries
+constexpr int64_t kMinQueriesPerPass = 256;     // packing the keys again must stay cheap
+constexpr int64_t kSliceBytes = 64 << 20;       // of lists, where every slice has its own
+constexpr int64_t kMostPackedBytes = 48 << 20;  // of packed keys, however many threads there are
+
+int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+int64_t divide_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit;
+}
+
+struct RegisterTile {
+  int64_t rows, keys;
+};
+
+RegisterTile register_tile(cpu::Isa isa) {
+  switch (isa) {
+    case cpu::Isa::kAvx512:
+      return {8, 48};
+    case cpu::Isa::kAvx2:
+      return {6, 16};
+    default:
+      return {4, 8};
+  }
+}
+
+void plan_lists(const SearchProblem& problem, CpuSearchPlan& plan) {
+  const int64_t keys = std::min(problem.num_keys, kMaxKeysPerRun);
+  // A list of every key is never cut back. Otherwise a cut takes the time of reading the list and
+  // frees half of it, so that each candidate pays for about two entries.
+  plan.capacity = problem.k >= keys / 2 ? keys : 2 * problem.k + 1024;
+  plan.capacity = std::min(plan.capacity, keys);
+  plan.list_entries = plan.capacity + plan.panel_keys + 8;
+}
+
+// Few queries: each thread searches its own keys. Many: all threads share the packed keys.
+void plan_threads(const SearchProblem& problem, CpuSearchPlan& plan) {
+  const int64_t threads = std::max(1, problem.num_units);
+  const int64_t tiles = divide_up(problem.num_queries, plan.kernel_rows);
+  const int64_t panels = divide_up(problem.num_keys, plan.panel_keys);
+  const int64_t lists = threads * problem.num_queries * plan.list_entries * 8;
+  if (tiles < 4 * threads && lists <= kSliceBytes) {
+    const int64_t block = std::max(kCachedBytes, plan.panel_keys * problem.dim * 4);
+    plan.slices = std::min(
+        {std::max<int64_t>(1, panels), threads, std::max<int64_t>(1, kMostPackedBytes / block)});
+    plan.tile_rows = plan.kernel_rows;
+    return;
+  }
+  // Tiles a little lower where that gives every thread as many of them.
+  const int64_t even = round_up(tiles, threads);
+  plan.tile_rows = std::clamp<int64_t>(divide_up(problem.num_queries, even), 1, plan.kernel_rows);
+}
+
+void plan_memory(const SearchProblem& problem, CpuSearchPlan& plan) {
+  const int64_t panel_bytes = plan.panel_keys * problem.dim * 4;
+  const int64_t panels = std::max<int64_t>(1, divide_up(problem.num_keys, plan.panel_keys));
+  plan.cached_panels = std::max<int64_t>(1, kCachedBytes / panel_bytes);
+  plan.block_panels = plan.cached_panels;
+  if (!plan.slices) {
+    const int64_t every_thread = 2 * std::max(1, problem.num_units);
+    plan.block_panels = std::max(every_thread, kBlockBytes / panel_bytes);
+    plan.block_panels =
+        std::min(plan.block_panels, std::max<int64_t>(1, kMostPackedBytes / panel_bytes));
+  }
+  plan.block_panels = std::min(plan.block_panels, panels);
+
+  const int64_t query_bytes = plan.list_entries * 8 + problem.dim * 4 + 16;
+  plan.queries_per_pass = std::max<int64_t>(1, problem.num_queries);
+  if (!plan.slices) {
+    const int64_t fitting = std::max(kMinQueriesPerPass, kPassBytes / query_bytes);
+    const int64_t passes = divide_up(plan.queries_per_pass, fitting);
+    const int64_t even = divide_up(plan.queries_per_pass, passes);
+    plan.queries_per_pass = std::min(plan.queries_per_pass, round_up(even, plan.tile_rows));
+  }
+  plan.workspace_bytes =
+      plan.num_lists() * (plan.list_entries * 8 + 32) + plan.padded_rows() * problem.dim * 4 +
+      plan.queries_per_pass * 4 +
+      plan.num_blocks() * plan.block_panels * (panel_bytes + plan.panel_keys * 4);
+}
+
+}  // namespace
+
+CpuSearchPlan plan_cpu_search(const SearchProblem& problem, cpu::Isa isa) {
+  CpuSearchPlan plan;
+  const RegisterTile tile = register_tile(isa);
+  plan.kernel_rows = tile.rows;
+  plan.panel_keys = tile.keys;
+  plan_lists(problem, plan);
+  plan_threads(problem, plan);
+  plan_memory(problem, plan);
+  return plan;
+}
 
 SearchPlan plan_search_cpu(const SearchProblem& problem) {
+  const cpu::Isa isa = cpu::isa();
+  const CpuSearchPlan cpu = plan_cpu_search(problem, isa);
   SearchPlan plan;
-  plan.kernel = "cpu";
-  plan.query_tile = 64;
-  plan.key_tile = 1024;
+  plan.kernel = std::string("cpu_") + cpu::name(isa) + (cpu.slices ? "_keys" : "_queries");
+  plan.query_tile = cpu.tile_rows;
+  plan.key_tile = cpu.block_panels * cpu.panel_keys;
   plan.dim_tile = problem.dim;
-  plan.queries_per_pass = std::max<int64_t>(1, problem.num_queries);
-  plan.num_passes = problem.num_queries ? 1 : 0;
+  plan.queries_per_pass = cpu.queries_per_pass;
+  plan.num_passes = divide_up(problem.num_queries, cpu.queries_per_pass);
+  plan.threshold.capacity = cpu.capacity;
+  plan.threshold.expected = static_cast<double>(cpu.capacity);
+  plan.workspace_bytes = cpu.workspace_bytes;
   return plan;
 }
 

@@ -1,0 +1,85 @@
+// rescore on the CPU: each query against the keys it names, by direct subtraction in float32.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/key_rows.h"
+#include "stable_compat.h"
+
+namespace knnext::cpu {
+namespace {
+
+struct Rescore {
+  const KeyRows& queries;
+  const KeyRows& keys;
+  Metric metric;
+  const int64_t* indices;
+  int64_t width;
+  float* out;
+};
+
+bool out_of_range(const Rescore& job, int64_t index) {
+  return index < -1 || index >= job.keys.num_rows();
+}
+
+// Checked before anything is read, so that a bad index is named whichever thread would meet it.
+void check_indices(const Rescore& job, int64_t total) {
+  std::atomic<int64_t> first{total};
+  torch::stable::parallel_for(0, total, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!out_of_range(job, job.indices[i])) continue;
+      int64_t seen = first.load();
+      while (i < seen && !first.compare_exchange_weak(seen, i)) {
+      }
+      return;
+    }
+  });
+  if (first < total)
+    fail("rescore", "indices must lie in [-1, " + std::to_string(job.keys.num_rows()) + "), got " +
+                        std::to_string(job.indices[first]));
+}
+
+void rescore_rows(const Rescore& job, int64_t begin, int64_t end) {
+  const SearchKernels& kernels = search_kernels();
+  const int element = static_cast<int>(job.keys.element());
+  const auto direct = (job.metric == Metric::kL2 ? kernels.direct_l2 : kernels.direct_ip)[element];
+  const int64_t dim = job.keys.dim();
+  std::vector<char> scratch;
+  std::vector<float> query(dim);
+  for (int64_t q = begin; q < end; ++q) {
+    kernels.widen[element](job.queries.rows(q, 1, scratch).data, dim, query.data());
+    for (int64_t i = q * job.width; i < (q + 1) * job.width; ++i) {
+      const int64_t key = job.indices[i];
+      job.out[i] = key < 0 ? std::numeric_limits<float>::infinity()
+                           : direct(query.data(), job.keys.rows(key, 1, scratch).data, dim);
+    }
+  }
+}
+
+}  // namespace
+
+Tensor rescore_cpu(const Tensor& queries, const Tensor& keys, const Tensor& indices,
+                   const std::string& metric) {
+  const Metric kind = check_rescore(queries, keys, indices, metric);
+  const Tensor in = as_contiguous(indices);
+  const int64_t rows = indices.size(0), width = indices.size(1);
+  Tensor out = empty_on<2>(queries, {rows, width}, ScalarType::Float);
+  const KeyRows query_rows(queries), key_rows(keys);
+  const Rescore job{query_rows, key_rows,
+                    kind,       in.const_data_ptr<int64_t>(),
+                    width,      out.mutable_data_ptr<float>()};
+  check_indices(job, rows * width);
+  torch::stable::parallel_for(0, rows, 1,
+                              [&](int64_t begin, int64_t end) { rescore_rows(job, begin, end); });
+  return out;
+}
+
+}  // namespace knnext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
+  m.impl("rescore", TORCH_BOX(&knnext::cpu::rescore_cpu));
+}
