@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from knnext.ops import _checks
+from knnext.ops._no_gradient import register_no_gradient
 
 
 def key_sqnorms(keys: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def key_sqnorms(keys: Tensor) -> Tensor:
         keys: (N, D) float16, bfloat16 or float32.
 
     Returns:
-        (N,) float32.
+        (N,) float32. No gradient.
     """
     return torch.ops.knnext.key_sqnorms(keys)
 
@@ -24,3 +25,6 @@ def key_sqnorms(keys: Tensor) -> Tensor:
 def _fake(keys: Tensor) -> Tensor:
     _checks.key_sqnorms(keys)
     return keys.new_empty(keys.shape[0], dtype=torch.float32)
+
+
+register_no_gradient("key_sqnorms")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from knnext.ops import _checks
+from knnext.ops._no_gradient import register_no_gradient
 
 
 def knn_search(
@@ -85,3 +86,6 @@ def _fake(
     shape = (queries.shape[0], k)
     distances = queries.new_empty(shape, dtype=torch.float32)
     return distances, queries.new_empty(shape, dtype=torch.int64)
+
+
+register_no_gradient("knn_search")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from knnext.ops import _checks
+from knnext.ops._no_gradient import register_no_gradient
 
 
 def merge_topk(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -30,3 +31,6 @@ def _fake(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _checks.merge_topk(distances, indices, k)
     shape = (distances.shape[0], k)
     return distances.new_empty(shape), indices.new_empty(shape)
+
+
+register_no_gradient("merge_topk")
