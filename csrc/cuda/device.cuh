@@ -70,7 +70,9 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, c
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(dynamic_bytes)),
                "shared memory");
-  kernel<<<grid, block, dynamic_bytes, stream> > >(static_cast<P>(arguments)...);
+  // clang-format off
+  kernel<<<grid, block, dynamic_bytes, stream>>>(static_cast<P>(arguments)...);
+  // clang-format on
   check_cuda(cudaGetLastError(), "kernel launch");
 }
 

@@ -72,6 +72,17 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from,
 #endif
 }
 
+// Copies one 4-byte element, for arrays that are aligned to no more.
+__device__ __forceinline__ void copy_async_4(void* to, const void* from KNNEXT_PLACE) {
+#ifdef KNNEXT_EMULATOR
+  emulate::async_copy(to, from, 4, 4, place);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+#endif
+}
+
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef KNNEXT_EMULATOR
   emulate::async_commit();

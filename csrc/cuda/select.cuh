@@ -1,0 +1,156 @@
+// Selection among 64-bit words by one block: the k-th smallest by radix, the winners gathered, and
+// sorted. Words are unique but for kNoWord, so every answer is independent of the order of threads.
+//
+//   list in global memory --6 passes of up to 11 bits--> limit --1 pass--> winners --> sorted
+//
+// Bytes moved: 8 for each word and pass, from L2; most searches end after two or three passes,
+// when a bucket holds exactly what is still wanted.
+#pragma once
+
+#include "word.cuh"
+
+namespace knnext {
+
+constexpr int kSelectThreads = 256;
+constexpr int kRadixBits = 11, kRadixBins = 1 << kRadixBits;
+
+struct SelectScratch {
+  unsigned bins[kRadixBins];
+  unsigned warp_sums[32];
+  unsigned bucket, before, inside;
+  unsigned count;
+  Word warp_words[32];
+};
+
+// Sum of `value` over the threads before this one. All threads; blockDim a multiple of 32.
+__device__ __forceinline__ unsigned block_sum_before(unsigned value, SelectScratch& s) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  unsigned sum = value;
+#pragma unroll
+  for (unsigned step = 1; step < 32; step *= 2) {
+    const unsigned other = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) s.warp_sums[warp] = sum;
+  __syncthreads();
+  unsigned before = sum - value;
+  for (unsigned w = 0; w < warp; ++w) before += s.warp_sums[w];
+  __syncthreads();
+  return before;
+}
+
+// Finds the bucket of the `wanted`-th (from 1) in s.bins: bucket, how many lie before, inside.
+__device__ __forceinline__ void find_bucket(unsigned wanted, SelectScratch& s) {
+  const unsigned each = kRadixBins / blockDim.x, first = threadIdx.x * each;
+  unsigned sum = 0;
+  for (unsigned i = 0; i < each; ++i) sum += s.bins[first + i];
+  unsigned before = block_sum_before(sum, s);
+  if (before < wanted && wanted <= before + sum) {
+    unsigned bin = first;
+    while (before + s.bins[bin] < wanted) before += s.bins[bin++];
+    s.bucket = bin;
+    s.before = before;
+    s.inside = s.bins[bin];
+  }
+  __syncthreads();
+}
+
+// A bound such that exactly `wanted` of the `total` words are not above it; kNoWord where fewer are
+// words at all. 1 <= wanted <= total. The bound need not be one of the words.
+__device__ inline Word block_select(const Word* words, unsigned total, unsigned wanted,
+                                    SelectScratch& s) {
+  Word prefix = 0;
+  int shift = 64;
+  while (true) {
+    const int bits = min(kRadixBits, shift), above = shift;
+    shift -= bits;
+    const unsigned mask = (1u << bits) - 1;
+    for (unsigned i = threadIdx.x; i < kRadixBins; i += blockDim.x) s.bins[i] = 0;
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < total; i += blockDim.x) {
+      const Word word = words[i];
+      if (above == 64 || word >> above == prefix)
+        atomicAdd(&s.bins[static_cast<unsigned>(word >> shift) & mask], 1u);
+    }
+    __syncthreads();
+    find_bucket(wanted, s);
+    prefix = prefix << bits | s.bucket;
+    wanted -= s.before;
+    const bool whole = s.inside == wanted;
+    __syncthreads();  // before the bins are cleared again
+    if (whole || shift == 0) return prefix << shift | ((Word{1} << shift) - 1);
+  }
+}
+
+// The largest word not above `limit`, 0 if there is none.
+__device__ inline Word block_largest(const Word* words, unsigned total, Word limit,
+                                     SelectScratch& s) {
+  Word best = 0;
+  for (unsigned i = threadIdx.x; i < total; i += blockDim.x)
+    if (words[i] <= limit) best = max(best, words[i]);
+#pragma unroll
+  for (int step = 16; step; step /= 2) best = max(best, __shfl_xor_sync(~0u, best, step));
+  if (threadIdx.x % 32 == 0) s.warp_words[threadIdx.x / 32] = best;
+  __syncthreads();
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) best = max(best, s.warp_words[w]);
+  __syncthreads();
+  return best;
+}
+
+// Moves the words not above `limit` to the front of `to`, in any order; returns how many. `to` may
+// be `words` itself: nothing is written beyond what has been read.
+__device__ inline unsigned block_gather(const Word* words, unsigned total, Word limit, Word* to,
+                                        SelectScratch& s) {
+  if (threadIdx.x == 0) s.count = 0;
+  __syncthreads();
+  for (unsigned first = 0; first < total; first += blockDim.x) {
+    const unsigned i = first + threadIdx.x;
+    const Word word = i < total ? words[i] : kNoWord;
+    const bool wins = word <= limit && word != kNoWord;
+    __syncthreads();  // these words have been read by all
+    const unsigned winners = __ballot_sync(~0u, wins);
+    const unsigned lane = threadIdx.x % 32;
+    unsigned base = 0;
+    if (lane == 0 && winners) base = atomicAdd(&s.count, __popc(winners));
+    base = __shfl_sync(~0u, base, 0);
+    if (wins) to[base + __popc(winners & ((1u << lane) - 1))] = word;
+  }
+  __syncthreads();
+  const unsigned count = s.count;
+  __syncthreads();
+  return count;
+}
+
+// Sorts `size` words (a power of two) in shared memory, ascending.
+__device__ inline void block_sort(Word* words, unsigned size) {
+  for (unsigned run = 2; run <= size; run *= 2)
+    for (unsigned step = run / 2; step; step /= 2) {
+      __syncthreads();
+      for (unsigned i = threadIdx.x; i < size / 2; i += blockDim.x) {
+        const unsigned low = 2 * i - (i & (step - 1)), high = low + step;
+        const Word a = words[low], b = words[high];
+        if ((a > b) == ((low & run) == 0)) {
+          words[low] = b;
+          words[high] = a;
+        }
+      }
+    }
+  __syncthreads();
+}
+
+// How many of `count` ascending words are below `word`.
+__device__ __forceinline__ unsigned count_below(const Word* words, unsigned count, Word word) {
+  unsigned low = 0;
+  while (count) {
+    const unsigned half = count / 2;
+    if (words[low + half] < word) {
+      low += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return low;
+}
+
+}  // namespace knnext
