@@ -141,7 +141,7 @@
     panel.replaceChildren(heading, delta, probs);
     if (count === 0) panel.append(make("p", { class: "note" }, "This token has no neighbors."));
     else panel.append(
-      make("h4", {}, "What the neighbors vote for"), probabilityList(tallies),
+      make("div", { class: "votes" }, make("h4", {}, "What the neighbors vote for"), probabilityList(tallies)),
       make("h4", {}, `Nearest ${count} of ${data.k} neighbors, ${percent(shown)} of p(kNN)`), list);
     panel.scrollTop = 0;
     byId("status").textContent = `${label(word(target))}: base ${probability(lm)}, neighbors ` +
@@ -205,7 +205,9 @@
     const legend = byId("legend");
     legend.setAttribute("aria-label", "Colours: orange where the mixture gives the token less than the base, " +
       "blue where it gives more, in steps at 0.1, 0.3, 0.8 and 2 nats");
-    legend.append("base better", make("span", { class: "steps" }, ...steps), "mixture better");
+    legend.append(make("span", { class: "scale" },
+      make("span", { class: "ends" }, make("span", {}, "base better"), make("span", {}, "mixture better")),
+      make("span", { class: "steps" }, ...steps)));
     if (data.lmbda < 1) legend.append(make("span", {},
       `A token can lose at most −log(1 − λ) = ${(-Math.log1p(-data.lmbda)).toFixed(2)} nats.`));
   }

@@ -6,6 +6,7 @@ filled contour map; what is worse than the base has a colour of its own.
 
 from __future__ import annotations
 
+import bisect
 import html
 import math
 from collections.abc import Sequence
@@ -42,8 +43,8 @@ def surface_figure(surface: Surface) -> str:
     columns = _thinned(len(surface.temperatures))
     rows = _thinned(len(surface.lmbdas))
     cells = _cells(surface, columns, rows)
-    x = _scale(surface.temperatures, columns, surface.best[0], _LEFT, _WIDTH)
-    y = _scale(surface.lmbdas, rows, surface.best[1], _TOP + _HEIGHT, -_HEIGHT)
+    x = _LEFT + _place(surface.temperatures, columns, surface.best[0]) * _WIDTH
+    y = _TOP + (1 - _place(surface.lmbdas, rows, surface.best[1])) * _HEIGHT
     best = f"temperature {surface.best[0]:.3g}, λ {surface.best[1]:.3g}"
     words = (
         f"{surface.name + ': ' if surface.name else ''}perplexity {surface.best[2]:.1f} at {best}; "
@@ -96,41 +97,53 @@ def _cells(surface: Surface, columns: list[int], rows: list[int]) -> list[str]:
 
 
 def _band(perplexity: float, surface: Surface) -> str:
-    if not perplexity < surface.base:
+    if not perplexity <= surface.base * (1 + 1e-9):  # lmbda 0 is the base itself
         return "over"
     span = math.log(surface.base / surface.best[2])
     share = math.log(perplexity / surface.best[2]) / span if span > 0 else 0.0
     return f"s{min(_BANDS - 1, max(0, int(share * _BANDS)))}"
 
 
-def _scale(
-    values: Sequence[float], chosen: list[int], at: float, start: float, length: float
-) -> float:
-    """The place of a value on an axis whose cells have one width whatever their values."""
+def _place(values: Sequence[float], chosen: list[int], at: float) -> float:
+    """Where a value lies along an axis, from 0 to 1; cells are of one width whatever they hold."""
     shown = [values[i] for i in chosen]
-    nearest = min(range(len(shown)), key=lambda i: abs(shown[i] - at))
-    return start + (nearest + 0.5) * length / len(shown)
+    right = min(max(bisect.bisect_left(shown, at), 1), len(shown) - 1) if len(shown) > 1 else 0
+    left = max(right - 1, 0)
+    gap = shown[right] - shown[left]
+    share = (at - shown[left]) / gap if gap else 0.0
+    return (left + 0.5 + min(1.0, max(0.0, share))) / len(shown)
 
 
 def _axis(values: Sequence[float], chosen: list[int], *, horizontal: bool) -> list[str]:
-    count = len(chosen)
-    step = max(1, math.ceil(count / 8))
-    lines = []
     x: float
     y: float
-    for i in range(0, count, step):
-        text = f"{values[chosen[i]]:.3g}"
+    lines = []
+    for tick in ticks(values[0], values[-1]):
+        along = _place(values, chosen, tick)
         if horizontal:
-            x, y, anchor = _LEFT + (i + 0.5) * _WIDTH / count, _TOP + _HEIGHT + 18, "middle"
+            x, y, anchor = _LEFT + along * _WIDTH, _TOP + _HEIGHT + 18, "middle"
         else:
-            x, y, anchor = _LEFT - 8, _TOP + _HEIGHT - (i + 0.5) * _HEIGHT / count + 4, "end"
-        lines.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>')
+            x, y, anchor = _LEFT - 8, _TOP + (1 - along) * _HEIGHT + 4, "end"
+        lines.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{tick:.6g}</text>')
     if horizontal:
         x, y = _LEFT + _WIDTH / 2, _TOP + _HEIGHT + 40
         lines.append(f'<text class="label" x="{x}" y="{y}" text-anchor="middle">temperature</text>')
     else:
         lines.append(f'<text class="label" x="14" y="{_TOP + _HEIGHT / 2}">λ</text>')
     return lines
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high: powers of ten over a wide range, even steps else."""
+    if low > 0 and high > 50 * low:
+        powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+        return [10.0**power for power in powers]
+    if not high > low:
+        return [low]
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step = next(step * part for part in (0.2, 0.5, 1, 2) if (high - low) / (step * part) <= 8)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _legend(surface: Surface) -> list[str]:

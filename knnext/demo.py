@@ -1,0 +1,345 @@
+"""The whole road in one command: train a small LM, store its states, and let neighbors help it.
+
+Every step leaves its result in the folder, and a second run takes up what is there. Settings are
+written down first: a folder made with others is refused, never mixed. Temperature and lmbda are
+fitted on the validation split for each system on its own; the test split is scored once, at the
+end, and its figures are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knnext.progress import format_duration
+
+if TYPE_CHECKING:
+    from knnext.corpus import Corpus, Document, TokenizedDocuments
+    from knnext.datastore import Datastore
+    from knnext.index import FaissIndex
+    from knnext.index.base import Index
+    from knnext.scores import StreamScores
+    from knnext.tune import TuneResult
+
+EXACT, FAISS, RESCORED = "exact kNN-LM", "FAISS mask, FAISS score", "FAISS mask, real score"
+#: Inverted lists, each with the 39 training rows that FAISS wants at least. Codes of one byte for
+#: eight dimensions: near the paper's ratio (64 for 1,024), and their k-means takes seconds.
+_MAX_LISTS, _ROWS_PER_LIST, _DIMS_PER_BYTE = 1024, 39, 8
+
+Say = Callable[[str], None]
+
+
+class DemoError(ValueError):
+    """A demo that cannot start or go on in its folder; the message says why."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What decides the result.
+
+    Attributes:
+        corpus: see `load_corpus`.
+        max_bytes: cap of its train split.
+        train_seconds: wall time of training.
+        entries: at most so many rows of the datastore, by whole documents of the train split.
+        valid_tokens, test_tokens: about so many scored tokens of each split.
+        document_tokens: at most so many of one document, from its beginning, so that the figures
+            speak for many; more only where the documents are too few to give enough.
+        k: neighbors per token.
+        seed: of model, training and choices.
+    """
+
+    corpus: str = "stdlib"
+    max_bytes: int | None = None
+    train_seconds: float = 120.0
+    entries: int = 500_000
+    valid_tokens: int = 10_000
+    test_tokens: int = 20_000
+    document_tokens: int = 300
+    k: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("entries", "valid_tokens", "test_tokens", "document_tokens", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.train_seconds < math.inf:
+            raise ValueError(f"train_seconds must be positive, got {self.train_seconds}")
+
+
+#: About a minute on two cores: every step, at sizes that still show the gain.
+SHORT = {"train_seconds": 20.0, "entries": 80_000, "valid_tokens": 3_000, "test_tokens": 5_000}
+
+
+def run_demo(
+    config: DemoConfig, out: str | Path, *, fresh: bool = False, say: Say = print
+) -> dict[str, Any]:
+    """Run what is missing in the folder `out` and return what `results.json` there holds.
+
+    Args:
+        config: see `DemoConfig`.
+        out: the folder; made where it does not exist.
+        fresh: remove what an earlier demo left there, and nothing else, before the start.
+        say: takes each line for people.
+    """
+    demo = Demo(config, Path(out), say)
+    demo.claim(fresh)
+    return demo.run()
+
+
+class Demo:
+    """One demo in one folder."""
+
+    def __init__(self, config: DemoConfig, out: Path, say: Say) -> None:
+        self.config, self.out, self.say = config, out, say
+        self.seconds: dict[str, float] = {}
+        self._steps = 0
+
+    # The folder
+
+    def claim(self, fresh: bool) -> None:
+        """Write the settings into the folder, or check that those there are the same."""
+        path = self.out / "demo.json"
+        if not path.exists() and self.out.is_dir() and any(self.out.iterdir()):
+            raise DemoError(f"{self.out} is not empty and holds no demo; give another --out")
+        if path.exists() and not fresh:
+            self._check(path)
+            return
+        for name in _CONTENTS:
+            self._remove(self.out / name)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(self.config))
+
+    def _check(self, path: Path) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            names = [f.name for f in fields(DemoConfig)]
+            differing = [n for n in names if found[n] != getattr(self.config, n)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DemoError(f"{path} is damaged ({error}); start over with --fresh") from None
+        if differing:
+            words = ", ".join(
+                f"{n} {found[n]!r}, not {getattr(self.config, n)!r}" for n in differing
+            )
+            raise DemoError(
+                f"{self.out} holds a demo with other settings ({words}); start over with --fresh, "
+                "or give another --out"
+            )
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    # The steps
+
+    def run(self) -> dict[str, Any]:
+        """All steps in order; those whose result is there are passed over."""
+        from knnext.demo_results import finish, plan_lines, result_lines
+
+        done = self.out / "results.json"
+        if done.exists():
+            results: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            self.say(f"{self.out} holds the finished demo; --fresh runs it again.\n")
+        else:
+            corpus = self._corpus()
+            for line in plan_lines(self.config, corpus.describe(), self.out):
+                self.say(line)
+            results = finish(self, *self._work(corpus))
+            write_json(done, results)
+        for line in result_lines(results, self.out):
+            self.say(line)
+        return results
+
+    def _work(self, corpus: Corpus) -> tuple[Any, ...]:
+        model, tokenizer = self._model(corpus)
+        store = self._datastore(model, tokenizer, corpus.train)
+        index = self._index(store)
+        config = self.config
+        valid = self._text("valid", corpus.valid, tokenizer, config.valid_tokens)
+        tuned = self._tune(self._score("valid", model, store, index, valid, keep_indices=False))
+        test = self._text("test", corpus.test, tokenizer, config.test_tokens)
+        scores = self._score("test", model, store, index, test, keep_indices=True)
+        return corpus, model, tokenizer, store, index, tuned, test, scores
+
+    def _corpus(self) -> Corpus:
+        from knnext.corpus import load_corpus
+
+        config = self.config
+        with self.step("read the corpus", quiet=True):
+            return load_corpus(config.corpus, max_bytes=config.max_bytes, seed=config.seed)
+
+    def _model(self, corpus: Corpus) -> tuple[Any, Any]:
+        """The trained model and its tokenizer, read back from disk in any case."""
+        from knnext.train import load_lm
+
+        folder = self.out / "model"
+        if not (self.out / "training.json").exists():
+            with self.step(f"train the language model for {self.config.train_seconds:.0f} s"):
+                self._train(corpus, folder)
+        model, tokenizer = load_lm(folder)
+        return model.to(_device()), tokenizer
+
+    def _train(self, corpus: Corpus, folder: Path) -> None:
+        from knnext.corpus import tokenize
+        from knnext.train import TrainConfig, save_lm, train_lm, train_tokenizer
+
+        config = TrainConfig(seed=self.config.seed)
+        tokenizer = train_tokenizer(corpus.train, config.vocab_size)
+        tokens = tokenize(corpus.train, tokenizer).tokens
+        trained = train_lm(tokens, tokenizer, config, seconds=self.config.train_seconds)
+        save_lm(folder, trained.model, tokenizer)
+        last = trained.losses[-max(1, len(trained.losses) // 20) :]
+        facts = {
+            "parameters": sum(p.numel() for p in trained.model.parameters()),
+            "corpus_tokens": len(tokens),
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+            "seconds": trained.seconds,
+            "loss": sum(last) / len(last),
+            "config": asdict(config),
+        }
+        write_json(self.out / "training.json", facts)
+
+    def _datastore(self, model: Any, tokenizer: Any, documents: Sequence[Document]) -> Datastore:
+        from knnext.build import build_datastore
+        from knnext.corpus import tokenize
+
+        with self.step("write the datastore"):
+            tokens = take_documents(tokenize(documents, tokenizer), self.config.entries + 1)
+            return build_datastore(
+                model,
+                tokenizer,
+                tokens,
+                self.out / "datastore",
+                batch_size=32,
+                corpus=self.config.corpus,
+            )
+
+    def _index(self, store: Datastore) -> FaissIndex:
+        from knnext.index import FaissIndex
+
+        factory, train_size = faiss_recipe(store.num_entries, store.dim)
+        with self.step(f"build the FAISS index {factory or ''}".rstrip()):
+            return FaissIndex.build(
+                store, self.out / "datastore.index", factory, train_size=train_size
+            )
+
+    def _text(
+        self, name: str, documents: Sequence[Document], tokenizer: Any, wanted: int
+    ) -> TokenizedDocuments:
+        """About `wanted` tokens, at most so many of one document, of documents in hash order."""
+        from knnext.corpus import tokenize
+
+        most = max(self.config.document_tokens, math.ceil(wanted / len(documents)))
+        text = take_documents(tokenize(documents, tokenizer, max_tokens=most), wanted + 1)
+        self.say(f"        {name}: {len(text) - 1:,} tokens of {text.num_documents:,} documents")
+        return text
+
+    def _score(
+        self,
+        name: str,
+        model: Any,
+        store: Datastore,
+        index: FaissIndex,
+        text: TokenizedDocuments,
+        *,
+        keep_indices: bool,
+    ) -> dict[str, StreamScores]:
+        from knnext.evaluate import search_stream
+        from knnext.index import ExactIndex, FaissIndex
+
+        indexes: dict[str, Index] = {
+            EXACT: ExactIndex(store, device=_device()),
+            FAISS: index,
+            RESCORED: FaissIndex.open(index.path, store, rescore=True),
+        }
+        with self.step(f"search the {name} split three ways"):
+            return search_stream(
+                model, indexes, text, k=self.config.k, batch_size=32, keep_indices=keep_indices
+            )
+
+    def _tune(self, scores: Mapping[str, StreamScores]) -> dict[str, TuneResult]:
+        from knnext.tune import tune
+
+        with self.step("tune temperature and lmbda on valid, for each system"):
+            return {name: tune(one) for name, one in scores.items()}
+
+    @contextmanager
+    def step(self, name: str, *, quiet: bool = False) -> Iterator[None]:
+        """Times a step and says what is being done."""
+        if not quiet:
+            self._steps += 1
+            self.say(f"  [{self._steps}/{NUM_STEPS}] {name}")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        if not quiet:
+            self.say(f"        {format_duration(self.seconds[name])}")
+
+
+NUM_STEPS = 7
+_CONTENTS = (
+    *("demo.json", "training.json", "results.json", "tuning.png", "report.html"),
+    *("model", "datastore", "datastore.index"),
+)
+
+
+def faiss_recipe(num_entries: int, dim: int) -> tuple[str | None, int | None]:
+    """A factory string and training size that a demo can wait for; (None, None): the defaults."""
+    lists = 1 << (min(_MAX_LISTS, num_entries // _ROWS_PER_LIST) | 1).bit_length() - 1
+    if lists * _ROWS_PER_LIST < 9984 or dim % _DIMS_PER_BYTE:
+        return None, None
+    return f"IVF{lists},PQ{dim // _DIMS_PER_BYTE}", min(lists * 40, num_entries)
+
+
+def take_documents(text: TokenizedDocuments, most: int, seed: int = 0) -> TokenizedDocuments:
+    """Whole documents of at most `most` tokens together, chosen by hash, in their old order.
+
+    A document that no longer fits is passed over. Where not even one fits, the first is cut.
+    """
+    import numpy as np
+
+    from knnext.corpus import TokenizedDocuments
+    from knnext.documents import name_hash
+
+    lengths = np.diff(text.document_offsets)
+    order = sorted(range(len(lengths)), key=lambda i: name_hash(text.names[i], seed + 2))
+    kept, used = [], 0
+    for i in order:
+        if used + lengths[i] <= most:
+            kept.append(i)
+            used += int(lengths[i])
+    cut = not kept
+    kept = sorted(kept) or order[:1]
+    parts = [text.tokens[text.document_offsets[i] :][: min(lengths[i], most)] for i in kept]
+    share = most / lengths[kept[0]] if cut else 1.0
+    return TokenizedDocuments(
+        tokens=np.concatenate(parts),
+        document_offsets=np.cumsum([0, *map(len, parts)], dtype=np.int64),
+        names=[text.names[i] for i in kept],
+        num_words=(text.num_words[kept] * share).astype(np.int64),
+        num_bytes=(text.num_bytes[kept] * share).astype(np.int64),
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented JSON, under its name when whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

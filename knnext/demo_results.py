@@ -1,0 +1,291 @@
+"""What the demo says at its start and shows at its end."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from knnext.demo import EXACT, FAISS, RESCORED, Demo, DemoConfig
+from knnext.evaluate import Evaluation, evaluate
+from knnext.progress import format_duration
+from knnext.report import Report, Row, Surface, format_bytes, text_table, write_report
+from knnext.report.explorer import explorer_data
+from knnext.scores import StreamScores
+from knnext.spans import neighbor_spans
+from knnext.tune import TuneResult
+
+if TYPE_CHECKING:
+    from knnext.corpus import Corpus, TokenizedDocuments
+    from knnext.datastore import Datastore
+    from knnext.index import FaissIndex
+
+_SAMPLES = 5
+_SAMPLE_CONTEXT = 14  # tokens
+
+
+def plan_lines(config: DemoConfig, corpus: str, out: Path) -> list[str]:
+    """What will be done, before it is."""
+    device = "the GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return [
+        "knnext demo: a small language model, and what the neighbors of its states add to it",
+        "",
+        f"  corpus     {corpus}",
+        f"  model      GPT-2 of 3 layers, dim 128, trained for {config.train_seconds:.0f} s "
+        f"on {device}",
+        f"  datastore  at most {config.entries:,} entries: a state of the model and the token that "
+        "followed",
+        f"  search     the {config.k:,} nearest of them, exactly and with FAISS",
+        "  tuning     temperature and lmbda on the validation split, for each system on its own",
+        "  report     perplexity on the test split, which is scored once",
+        f"  folder     {out}; run again, it goes on where it stopped",
+        "",
+    ]
+
+
+def finish(
+    demo: Demo,
+    corpus: Corpus,
+    model: Any,
+    tokenizer: Any,
+    store: Datastore,
+    index: FaissIndex,
+    tuned: dict[str, TuneResult],
+    test: TokenizedDocuments,
+    scores: dict[str, StreamScores],
+) -> dict[str, Any]:
+    """Evaluate the test split, write the pictures and the report, and return all figures."""
+    with demo.step("evaluate the test split, write the report"):
+        evaluations = {
+            name: evaluate(scores[name], one.temperature, one.lmbda) for name, one in tuned.items()
+        }
+        rows = table_rows(evaluations, _sizes(demo.out, store, index))
+        samples = best_samples(scores[EXACT], tuned[EXACT], test, store, tokenizer)
+        facts = _facts(demo, corpus, store, index, evaluations[EXACT])
+        explorer = explorer_data(
+            scores[EXACT], store, tokenizer, tuned[EXACT].temperature, tuned[EXACT].lmbda
+        )
+        _write_report(demo.out, rows, tuned[EXACT], facts, explorer)
+        picture = _write_picture(demo.out, tuned[EXACT])
+    demo.seconds["all of this run"] = sum(demo.seconds.values())
+    return {
+        "config": asdict(demo.config),
+        "rows": [asdict(row) for row in rows],
+        "samples": samples,
+        "facts": facts,
+        "seconds": demo.seconds,
+        "evaluations": {name: one.to_dict() for name, one in evaluations.items()},
+        "tuning": {name: one.to_dict() for name, one in tuned.items()},
+        "files": ["report.html", *picture, "results.json"],
+    }
+
+
+def result_lines(results: Mapping[str, Any], out: Path) -> list[str]:
+    """The table, some tokens, and where to look, for a terminal."""
+    rows = [Row(**row) for row in results["rows"]]
+    lines = ["", text_table(rows), "", _NOTE, "", "Where the neighbors helped most:"]
+    for sample in results["samples"]:
+        chance = f"{sample['p_lm']:.2g} -> {sample['p']:.2g}"
+        lines += [
+            "",
+            f"  {_tail(sample['before'])} [{_shown(sample['token'])}]   {chance}",
+            f"      text      {sample['document']}",
+            f"      neighbor  {_tail(sample['neighbor_before'])} "
+            f"[{_shown(sample['neighbor_token'])}]   distance {sample['distance']:.3g}",
+            f"                {sample['neighbor_document']}",
+        ]
+    total = results["seconds"]["all of this run"]
+    lines += ["", f"Done in {format_duration(total)}."]
+    width = max(map(len, results["files"]))
+    notes = {"report.html": "open it in a browser: the table, the surface, every token explained"}
+    return lines + [
+        f"  {out / name!s:{len(str(out)) + 1 + width}}  {notes.get(name, '')}".rstrip()
+        for name in results["files"]
+    ]
+
+
+_NOTE = (
+    "Perplexity per token of the test split with 95 % intervals (bootstrap over documents; paired "
+    "for the\nchange against the base). Tokens/s of model, search and mixing together. On disk: "
+    "what is searched,\nand for the base its weights."
+)
+
+
+def table_rows(evaluations: Mapping[str, Evaluation], sizes: Mapping[str, int]) -> list[Row]:
+    """The base and each system, from evaluations of one text."""
+    first = next(iter(evaluations.values()))
+    base = Row(
+        "base LM",
+        first.base.token,
+        (first.base.interval.low, first.base.interval.high),
+        tokens_per_second=first.tokens_per_second["lm"],
+        num_bytes=sizes.get("base LM"),
+    )
+    return [base, *(table_row(name, one, sizes.get(name)) for name, one in evaluations.items())]
+
+
+def table_row(name: str, evaluation: Evaluation, num_bytes: int | None) -> Row:
+    """One mixture against its base."""
+    difference = torch.tensor(
+        [
+            evaluation.log_ppl_difference,
+            evaluation.difference_interval.low,
+            evaluation.difference_interval.high,
+        ],
+        dtype=torch.float64,
+    )
+    change, low, high = torch.expm1(difference).tolist()
+    return Row(
+        name,
+        evaluation.mixture.token,
+        (evaluation.mixture.interval.low, evaluation.mixture.interval.high),
+        change,
+        (low, high),
+        evaluation.temperature,
+        evaluation.lmbda,
+        evaluation.tokens_per_second["total"],
+        num_bytes,
+    )
+
+
+def best_samples(
+    scores: StreamScores,
+    tuned: TuneResult,
+    text: TokenizedDocuments,
+    store: Datastore,
+    tokenizer: Any,
+) -> list[dict[str, Any]]:
+    """The largest gains, one a document and target, with the nearest neighbor of that target."""
+    assert scores.indices is not None
+    log_p = scores.log_p(tuned.temperature, tuned.lmbda)
+    gain = log_p - scores.log_p_lm.double()
+    seen: set[Any] = set()
+    samples: list[dict[str, Any]] = []
+    for position in gain.argsort(descending=True).tolist():
+        if len(samples) == _SAMPLES:
+            break
+        document, target = int(scores.document_ids[position]), int(scores.targets[position])
+        word = tokenizer.decode([target])
+        # A blank or a mark says little to a reader, however well it was foreseen.
+        if {document, word} & seen or not word.strip().isalnum() or scores.ends_document[position]:
+            continue
+        seen |= {document, word}
+        rank = int((scores.tokens[position] == target).nonzero()[0])
+        row = scores.indices[position, rank : rank + 1]
+        (span,) = neighbor_spans(store, tokenizer, row, before=_SAMPLE_CONTEXT, after=0)
+        start = max(int(text.document_offsets[document]) + 1, position + 1 - _SAMPLE_CONTEXT)
+        samples.append(
+            {
+                "before": tokenizer.decode(text.tokens[start : position + 1].tolist()),
+                "token": word,
+                "document": scores.document_names[document],
+                "p_lm": float(scores.log_p_lm[position].exp()),
+                "p": float(log_p[position].exp()),
+                "neighbor_before": span.before,
+                "neighbor_token": span.token,
+                "neighbor_document": span.document,
+                "distance": float(scores.distances[position, rank]),
+            }
+        )
+    return samples
+
+
+def _write_report(
+    out: Path, rows: list[Row], tuned: TuneResult, facts: dict[str, str], explorer: Any
+) -> None:
+    base, exact = rows[0], rows[1]
+    assert exact.change is not None
+    helped = exact.change < 0
+    title = (
+        f"Neighbors {'take' if helped else 'bring'} test perplexity "
+        f"from {base.perplexity:.0f} to {exact.perplexity:.0f}"
+    )
+    lead = (
+        f"A small language model, mixed with the {facts['neighbors per token']} nearest of "
+        f"{facts['datastore'].split(' of ')[0]} stored states. Nothing was trained for the mixture "
+        "but two numbers, fitted on the validation split."
+    )
+    write_report(
+        out / "report.html",
+        Report(
+            title, lead, rows, _NOTE.replace("\n", " "), surface_of(tuned, EXACT), facts, explorer
+        ),
+    )
+
+
+def surface_of(tuned: TuneResult, name: str) -> Surface:
+    """The grid as the report wants it."""
+    return Surface(
+        tuned.temperatures.tolist(),
+        tuned.lmbdas.tolist(),
+        torch.from_numpy(tuned.surface).exp().tolist(),
+        (tuned.temperature, tuned.lmbda, tuned.perplexity),
+        tuned.base_perplexity,
+        name,
+    )
+
+
+def _write_picture(out: Path, tuned: TuneResult) -> list[str]:
+    from knnext.plots import plot_surface
+
+    plot_surface(tuned, out / "tuning.png", title=f"{EXACT}, validation split")
+    return ["tuning.png"]
+
+
+def _sizes(out: Path, store: Datastore, index: FaissIndex) -> dict[str, int]:
+    """Bytes on disk that each system reads."""
+    keys = sum(shard.keys.num_bytes for shard in store.meta.shards)
+    values = sum(shard.values.num_bytes for shard in store.meta.shards)
+    weights = sum(f.stat().st_size for f in (out / "model").glob("*.safetensors"))
+    return {
+        "base LM": weights,
+        EXACT: keys + values,
+        FAISS: index.num_bytes + values,
+        RESCORED: index.num_bytes + keys + values,
+    }
+
+
+def _facts(
+    demo: Demo, corpus: Corpus, store: Datastore, index: FaissIndex, test: Evaluation
+) -> dict[str, str]:
+    import json
+
+    training = json.loads((demo.out / "training.json").read_text(encoding="utf-8"))
+    shape = training["config"]
+    where = f"{torch.get_num_threads()} threads of {os.cpu_count()}, {platform.machine()}"
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    return {
+        "corpus": corpus.describe(),
+        "model": f"GPT-2, {shape['num_layers']} layers, dim {shape['dim']}, context "
+        f"{shape['block_size']}, vocabulary {shape['vocab_size']:,}, "
+        f"{training['parameters'] / 1e6:.1f} M parameters",
+        "training": f"{training['steps']:,} steps, {training['tokens'] / 1e6:.1f} M tokens in "
+        f"{format_duration(training['seconds'])}; last loss {training['loss']:.2f}",
+        "datastore": f"{store.num_entries:,} of {training['corpus_tokens']:,} training tokens, "
+        f"{store.num_documents:,} documents, keys {store.key_layer!r}, float16 x {store.dim}",
+        "FAISS index": f"{index.factory}, nprobe {index.nprobe}, {format_bytes(index.num_bytes)}",
+        "neighbors per token": f"{demo.config.k:,}",
+        "test split": f"{test.num_tokens:,} tokens of {test.num_documents:,} documents, at most "
+        f"{demo.config.document_tokens} of one where there are enough",
+        "target among the neighbors": f"{100 * test.target_found:.1f} % of the test tokens",
+        "machine": where,
+        "software": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "time": ", ".join(f"{name} {format_duration(s)}" for name, s in demo.seconds.items()),
+    }
+
+
+def _tail(text: str, width: int = 56) -> str:
+    text = _shown(text)
+    return "…" + text[-width:] if len(text) > width else text
+
+
+def _shown(text: str) -> str:
+    """One line that a terminal shows as it is: line ends as a sign, no control characters."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else "·" for c in text)
