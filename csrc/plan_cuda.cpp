@@ -48,7 +48,8 @@ void plan_fallback(const SearchProblem& problem, CudaSearchPlan& plan) {
 
 void plan_passes(const SearchProblem& problem, const CudaSearchExtras& extras,
                  CudaSearchPlan& plan) {
-  const int64_t query_bytes = plan.list_words * 8 + extras.merge_columns * 12 + kQueryScalars;
+  const int64_t query_bytes = plan.list_words * 8 + extras.merge_columns * 12 +
+                              extras.merge_words * 8 + kQueryScalars;
   const int64_t allowed = std::max(kQueryBytes, kNeighborBytes * problem.k);
   plan.queries_per_pass = 0;
   const int64_t fixed = plan_cuda_buffers(plan, problem.k, extras).bytes;
@@ -129,6 +130,7 @@ CudaSearchBuffers plan_cuda_buffers(const CudaSearchPlan& plan, int64_t k,
   at.partial = take(owner_rows * k * 8);
   at.merge_distances = take(queries * extras.merge_columns * 4);
   at.merge_indices = take(queries * extras.merge_columns * 8);
+  at.merge_words = take(queries * extras.merge_words * 8);
   at.bytes = end;
   return at;
 }
@@ -149,7 +151,7 @@ CudaSearchPlan plan_cuda_search(const SearchProblem& problem, const CudaSearchEx
   for (int i = 0; i < num_last; ++i) plan.list_words = std::max(plan.list_words, last[i].capacity);
   // The other path leaves its k winners where the list was.
   plan.list_words = round_up(std::max(plan.list_words, std::min(problem.k, keys)), 32);
-  plan.sort_words = 2;
+  plan.sort_words = 128;  // what block_sort takes at least
   while (plan.sort_words < std::min(problem.k, kSelectRun)) plan.sort_words *= 2;
   plan_fallback(problem, plan);
   plan_passes(problem, extras, plan);

@@ -60,10 +60,11 @@ struct CudaSearchPlan {
   int64_t workspace_bytes = 0;
 };
 
-// What SearchProblem does not say: columns that results are merged in (0 where they are not), and
-// whether squared norms of the keys have to be computed.
+// What SearchProblem does not say: columns that results are merged in (0 where they are not), the
+// words that a query's merge sorts in, and whether squared norms of the keys have to be computed.
 struct CudaSearchExtras {
   int64_t merge_columns = 0;
+  int64_t merge_words = 0;
   bool key_norms = true;
 };
 
@@ -79,7 +80,8 @@ size_t max_shared_bytes(int major, int minor);
 // Offsets into the one workspace of a pass; every part is aligned to 256 bytes.
 struct CudaSearchBuffers {
   int64_t lists, counts, thresholds, bounds, query_norms, key_norms, required, slots, failed,
-      num_failed, owner_lists, partial, merge_distances, merge_indices, bytes;
+      num_failed, owner_lists, partial, merge_distances, merge_indices,
+      merge_words, bytes;
 };
 CudaSearchBuffers plan_cuda_buffers(const CudaSearchPlan& plan, int64_t k,
                                     const CudaSearchExtras& extras);

@@ -11,8 +11,12 @@ namespace {
 
 __device__ unsigned long long total_failed;
 
+struct FloatMax {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
 // The distance that k entries of an earlier result are within, or the largest float.
-__device__ __forceinline__ float prior_bound(const SelectParams& p, int query, SelectScratch& s) {
+__device__ __forceinline__ float prior_bound(const SelectParams& p, int query) {
   const int64_t first = query * p.prior_columns;
   float worst = -__uint_as_float(0x7F800000u);
   bool complete = true;
@@ -21,13 +25,8 @@ __device__ __forceinline__ float prior_bound(const SelectParams& p, int query, S
     complete = complete && p.prior_indices[first + i] >= 0 && distance <= kLargestFloat;
     worst = fmaxf(worst, distance);
   }
-#pragma unroll
-  for (int step = 16; step; step /= 2) worst = fmaxf(worst, __shfl_xor_sync(~0u, worst, step));
-  if (threadIdx.x % 32 == 0) s.warp_sums[threadIdx.x / 32] = __float_as_uint(worst);
-  complete = __syncthreads_and(complete);
-  for (unsigned w = 0; w < blockDim.x / 32; ++w)
-    worst = fmaxf(worst, __uint_as_float(s.warp_sums[w]));
-  return complete ? worst : kLargestFloat;
+  worst = block_reduce(worst, FloatMax());
+  return __syncthreads_and(complete) ? worst : kLargestFloat;
 }
 
 // thresholds[q] = the word of rank `wanted` among the sample's, so that about k of the next scan's
@@ -43,12 +42,12 @@ __global__ void __launch_bounds__(kSelectThreads) threshold_kernel(const SelectP
   if (count <= p.capacity && count >= static_cast<unsigned>(p.wanted)) {
     const Word limit = block_select(list, count, p.wanted, scratch);
     if (limit != kNoWord) {
-      threshold = block_largest(list, count, limit, scratch);
+      threshold = block_largest(list, count, limit);
       required = p.k;
     }
   }
   if (p.last && p.prior_distances) {
-    const float bound = prior_bound(p, query, scratch);
+    const float bound = prior_bound(p, query);
     // Ties with it stay in: their order is settled where the results are merged.
     const Word certain = make_word(bound, -1);
     if (bound < kLargestFloat && certain <= threshold) {
@@ -99,7 +98,7 @@ __device__ __forceinline__ void write_merged(const SelectParams& p, int query, W
     const unsigned size = min(run, found - first);
     for (unsigned i = threadIdx.x; i < run; i += blockDim.x)
       shared[i] = i < size ? words[first + i] : kNoWord;
-    block_sort(shared, run);
+    block_sort(shared, run, Less());
     for (unsigned i = threadIdx.x; i < size; i += blockDim.x) words[first + i] = shared[i];
     __syncthreads();
   }
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const SelectPara
   if (small) {
     for (unsigned i = threadIdx.x; i < static_cast<unsigned>(p.sort_words); i += blockDim.x)
       if (i >= found) sorted[i] = kNoWord;
-    block_sort(sorted, p.sort_words);
+    block_sort(sorted, p.sort_words, Less());
     write_sorted(p, query, sorted, found);
   } else {
     write_merged(p, query, list, found, sorted);

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
+#include "params.h"
 #include "plan_cuda.h"
 
 namespace knnext {
@@ -73,12 +74,11 @@ struct SelectParams {
   int64_t index_base;                // added to rows
 };
 
-enum class SearchDtype : int { kHalf = 0, kBFloat16 = 1, kFloat = 2 };
-
-// Test-only switches, read at every call from KNNEXT_TEST_SEARCH ("rank=1,capacity=64,fail=1"):
-// a threshold too tight, lists too small, and every query through the path that cannot fail.
+// Test-only switches, read at every call from KNNEXT_TEST_SEARCH, e.g. "rank=1,capacity=64,fail=1":
+// one sample of one key in `stride`, however few the keys; the threshold's rank in the sample (too
+// low: too tight); lists that hold too little; every query through the path that cannot fail.
 struct SearchSwitches {
-  int64_t rank = 0, capacity = 0;
+  int64_t stride = 0, rank = 0, capacity = 0;
   bool fail_all = false;
 };
 SearchSwitches read_search_switches();
@@ -87,7 +87,7 @@ struct KnnSearchParams {
   const void *queries, *keys;
   int64_t query_stride, key_stride;  // elements
   int64_t num_queries, num_keys, dim, k;
-  SearchDtype dtype;
+  Dtype dtype;
   bool inner_product;
   const float* key_sqnorms;          // or null: computed
   int64_t index_offset;

@@ -7,6 +7,7 @@
 // when a bucket holds exactly what is still wanted.
 #pragma once
 
+#include "block_sort.cuh"
 #include "word.cuh"
 
 namespace knnext {
@@ -16,35 +17,17 @@ constexpr int kRadixBits = 11, kRadixBins = 1 << kRadixBits;
 
 struct SelectScratch {
   unsigned bins[kRadixBins];
-  unsigned warp_sums[32];
   unsigned bucket, before, inside;
   unsigned count;
-  Word warp_words[32];
 };
-
-// Sum of `value` over the threads before this one. All threads; blockDim a multiple of 32.
-__device__ __forceinline__ unsigned block_sum_before(unsigned value, SelectScratch& s) {
-  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  unsigned sum = value;
-#pragma unroll
-  for (unsigned step = 1; step < 32; step *= 2) {
-    const unsigned other = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) s.warp_sums[warp] = sum;
-  __syncthreads();
-  unsigned before = sum - value;
-  for (unsigned w = 0; w < warp; ++w) before += s.warp_sums[w];
-  __syncthreads();
-  return before;
-}
 
 // Finds the bucket of the `wanted`-th (from 1) in s.bins: bucket, how many lie before, inside.
 __device__ __forceinline__ void find_bucket(unsigned wanted, SelectScratch& s) {
   const unsigned each = kRadixBins / blockDim.x, first = threadIdx.x * each;
   unsigned sum = 0;
   for (unsigned i = 0; i < each; ++i) sum += s.bins[first + i];
-  unsigned before = block_sum_before(sum, s);
+  unsigned total;
+  unsigned before = block_prefix_sum(sum, total);
   if (before < wanted && wanted <= before + sum) {
     unsigned bin = first;
     while (before + s.bins[bin] < wanted) before += s.bins[bin++];
@@ -82,19 +65,16 @@ __device__ inline Word block_select(const Word* words, unsigned total, unsigned 
   }
 }
 
+struct Larger {
+  __device__ __forceinline__ Word operator()(Word a, Word b) const { return a > b ? a : b; }
+};
+
 // The largest word not above `limit`, 0 if there is none.
-__device__ inline Word block_largest(const Word* words, unsigned total, Word limit,
-                                     SelectScratch& s) {
+__device__ inline Word block_largest(const Word* words, unsigned total, Word limit) {
   Word best = 0;
   for (unsigned i = threadIdx.x; i < total; i += blockDim.x)
     if (words[i] <= limit) best = max(best, words[i]);
-#pragma unroll
-  for (int step = 16; step; step /= 2) best = max(best, __shfl_xor_sync(~0u, best, step));
-  if (threadIdx.x % 32 == 0) s.warp_words[threadIdx.x / 32] = best;
-  __syncthreads();
-  for (unsigned w = 0; w < blockDim.x / 32; ++w) best = max(best, s.warp_words[w]);
-  __syncthreads();
-  return best;
+  return block_reduce(best, Larger());
 }
 
 // Moves the words not above `limit` to the front of `to`, in any order; returns how many. `to` may
@@ -119,23 +99,6 @@ __device__ inline unsigned block_gather(const Word* words, unsigned total, Word 
   const unsigned count = s.count;
   __syncthreads();
   return count;
-}
-
-// Sorts `size` words (a power of two) in shared memory, ascending.
-__device__ inline void block_sort(Word* words, unsigned size) {
-  for (unsigned run = 2; run <= size; run *= 2)
-    for (unsigned step = run / 2; step; step /= 2) {
-      __syncthreads();
-      for (unsigned i = threadIdx.x; i < size / 2; i += blockDim.x) {
-        const unsigned low = 2 * i - (i & (step - 1)), high = low + step;
-        const Word a = words[low], b = words[high];
-        if ((a > b) == ((low & run) == 0)) {
-          words[low] = b;
-          words[high] = a;
-        }
-      }
-    }
-  __syncthreads();
 }
 
 // How many of `count` ascending words are below `word`.

@@ -34,7 +34,7 @@ std::string plan_text(const knnext::SearchPlan& plan) {
 py::dict plan_cuda(int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
                    std::pair<int, int> capability, int num_units, int64_t merge_columns,
                    bool key_norms) {
-  const knnext::CudaSearchExtras extras{merge_columns, key_norms};
+  const knnext::CudaSearchExtras extras{merge_columns, 0, key_norms};
   const knnext::CudaSearchPlan plan = knnext::plan_cuda_search(
       {queries, entries, dim, k, element_bytes, capability.first, capability.second, num_units},
       extras);
