@@ -40,10 +40,10 @@ class TrainConfig:
     dim: int = 128
     num_heads: int = 4
     block_size: int = 128
-    batch_size: int = 16
-    learning_rate: float = 3e-3
+    batch_size: int = 4
+    learning_rate: float = 2e-3
     min_rate: float = 0.1
-    warmup: float = 0.05
+    warmup: float = 0.1
     weight_decay: float = 0.1
     dropout: float = 0.0
     seed: int = 0
@@ -95,7 +95,7 @@ def new_model(config: TrainConfig, tokenizer: Any) -> Any:
     _, transformers = _libraries()
     torch.manual_seed(config.seed)
     separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
-    return transformers.GPT2LMHeadModel(
+    model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=config.block_size,
@@ -107,10 +107,12 @@ def new_model(config: TrainConfig, tokenizer: Any) -> Any:
             attn_pdrop=config.dropout,
             bos_token_id=separator,
             eos_token_id=separator,
-            pad_token_id=separator,
             use_cache=False,
         )
     )
+    # Not in the config: there it makes every forward pass warn that padding may be unmasked.
+    model.generation_config.pad_token_id = separator
+    return model
 
 
 def train_lm(
@@ -150,10 +152,17 @@ def save_lm(path: str | Path, model: Any, tokenizer: Any) -> None:
 
 
 def load_lm(path: str | Path) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) from a folder that ``save_lm`` wrote, or a hub name."""
+    """(model in eval mode, tokenizer) from a folder that ``save_lm`` wrote, or a hub name.
+
+    No remote code is run. FileNotFoundError where ``path`` reads like a folder and is none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"no language model at {path}: there is no such folder")
+    source = str(folder if folder.is_dir() else path)
     _, transformers = _libraries()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(source)
 
 
 def _loop(

@@ -25,7 +25,9 @@ from knnext.train import (
 )
 
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    def push(self, item): ...\n" * 30
-SMALL = TrainConfig(num_layers=1, dim=32, num_heads=2, block_size=16, batch_size=8, warmup=0.2)
+SMALL = TrainConfig(
+    num_layers=1, dim=32, num_heads=2, block_size=16, batch_size=8, learning_rate=3e-3, warmup=0.2
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +84,16 @@ def test_saved_and_loaded(tokenizer: Any, tokens: np.ndarray, tmp_path: Path) ->
     assert ids[0].tolist() == tokenizer("def add(a, b):")["input_ids"]
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert again.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+    generated = again.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert generated.shape[1] == ids.shape[1] + 3
+    assert again.generation_config.pad_token_id == tokenizer.pad_token_id
     assert its_tokenizer.bos_token_id == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("path", [Path("nowhere"), "./nowhere", "/nowhere"])
+def test_a_folder_that_is_not_there(path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="no language model at"):
+        load_lm(path)
 
 
 def test_batches_cover_the_stream() -> None:
@@ -111,7 +121,7 @@ def test_bad_arguments(tokenizer: Any, tokens: np.ndarray) -> None:
         train_lm(tokens[:16], tokenizer, SMALL)
     with pytest.raises(ValueError, match="must be positive, got 0"):
         train_lm(tokens, tokenizer, SMALL, seconds=0)
-    with pytest.raises(ValueError, match="must be positive, got 120.0 and 0"):
+    with pytest.raises(ValueError, match=r"must be positive, got 120\.0 and 0"):
         train_lm(tokens, tokenizer, SMALL, max_steps=0)
     with pytest.raises(ValueError, match="at least 257"):
         train_tokenizer([], vocab_size=256)
