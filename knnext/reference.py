@@ -108,6 +108,7 @@ def knn_search(
         )
     if refine:
         distances = rescore(queries, keys, indices, metric, compute_dtype)
+        indices = indices.masked_fill(~(distances < INF), -1)
     indices = torch.where(indices < 0, indices, indices + index_offset)
     if init_distances is not None and init_indices is not None:
         distances = torch.cat([init_distances.to(compute_dtype), distances], 1)

@@ -37,6 +37,11 @@ struct V {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
 
+  template <class E>
+  static Type widen_part(const E* from, int64_t n) {
+    return widen_copy<V>(from, n);
+  }
+
   static void transpose(Type (&r)[8]) {
     Type t[8];
     for (int i = 0; i < 8; i += 2) {

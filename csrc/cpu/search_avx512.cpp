@@ -27,11 +27,19 @@ struct V {
 
   static Type widen(const float* from) { return load(from); }
   static Type widen(const Half* from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return widen_half(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
   static Type widen(const BFloat16* from) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Type widen_part(const float* from, int64_t n) {
+    return _mm512_maskz_loadu_ps(first_lanes(n), from);
+  }
+  static Type widen_part(const Half* from, int64_t n) {
+    return widen_half(_mm256_maskz_loadu_epi16(first_lanes(n), from));
+  }
+  static Type widen_part(const BFloat16* from, int64_t n) {
+    return widen_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(n), from));
   }
 
   static void transpose(Type (&r)[16]) {
@@ -71,6 +79,11 @@ struct V {
   }
 
  private:
+  static __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Type widen_half(__m256i bits) { return _mm512_cvtph_ps(bits); }
+  static Type widen_bfloat16(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
   static Type unpack_low(Type a, Type b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
   }

@@ -13,9 +13,9 @@
 
 namespace knnext::cpu {
 
-// Summing blocks apart keeps the float32 error near 1e-7 |q| |x|, where one long chain would pass
-// 1e-6 at a few thousand dimensions.
-constexpr int64_t kDimBlock = 256;
+// Summing blocks apart keeps the float32 error near 2e-7 |q| |x|, where one long chain would pass
+// 1e-6 at a few hundred dimensions.
+constexpr int64_t kDimBlock = 128;
 
 constexpr int kMaxTileRows = 8;
 constexpr int kMaxPanelKeys = 48;

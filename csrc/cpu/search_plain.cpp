@@ -59,6 +59,11 @@ struct V {
     return load(x);
   }
 
+  template <class E>
+  static Type widen_part(const E* from, int64_t n) {
+    return widen_copy<V>(from, n);
+  }
+
   static void transpose(Type (&r)[4]) {
     const Type a = r[0], b = r[1], c = r[2], d = r[3];
     for (int i = 0; i < 4; ++i) r[i] = Type{a[i], b[i], c[i], d[i]};

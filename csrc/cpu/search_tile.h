@@ -3,7 +3,8 @@
 //
 //   Type, kWidth; zero, broadcast, load, store, add, multiply_add(a, b, c) = a b + c,
 //   max(a, b) = b where either is NaN, less(a, b) = bit mask of lanes, sum(v),
-//   widen(const E*) for Half, BFloat16 and float, transpose(Type (&)[kWidth]).
+//   widen(const E*) and widen_part(const E*, n < kWidth) for Half, BFloat16 and float,
+//   transpose(Type (&)[kWidth]).
 //
 // Everything is in an unnamed namespace: each file needs its own copies.
 #pragma once
@@ -25,9 +26,9 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The first n < kWidth elements, then zeros.
+// The first n < kWidth elements, then zeros; for a V without masked loads.
 template <class V, class E>
-typename V::Type widen_part(const E* from, int64_t n) {
+typename V::Type widen_copy(const E* from, int64_t n) {
   E padded[V::kWidth];
   std::memset(padded, 0, sizeof padded);
   std::memcpy(padded, from, n * sizeof(E));
@@ -36,7 +37,7 @@ typename V::Type widen_part(const E* from, int64_t n) {
 
 template <class V, class E>
 typename V::Type widen_some(const E* from, int64_t n) {
-  return n >= V::kWidth ? V::widen(from) : widen_part<V, E>(from, n);
+  return n >= V::kWidth ? V::widen(from) : V::widen_part(from, n);
 }
 
 template <class V, class E, int kKeys>
@@ -148,7 +149,7 @@ void widen_row(const void* row, int64_t dims, float* out) {
   for (; d + V::kWidth <= dims; d += V::kWidth) V::store(out + d, V::widen(from + d));
   if (d == dims) return;
   float rest[V::kWidth];
-  V::store(rest, widen_part<V, E>(from + d, dims - d));
+  V::store(rest, V::widen_part(from + d, dims - d));
   std::memcpy(out + d, rest, (dims - d) * sizeof(float));
 }
 
