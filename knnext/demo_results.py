@@ -93,10 +93,10 @@ def result_lines(results: Mapping[str, Any], out: Path) -> list[str]:
         chance = f"{sample['p_lm']:.2g} -> {sample['p']:.2g}"
         lines += [
             "",
-            f"  {_tail(sample['before'])} [{_shown(sample['token'])}]   {chance}",
+            f"  {_tail(sample['before'])} [{shown(sample['token'])}]   {chance}",
             f"      text      {sample['document']}",
             f"      neighbor  {_tail(sample['neighbor_before'])} "
-            f"[{_shown(sample['neighbor_token'])}]   distance {sample['distance']:.3g}",
+            f"[{shown(sample['neighbor_token'])}]   distance {sample['distance']:.3g}",
             f"                {sample['neighbor_document']}",
         ]
     total = results["seconds"]["all of this run"]
@@ -281,11 +281,11 @@ def _facts(
 
 
 def _tail(text: str, width: int = 56) -> str:
-    text = _shown(text)
+    text = shown(text)
     return "…" + text[-width:] if len(text) > width else text
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """One line that a terminal shows as it is: line ends as a sign, no control characters."""
     text = text.replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else "·" for c in text)

@@ -1,0 +1,105 @@
+"""The command ``knnext``: runs one subcommand and turns its end into an exit code.
+
+0: done. 1: the work failed, with one line on stderr that says why. 2: the command line was wrong.
+130: interrupted. With ``--json`` stdout holds one JSON object and nothing else; what is said to
+people then goes to stderr. Models, corpora and indexes are imported by the subcommands, which are
+themselves imported when they are chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from knnext.cli_parser import build_parser
+
+_EXTRAS = {
+    **dict.fromkeys(("transformers", "tokenizers", "datasets", "matplotlib", "pyarrow"), "lm"),
+    "faiss": "faiss",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (``sys.argv`` by default) and return the exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse's way out: 0 after --help, 2 after an error
+        return int(stop.code or 0)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print(f"knnext {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, with `head` for one. Nothing more may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(f"knnext {args.command}: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not args.debug:
+        warnings.showwarning = _note
+        # Set before transformers is imported: it reads them once.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    module, function = args.run.split(":")
+    run = getattr(importlib.import_module(module), function)
+
+    def say(line: str = "") -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    result = run(args, say)
+    if args.json:
+        print(json.dumps(plain(result), allow_nan=False, ensure_ascii=True))
+    sys.stdout.flush()
+    return 0
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: None for what is not finite, text for unknown types."""
+    if isinstance(value, dict):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong and, where that alone tells little, what kind of error it was."""
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is not None:
+            return f'this needs {error.name}: pip install "knnext[{extra}]"'
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | ImportError) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Warnings meant for people, in one line; those for programmers only with --debug."""
+    if not issubclass(category, DeprecationWarning | FutureWarning | ImportWarning):
+        print(f"knnext: note: {' '.join(str(message).split())}", file=sys.stderr)

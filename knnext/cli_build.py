@@ -1,0 +1,147 @@
+"""The commands that make a datastore or look at one: build, index, import, info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knnext.cli_session import open_datastore, open_model, read_text, tuning_path
+from knnext.demo import Say
+
+if TYPE_CHECKING:
+    from knnext.datastore import Datastore
+
+
+def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    import torch
+
+    from knnext.build import build_datastore
+
+    model, tokenizer = open_model(args)
+    text = read_text(args, tokenizer, None)
+    say(f"{len(text):,} tokens of {text.num_documents:,} documents")
+    store = build_datastore(
+        model,
+        tokenizer,
+        text,
+        args.datastore,
+        key_layer=args.key_layer,
+        metric=args.metric,
+        dtype=getattr(torch, args.dtype),
+        block_size=args.block_size,
+        stride=args.stride,
+        batch_size=args.batch_size,
+        corpus=args.corpus,
+    )
+    say(store.describe())
+    return _facts(store)
+
+
+def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    from knnext.index import FaissIndex
+
+    built = FaissIndex.build(
+        open_datastore(args),
+        args.index_path,
+        args.factory,
+        train_size=args.train_size,
+        nprobe=args.nprobe,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    facts = {
+        "path": str(built.path),
+        "factory": built.factory,
+        "nprobe": built.nprobe,
+        "num_entries": built.datastore.num_entries,
+        "num_bytes": built.num_bytes,
+    }
+    _say_facts(facts, say)
+    return facts
+
+
+def import_legacy(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    import torch
+
+    from knnext.datastore import Datastore
+    from knnext.progress import Progress
+
+    dtypes = {
+        name: None if (chosen := getattr(args, name)) is None else getattr(torch, chosen)
+        for name in ("key_dtype", "value_dtype")
+    }
+    same = (
+        *("num_entries", "dim", "num_valid", "unwrap_int16", "metric", "key_layer"),
+        *("model_id", "vocab_size", "corpus", "resume"),
+    )
+    with Progress(None, "import", "rows") as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.done)
+
+        store = Datastore.import_legacy(
+            args.source,
+            args.datastore,
+            **dtypes,
+            **{name: getattr(args, name) for name in same},
+            progress=advance,
+        )
+    say(store.describe())
+    return _facts(store)
+
+
+def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    from knnext.datastore import Datastore
+    from knnext.progress import Progress
+
+    store = Datastore.open(args.datastore, allow_unfinished=True)
+    say(store.describe())
+    facts = _facts(store) | _beside(args.datastore)
+    for name in ("index", "tuning"):
+        if name in facts:
+            say(f"{name:<12}{facts[name]['path']}")
+    if args.verify:
+        with Progress(None, "verify", "bytes") as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.done)
+
+            store.verify(advance)
+        facts["verified"] = True
+        say("verified    every checksum agrees")
+    return facts
+
+
+def _facts(store: Datastore) -> dict[str, Any]:
+    from knnext.datastore_meta import to_json
+
+    facts: dict[str, Any] = json.loads(to_json(store.meta))
+    return {
+        "path": str(store.path),
+        "fingerprint": store.fingerprint,
+        "unfinished": store.unfinished,
+        **facts,
+    }
+
+
+def _beside(datastore: str) -> dict[str, Any]:
+    """The index and the tuning that lie beside a datastore, where there are some."""
+    found: dict[str, Any] = {}
+    folder = Path(datastore).resolve()
+    sidecar = folder.with_name(folder.name + ".index") / "index.json"
+    for name, path in (("index", sidecar), ("tuning", tuning_path(datastore))):
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content.pop("nll", None)  # the surface
+            found[name] = {"path": str(path), **content}
+    return found
+
+
+def _say_facts(facts: dict[str, Any], say: Say) -> None:
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        say(f"{name:<{width}}{f'{value:,}' if isinstance(value, int) else value}")

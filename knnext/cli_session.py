@@ -1,0 +1,130 @@
+"""What several commands open: models, datastores, indexes, texts, and what `knnext tune` found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from knnext.corpus import TokenizedDocuments
+    from knnext.datastore import Datastore
+    from knnext.index.base import Index
+
+DEFAULT_K = 1024
+_TUNED = ("temperature", "lmbda", "k", "index", "nprobe", "rescore")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How neighbors are searched and mixed: from the command line, else as tuned."""
+
+    temperature: float | None
+    lmbda: float | None
+    k: int
+    index: str
+    nprobe: int | None
+    rescore: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, *, tuned: bool = True) -> Settings:
+        """An option that was given wins over the file that `tune` left beside the datastore."""
+        kept = _read_tuning(tuning_path(args.datastore)) if tuned else {}
+        found: dict[str, Any] = {name: kept.get(name) for name in _TUNED}
+        for name in _TUNED:
+            given = getattr(args, name, None)
+            found[name] = found[name] if given is None else given
+        found["k"] = found["k"] or DEFAULT_K
+        found["index"] = found["index"] or "exact"
+        if found["index"] == "exact":
+            if args.rescore or args.nprobe:
+                raise ValueError("--rescore and --nprobe are for --index faiss")
+            found["nprobe"] = None
+        found["rescore"] = bool(found["rescore"]) and found["index"] == "faiss"
+        return cls(**found)
+
+    def mixture(self) -> tuple[float, float]:
+        """Temperature and lmbda, which have no default: they differ by orders between models."""
+        if self.temperature is None or self.lmbda is None:
+            raise ValueError(
+                "no temperature and lmbda: run `knnext tune` on this datastore first, or give "
+                "--temperature and --lmbda"
+            )
+        return self.temperature, self.lmbda
+
+
+def tuning_path(datastore: str | Path) -> Path:
+    """``STORE.tuning.json`` beside the folder ``STORE``, as its index is ``STORE.index``."""
+    folder = Path(datastore).resolve()
+    return folder.with_name(folder.name + ".tuning.json")
+
+
+def _read_tuning(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in _TUNED}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what `knnext tune` writes: {error}") from None
+
+
+def device_of(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model on its device, tokenizer)."""
+    from knnext.train import load_lm
+
+    if args.model is None:
+        raise ValueError("--model is missing; it may be left out with --scores only")
+    model, tokenizer = load_lm(args.model)
+    return model.to(device_of(args)), tokenizer
+
+
+def open_datastore(args: argparse.Namespace) -> Datastore:
+    from knnext.datastore import Datastore
+
+    return Datastore.open(args.datastore)
+
+
+def check_model(store: Datastore, model: Any, tokenizer: Any) -> None:
+    """Refuse a datastore of another model or tokenizer; what an import left unsaid passes."""
+    from knnext.build import model_identity, tokenizer_hash
+
+    model_id, revision = model_identity(model)
+    expected = {"model_revision": revision, "tokenizer_hash": tokenizer_hash(tokenizer)}
+    if store.meta.model_revision is not None:  # else the name is only what somebody wrote there
+        expected["model_id"] = model_id
+    store.check_compatible(**expected)
+
+
+def open_index(args: argparse.Namespace, store: Datastore, settings: Settings) -> Index:
+    from knnext.index import ExactIndex, FaissIndex
+
+    if settings.index == "exact":
+        return ExactIndex(store, device=device_of(args))
+    return FaissIndex.open(args.index_path, store, nprobe=settings.nprobe, rescore=settings.rescore)
+
+
+def read_text(args: argparse.Namespace, tokenizer: Any, corpus: str | None) -> TokenizedDocuments:
+    """The split of the corpus that the command asks for, as tokens."""
+    from knnext.corpus import load_corpus, tokenize
+
+    spec = args.corpus or corpus
+    if spec is None:
+        raise ValueError("the datastore does not name its corpus: give --corpus")
+    corpora = load_corpus(
+        spec,
+        max_bytes=getattr(args, "max_bytes", None),
+        seed=args.split_seed,
+        text_column=args.text_column,
+    )
+    return tokenize(
+        corpora.split(args.split), tokenizer, max_tokens=getattr(args, "document_tokens", None)
+    )
