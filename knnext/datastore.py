@@ -209,21 +209,16 @@ class Datastore(DatastoreReader):
 
         Args:
             verify: compare all checksums first, which reads every byte.
-            allow_unfinished: where the build has not ended, open what it last committed.
+            allow_unfinished: where a build (or an extension) has not ended, open what it has
+                committed. By default a reader sees finished datastores only.
 
         Raises:
             UnfinishedDatastoreError, FormatVersionError, CorruptDatastoreError, DatastoreError
         """
         check_byte_order()
         path = Path(path)
-        unfinished = False
-        try:
-            meta = read_finished(path)
-        except UnfinishedDatastoreError:
-            if not allow_unfinished:
-                raise
-            meta = read_meta(path, BUILD_FILE)
-            unfinished = True
+        unfinished = allow_unfinished and (path / BUILD_FILE).exists()
+        meta = read_meta(path, BUILD_FILE) if unfinished else read_finished(path)
         check_sizes(path, meta)
         store = cls(path, meta, unfinished=unfinished)
         if verify:

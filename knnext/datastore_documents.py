@@ -22,9 +22,11 @@ from knnext.datastore_meta import NAMES_FILE, STARTS_FILE, DocumentsMeta, FileMe
 
 # Ids that nobody used become empty documents; a hash taken for an id would make billions.
 _MAX_EMPTY = 1 << 24
+_START_BYTES = 8
 
 Int64Array = NDArray[np.int64]
 DocumentRuns = Sequence[tuple[str, int]]
+Mark = tuple[int, int, "str | None", list[str], list[tuple[int, int]]]
 
 
 class DocumentTable:
@@ -43,12 +45,12 @@ class DocumentTable:
         """(count + 1,) int64, ascending from 0 to num_entries."""
         if self._meta is None:
             return torch.zeros(1, dtype=torch.int64)
-        offsets = torch.empty(self._meta.count + 1, dtype=torch.int64)
-        if self._meta.count:
+        offsets = torch.full((self._meta.count + 1,), self._num_entries)
+        begun = self._meta.starts.num_bytes // _START_BYTES
+        if begun:
             path = self._directory / self._meta.starts.file
             buffer = map_file(path, self._meta.starts.num_bytes)
-            offsets[:-1] = torch.frombuffer(buffer, dtype=torch.int64)
-        offsets[-1] = self._num_entries
+            offsets[:begun] = torch.frombuffer(buffer, dtype=torch.int64)
         if bool((offsets.diff() < 0).any()) or int(offsets[0]) != 0:
             raise CorruptDatastoreError(f"{self._directory}: document bounds are not ascending")
         return offsets
@@ -66,39 +68,42 @@ class DocumentTable:
 
 
 class DocumentWriter:
-    """The same table while it grows. Rows must arrive in order of document."""
+    """The same table while it grows. Rows must arrive in order of document.
+
+    A document has begun once it has a first row. Names may run ahead of that: at the end of a
+    build all planned names are stored, and a later extension may still begin their documents.
+    """
 
     def __init__(self, directory: Path, meta: DocumentsMeta | None) -> None:
-        self.count = 0 if meta is None else meta.count
-        self.last_name: str | None = None
-        self._planned: list[str] = []
         self._starts = _reopen(directory / STARTS_FILE, None if meta is None else meta.starts)
         self._names = _reopen(directory / NAMES_FILE, None if meta is None else meta.names)
-        if meta is not None:
-            begun = _read_names(self._names.path, self._names.length)
-            self.last_name = begun[-1] if begun else None
+        stored = _read_names(self._names.path, self._names.length)
+        self._named = len(stored)
+        self._begun = self._starts.length // _START_BYTES
+        self._last_name = stored[self._begun - 1] if self._begun else None
+        self._planned: list[str] = list(stored)
 
     def meta(self) -> DocumentsMeta:
         files = [
             FileMeta(file.path.name, file.length, file.checksum)
             for file in (self._starts, self._names)
         ]
-        return DocumentsMeta(self.count, *files)
+        return DocumentsMeta(self._named, *files)
 
     def plan_names(self, names: Sequence[str]) -> None:
-        """Names for documents 0, 1, ...; those that have begun must already have them."""
-        begun = _read_names(self._names.path, self._names.length)
-        for document, (old, new) in enumerate(zip(begun, names, strict=False)):
+        """Names for documents 0, 1, ...; those that are stored must be the same."""
+        stored = _read_names(self._names.path, self._names.length)
+        for document, (old, new) in enumerate(zip(stored, names, strict=False)):
             if old != new:
                 raise ValueError(
                     f"names: document {document} is stored as {old!r}, not {new!r}; "
                     "name documents before their rows are appended"
                 )
-        self._planned = list(names)
+        self._planned = [*stored, *names[len(stored) :]]
 
     def append_ids(self, ids: Int64Array, first_row: int) -> None:
         """``ids[i]`` is the document of row ``first_row + i``."""
-        last = self.count - 1
+        last = self._begun - 1
         if len(ids) and int(ids[0]) < max(last, 0):
             raise ValueError(
                 f"documents: row {first_row} is of document {int(ids[0])}, after document {last}; "
@@ -109,51 +114,57 @@ class DocumentWriter:
             row = first_row + int(falls[0]) + 1
             raise ValueError(f"documents: ids go back at row {row}; want ids that never go back")
         used, positions = np.unique(ids, return_index=True)
-        self._begin(used, positions + first_row)
+        fresh = used >= self._begun
+        if fresh.any():
+            self._begin(used[fresh], positions[fresh] + first_row)
 
     def append_runs(self, runs: DocumentRuns, first_row: int) -> None:
         """``(name, rows)`` pairs in row order. Neighbouring pairs of one name are one document."""
         for name, rows in runs:
-            if name != self.last_name or not self.count:
-                self._write([name], np.array([first_row], dtype=np.int64))
+            if name != self._last_name:
+                if self._begun < len(self._planned) and self._planned[self._begun] != name:
+                    raise ValueError(
+                        f"documents: document {self._begun} is planned as "
+                        f"{self._planned[self._begun]!r}, not {name!r}"
+                    )
+                self._planned[self._begun :] = [name, *self._planned[self._begun + 1 :]]
+                self._write(np.array([first_row], dtype=np.int64))
             first_row += rows
 
-    def end(self, num_entries: int) -> None:
-        """Give every planned name its document, so that ids past the last row keep meaning."""
-        missing = len(self._planned) - self.count
-        if missing > 0:
-            starts = np.full(missing, num_entries, dtype=np.int64)
-            self._write(self._planned[self.count :], starts)
+    def end(self) -> None:
+        """Store every planned name, so that ids of documents without rows keep their meaning."""
+        self._name(len(self._planned))
 
     def _begin(self, used: Int64Array, starts: Int64Array) -> None:
-        fresh = used >= self.count
-        if not fresh.any():
-            return
-        used, starts = used[fresh], starts[fresh]
-        if int(used[-1]) - self.count - len(used) > _MAX_EMPTY:
+        """Begin all documents up to ``used[-1]``; ``starts`` are the first rows of ``used``."""
+        if int(used[-1]) - self._begun - len(used) > _MAX_EMPTY:
             raise ValueError(
-                f"documents: got id {int(used[-1])} after {self.count} documents; "
+                f"documents: got id {int(used[-1])} after {self._begun} documents; "
                 "want documents numbered 0, 1, 2, ... in order"
             )
-        every = np.arange(self.count, int(used[-1]) + 1)
-        names = [self._planned[d] if d < len(self._planned) else str(d) for d in every.tolist()]
         # An id that has no rows begins, and ends, where the next one that has rows begins.
-        self._write(names, starts[np.searchsorted(used, every)])
+        every = np.arange(self._begun, int(used[-1]) + 1)
+        self._write(starts[np.searchsorted(used, every)])
 
-    def _write(self, names: Sequence[str], starts: Int64Array) -> None:
-        text = "".join(json.dumps(name) + "\n" for name in names)
-        self._names.append(memoryview(text.encode("ascii")))
+    def _write(self, starts: Int64Array) -> None:
         self._starts.append(starts.astype("<i8").data.cast("B"))
-        self.count += len(names)
-        self.last_name = names[-1]
+        self._begun += len(starts)
+        self._name(self._begun)
+        self._last_name = self._planned[self._begun - 1]
 
-    def mark(self) -> tuple[int, str | None, list[tuple[int, int]]]:
+    def _name(self, count: int) -> None:
+        self._planned += [str(document) for document in range(len(self._planned), count)]
+        text = "".join(json.dumps(name) + "\n" for name in self._planned[self._named : count])
+        self._names.append(memoryview(text.encode("ascii")))
+        self._named = max(self._named, count)
+
+    def mark(self) -> Mark:
         """A point to which :meth:`roll_back` can return."""
         files = [(file.length, file.crc) for file in (self._starts, self._names)]
-        return self.count, self.last_name, files
+        return self._begun, self._named, self._last_name, list(self._planned), files
 
-    def roll_back(self, mark: tuple[int, str | None, list[tuple[int, int]]]) -> None:
-        self.count, self.last_name, files = mark
+    def roll_back(self, mark: Mark) -> None:
+        self._begun, self._named, self._last_name, self._planned, files = mark
         for file, (length, crc) in zip((self._starts, self._names), files, strict=True):
             file.truncate(length, crc)
 

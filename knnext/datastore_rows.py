@@ -138,7 +138,7 @@ class LazyRows:
 
     def _gather(self, rows: Tensor) -> Tensor:
         stored = self.stored_rows(rows.reshape(-1))
-        return self._files.gather(stored).view(*rows.shape, *self._files.row_shape)
+        return self._files.gather(stored).view((*rows.shape, *self._files.row_shape))
 
 
 def check_rows(rows: Tensor, num_entries: int, *, padding: bool = False) -> Tensor:

@@ -306,7 +306,7 @@ class DatastoreWriter:
         self._check_usable()
         if self._documents is not None:
             with self._all_or_nothing():
-                self._documents.end(self.num_entries)
+                self._documents.end()
         self.commit()
         build = self.directory / BUILD_FILE
         if build.exists():
