@@ -1,8 +1,8 @@
 """A check of exactness: sampled queries searched again in float64.
 
 Top-k lists cannot be compared row by row where distances tie or nearly so. What can be said is
-this: every row returned must lie within rounding of the k-th true distance, and no row that is
-nearer than that by more than rounding may be missing.
+this: no row returned may lie farther than the k-th true distance by more than rounding, and no row
+may be missing that is nearer than the (k+1)-th by more than rounding.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ def _compare(search: _Float64Search, distances: Tensor, indices: Tensor) -> Exac
     real = indices >= 0
     wrong = ((returned > kth + slack) & real).sum()
     # Rows surely among the k nearest, looked for among those returned.
-    sure = search.best[:, :k] < kth - slack
+    sure = search.best[:, :k] < _next_best(search, k) - slack
     found = torch.stack(
         [torch.isin(w, g) for w, g in zip(search.indices[:, :k], indices, strict=True)]
     )
     within = (returned <= kth + TIE * scale).sum(1).clamp_max(k)
     error = ((distances - returned).abs() / scale)[real]
-    gap = _gaps(search, k)
+    gap = (_next_best(search, k) - kth)[:, 0]
     return ExactnessReport(
         num_queries=indices.shape[0],
         k=k,
@@ -145,7 +145,8 @@ def _compare(search: _Float64Search, distances: Tensor, indices: Tensor) -> Exac
     )
 
 
-def _gaps(search: _Float64Search, k: int) -> Tensor:
-    if search.best.shape[1] <= k:
-        return torch.full((search.best.shape[0],), float("inf"), dtype=torch.float64)
-    return search.best[:, k] - search.best[:, k - 1]
+def _next_best(search: _Float64Search, k: int) -> Tensor:
+    """(q, 1) distance of the nearest row left out, inf where all rows are kept."""
+    if search.best.shape[1] > k:
+        return search.best[:, k : k + 1]
+    return torch.full((search.best.shape[0], 1), float("inf"), dtype=torch.float64)

@@ -43,12 +43,18 @@ def create(factory: str, dim: int, metric: str) -> Any:
     faiss = load()
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     try:
-        return faiss.index_factory(dim, factory, kind)
+        index = faiss.index_factory(dim, factory, kind)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(
             f"factory {factory!r} does not suit FAISS for dim {dim} and metric {metric!r}: {reason}"
         ) from None
+    for part in _parts(index):
+        # The factory asks for codes ordered for Hamming filters, which are not used here. The
+        # annealing behind it took 12.5 of 12.9 s on a small index; distances stay the same.
+        if hasattr(part, "do_polysemous_training"):
+            part.do_polysemous_training = False
+    return index
 
 
 def metric_of(index: Any) -> str:
@@ -83,14 +89,12 @@ def num_lists(index: Any) -> int:
 
 
 def set_seed(index: Any, seed: int) -> None:
-    """Seed every k-means that training will run."""
-    ivf = ivf_of(index)
-    quantizers = [index] if ivf is None else [load().downcast_index(ivf)]
-    if ivf is not None:
-        ivf.cp.seed = seed
-    for quantizer in quantizers:
-        if hasattr(quantizer, "pq"):
-            quantizer.pq.cp.seed = seed
+    """Seed the k-means of the lists and of the codes."""
+    for part in _parts(index):
+        if hasattr(part, "cp"):
+            part.cp.seed = seed
+        if hasattr(part, "pq"):
+            part.pq.cp.seed = seed
 
 
 def can_merge(index: Any) -> bool:
@@ -135,7 +139,7 @@ def search_parameters(
         made = faiss.SearchParameters(sel=selector)
     else:
         return None
-    if inner is not index:
+    if isinstance(faiss.downcast_index(index), faiss.IndexPreTransform):
         alive.append(made)
         made = faiss.SearchParametersPreTransform(index_params=made)
     return made, alive
@@ -148,6 +152,13 @@ def set_nprobe(index: Any, nprobe: int) -> None:
         faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", nprobe)
     elif num_lists(index):
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+
+
+def _parts(index: Any) -> list[Any]:
+    """An index and those it wraps (behind OPQ, refining, id maps), each with its own class."""
+    index = load().downcast_index(index)
+    wrapped = getattr(index, "base_index", None) or getattr(index, "index", None)
+    return [index] if wrapped is None else [index, *_parts(wrapped)]
 
 
 def _inner(index: Any) -> Any:
