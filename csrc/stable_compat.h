@@ -2,6 +2,8 @@
 // says when it can go.
 #pragma once
 
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -9,6 +11,9 @@
 
 #include <array>
 #include <cstdint>
+#include <stdexcept>
+
+struct CUstream_st;
 
 namespace knnext {
 
@@ -23,6 +28,22 @@ Tensor empty_on(const Tensor& like, const std::array<int64_t, n>& sizes, ScalarT
 
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// The CUDA stream that torch works on now (2026-11: the stable headers hand out raw streams from
+// torch 2.13 on; until that is the target, the C shim does). It is looked up in the library that
+// torch has loaded: to link against it would keep knnext from loading beside a torch without CUDA.
+inline CUstream_st* current_stream(int32_t device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  void* stream = nullptr;
+  if (!get || get(device, &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("knnext: torch gives no CUDA stream; is this torch built with CUDA?");
+  return static_cast<CUstream_st*>(stream);
 }
 
 }  // namespace knnext

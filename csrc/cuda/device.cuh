@@ -63,13 +63,25 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("knnext: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// Bytes of shared memory that a block may have on the current device.
+inline size_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "device");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory");
+  return static_cast<size_t>(bytes);
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
             A&&... arguments) {
-  if (dynamic_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(dynamic_bytes)),
-               "shared memory");
+  if (dynamic_bytes > 48 * 1024) {
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      check_cuda(cudaFuncSetAttribute(kernel, attribute, value), "shared memory");
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   // clang-format off
   kernel<<<grid, block, dynamic_bytes, stream>>>(static_cast<P>(arguments)...);
   // clang-format on
@@ -79,3 +91,13 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, c
 }  // namespace knnext
 
 #endif
+
+namespace knnext {
+
+// One block for each of many rows; the y and z of a grid end at 65,535.
+inline dim3 grid_of(int64_t blocks) {
+  if (blocks > 0x7FFFFFFF) throw std::runtime_error("knnext: too many rows for one launch");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+}  // namespace knnext

@@ -40,7 +40,8 @@ FLAGS = [
 def sources() -> list[Path]:
     """The kernels, the C functions that launch them, and the emulator. Hopper's own stay out."""
     kernels = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if "sm90" not in p.name]
-    return [*sorted(HERE.glob("*.cpp")), *kernels, *sorted((ROOT / "csrc").glob("plan*.cpp"))]
+    plan = [*sorted((ROOT / "csrc").glob("plan*.cpp")), ROOT / "csrc/cpu/isa.cpp"]
+    return [*sorted(HERE.glob("*.cpp")), *kernels, *plan]
 
 
 def _newest_header() -> float:

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 #include "emulator/fibers.h"
@@ -260,6 +262,8 @@ inline void device_assert(bool holds, const char* message,
                           emulate::Place place = emulate::Place::current()) {
   if (!holds) emulate::fail(message, place);
 }
+
+inline size_t shared_memory_limit() { return emulate::settings.shared_limit; }
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,

@@ -251,10 +251,12 @@ void release(const std::vector<Thread*>& members) {
   const bool go_on = !settings.seed || current->state == Thread::kReady;
   for (Thread* t : members)
     if (t != current || !go_on) make_ready(t);
-  if (go_on)
+  if (go_on) {
     current->state = Thread::kReady;
-  else
+    current->barrier = -1;
+  } else {
     to_scheduler();
+  }
 }
 
 void check_launch(Dim3 grid, Dim3 threads) {

@@ -1,0 +1,240 @@
+// knn_interpolate on CUDA: log((1 - lmbda) softmax(logits) + lmbda p_knn), one block a row.
+//
+//   logits (V) --> max, sum of exp; the row, or as much of it as fits, stays in shared memory
+//   out (V)    <-- x - max - log(sum) + log(1 - lmbda), 16 bytes a store; drains during the sort
+//   words (k)  --> sorted by token, summed by token --> out[token] = logaddexp(out[token], ...)
+//
+// Read: the row of logits once (what did not fit into shared memory a second time, from the L2) and
+// 8 to 12 k bytes of neighbors; written: 4 V bytes, and a sector for each token, still in the L2.
+#include "neighbors.cuh"
+#include "vector_load.cuh"
+
+namespace knnext {
+namespace {
+
+// A row of logits: `head` single elements, then chunks of eight that both logits and out have
+// aligned, of which the first `cached` are kept in shared memory; then single elements again.
+template <class T>
+struct LogitRow {
+  const T* logits;
+  float* out;
+  uint4* cache;
+  int64_t size, head, chunks, cached;
+
+  __device__ __forceinline__ LogitRow(const T* logits_, float* out_, int64_t size_,
+                                      int64_t max_cached)
+      : logits(logits_), out(out_), cache(reinterpret_cast<uint4*>(dynamic_shared())), size(size_) {
+    head = 0;
+    while (head < kChunk && !(is_aligned_16(logits + head) && is_aligned_16(out + head))) ++head;
+    // Rows whose alignments never meet (a view of logits) go element by element.
+    if (head == kChunk || head > size) head = size;
+    chunks = (size - head) / kChunk;
+    cached = min(chunks, max_cached);
+  }
+
+  // Calls f(x, i) for the single elements of this thread.
+  template <class F>
+  __device__ __forceinline__ void for_singles(F f) const {
+    for (int64_t i = threadIdx.x; i < head; i += blockDim.x) f(to_float(logits[i]), i);
+    for (int64_t i = head + chunks * kChunk + threadIdx.x; i < size; i += blockDim.x)
+      f(to_float(logits[i]), i);
+  }
+  // Vector i of chunk c lies at i cached + c: neighboring threads on neighboring banks.
+  __device__ __forceinline__ void keep(const Chunk<T>& chunk, int64_t c) const {
+    for (int i = 0; i < Chunk<T>::kVectors; ++i) cache[i * cached + c] = chunk.vectors[i];
+  }
+  __device__ __forceinline__ void recall(Chunk<T>& chunk, int64_t c) const {
+    for (int i = 0; i < Chunk<T>::kVectors; ++i) chunk.vectors[i] = cache[i * cached + c];
+  }
+
+  __device__ __forceinline__ LogSum log_sum() const;
+  __device__ __forceinline__ void write(float peak, float offset) const;
+};
+
+// (max, sum of exp(x - max)) over the row. -inf weighs nothing; NaN and +inf make the sum NaN.
+template <class T>
+__device__ __forceinline__ LogSum LogitRow<T>::log_sum() const {
+  float peak = -INFINITY, sum = 0;
+  const auto raise = [&](float to) {
+    const float higher = fmaxf(peak, to), shift = higher == -INFINITY ? 0.0f : higher;
+    sum *= __expf(peak - shift);
+    peak = higher;
+    return shift;
+  };
+  for (int64_t c = threadIdx.x; c < chunks; c += blockDim.x) {
+    Chunk<T> chunk;
+    chunk.load(logits + head + c * kChunk);
+    if (c < cached) keep(chunk, c);
+    float x[kChunk];
+    chunk.to_floats(x);
+    float high = x[0];
+#pragma unroll
+    for (int i = 1; i < kChunk; ++i) high = fmaxf(high, x[i]);
+    const float shift = raise(high);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) sum += __expf(x[i] - shift);
+  }
+  for_singles([&](float x, int64_t) {
+    const float shift = raise(x);
+    sum += __expf(x - shift);
+  });
+  const float all = -block_reduce(-peak, Min{});
+  sum *= __expf(peak - (all == -INFINITY ? 0.0f : all));
+  return {all, block_reduce(sum, Sum{})};
+}
+
+template <class T>
+__device__ __forceinline__ void LogitRow<T>::write(float peak, float offset) const {
+  for (int64_t c = threadIdx.x; c < chunks; c += blockDim.x) {
+    Chunk<T> chunk;
+    if (c < cached)
+      recall(chunk, c);
+    else
+      chunk.load(logits + head + c * kChunk);
+    float x[kChunk];
+    chunk.to_floats(x);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = (x[i] - peak) + offset;
+    store_chunk(out + head + c * kChunk, x);
+  }
+  for_singles([&](float x, int64_t i) { out[i] = (x - peak) + offset; });
+}
+
+__device__ __forceinline__ float log_add_exp(float a, float b) {
+  if (isnan(a) || isnan(b)) return NAN;
+  const float high = fmaxf(a, b), low = fminf(a, b);
+  return low == -INFINITY ? high : high + log1pf(expf(low - high));
+}
+
+template <class T, class Word>
+__global__ void __launch_bounds__(1024)
+    knn_interpolate_kernel(KnnInterpolateParams p, SortPlan plan, int64_t max_cached) {
+  const int64_t r = blockIdx.x;
+  float* out = p.out + r * p.vocab_size;
+  NeighborRow row(p.neighbors, r);
+  row.survey(p.vocab_size);
+  // A row without a neighbor is the LM alone.
+  double lmbda = row.state == RowState::kNone ? 0.0 : parameter_at(p.lmbda, r);
+  if (row.state == RowState::kNan || !(lmbda >= 0 && lmbda <= 1)) lmbda = NAN;
+  const LogitRow<T> lm(static_cast<const T*>(p.logits) + r * p.logits_stride, out, p.vocab_size,
+                       max_cached);
+  const LogSum total = lm.log_sum();
+  lm.write(total.peak, logf(static_cast<float>(1.0 - lmbda)) - logf(total.sum));
+  if (!(lmbda > 0)) return;
+  __syncthreads();  // the words lie where the logits were kept
+  Word* words = reinterpret_cast<Word*>(dynamic_shared());
+  if constexpr (sizeof(Word) == 8)
+    if (p.workspace) words = reinterpret_cast<Word*>(p.workspace) + r * plan.n;
+  const SortedTokens<Word> sorted{words, plan.n, plan.position_bits};
+  sorted.sort(row);
+  const float log_lmbda = logf(static_cast<float>(lmbda));
+  sum_by_token(sorted, row, [&](int64_t token, LogSum sum) {
+    const float log_p_knn = sum.peak + logf(sum.sum / row.total);
+    out[token] = log_add_exp(out[token], log_p_knn + log_lmbda);
+  });
+}
+
+// Threads, shared memory and how much of a row it keeps. With many rows two blocks share an SM, so
+// that one reads while the other writes or sorts.
+struct MixLaunch {
+  unsigned threads;
+  size_t bytes;
+  int64_t cached;
+
+  MixLaunch(const KnnInterpolateParams& p, const SortPlan& plan, size_t element_bytes) {
+    const bool many = p.neighbors.rows >= 256;
+    const size_t limit = shared_memory_limit() - 4096, chunk_bytes = kChunk * element_bytes;
+    const size_t budget = many ? limit / 2 : limit;
+    threads = many ? 512 : 1024;
+    cached = min(p.vocab_size / kChunk, static_cast<int64_t>(budget / chunk_bytes));
+    bytes = max(static_cast<size_t>(cached) * chunk_bytes, p.workspace ? 0 : plan.bytes());
+  }
+};
+
+template <class T>
+void launch_dtype(const KnnInterpolateParams& params, Stream stream) {
+  const SortPlan plan(params.neighbors.k, params.vocab_size);
+  const MixLaunch shape(params, plan, sizeof(T));
+  const dim3 grid = grid_of(params.neighbors.rows), block(shape.threads);
+  if (plan.narrow)
+    launch(knn_interpolate_kernel<T, unsigned>, grid, block, shape.bytes, stream, params, plan,
+           shape.cached);
+  else
+    launch(knn_interpolate_kernel<T, unsigned long long>, grid, block, shape.bytes, stream, params,
+           plan, shape.cached);
+}
+
+}  // namespace
+
+void knn_interpolate_launch(const KnnInterpolateParams& params, Stream stream) {
+  if (!params.neighbors.rows) return;
+  switch (params.logits_dtype) {
+    case Dtype::kHalf:
+      return launch_dtype<__half>(params, stream);
+    case Dtype::kBFloat16:
+      return launch_dtype<__nv_bfloat16>(params, stream);
+    case Dtype::kFloat:
+      return launch_dtype<float>(params, stream);
+    case Dtype::kDouble:
+      return launch_dtype<double>(params, stream);
+  }
+}
+
+}  // namespace knnext
+
+#ifndef KNNEXT_EMULATOR
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/tensors.h"
+
+namespace knnext {
+namespace {
+
+constexpr const char* kOp = "knn_interpolate";
+
+Tensor run(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
+           const RowParameter& temperature, const RowParameter& lmbda) {
+  MixShape shape = check_neighbors(kOp, distances, tokens);
+  check_lm_logits(kOp, lm_logits, distances);
+  check_max_k(kOp, shape.k);
+  shape.vocab_size = lm_logits.size(1);
+  const OnDevice device(distances);
+  const Rows logits(lm_logits), d(distances), ids(tokens);
+  Tensor out = empty_on<2>(distances, {shape.num_queries, shape.vocab_size}, ScalarType::Float);
+  KnnInterpolateParams params{neighbors_of(d, ids, tokens, shape, temperature),
+                              logits.data(),
+                              logits.stride(),
+                              dtype_of(lm_logits),
+                              lmbda,
+                              shape.vocab_size,
+                              out.mutable_data_ptr<float>(),
+                              nullptr};
+  const Workspace workspace(distances, sort_workspace_words(params.neighbors, shape.vocab_size));
+  params.workspace = workspace.words();
+  knn_interpolate_launch(params, device.stream());
+  return out;
+}
+
+Tensor knn_interpolate_cuda(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
+                            double temperature, double lmbda) {
+  check_temperature(kOp, temperature);
+  check_lmbda(kOp, lmbda);
+  return run(lm_logits, distances, tokens, row_parameter(temperature), row_parameter(lmbda));
+}
+
+Tensor knn_interpolate_tensor_cuda(const Tensor& lm_logits, const Tensor& distances,
+                                   const Tensor& tokens, const Tensor& temperature,
+                                   const Tensor& lmbda) {
+  check_row_parameter(kOp, "temperature", temperature, distances);
+  check_row_parameter(kOp, "lmbda", lmbda, distances);
+  return run(lm_logits, distances, tokens, row_parameter(temperature), row_parameter(lmbda));
+}
+
+}  // namespace
+}  // namespace knnext
+
+STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
+  m.impl("knn_interpolate", TORCH_BOX(&knnext::knn_interpolate_cuda));
+  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::knn_interpolate_tensor_cuda));
+}
+#endif
