@@ -1,0 +1,136 @@
+"""The demo in a tiny form: what it leaves, takes up again and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knnext.corpus import TokenizedDocuments
+from knnext.demo import (
+    EXACT,
+    FAISS,
+    RESCORED,
+    DemoConfig,
+    DemoError,
+    faiss_recipe,
+    run_demo,
+    take_documents,
+)
+
+TINY = {"train_seconds": 4.0, "entries": 20_000, "valid_tokens": 400, "test_tokens": 600, "k": 64}
+
+
+def stream(lengths: list[int]) -> TokenizedDocuments:
+    offsets = np.cumsum([0, *lengths])
+    counts = np.asarray(lengths, dtype=np.int64)
+    return TokenizedDocuments(
+        np.arange(offsets[-1], dtype=np.int32),
+        offsets,
+        [f"d{i}" for i in range(len(lengths))],
+        10 * counts,
+        100 * counts,
+    )
+
+
+def test_take_documents_keeps_whole_documents_in_order() -> None:
+    text = stream([5, 50, 7, 9, 6, 8])
+    taken = take_documents(text, 20)
+    assert len(taken) <= 20 and taken.num_documents >= 2
+    positions = [text.names.index(name) for name in taken.names]
+    assert positions == sorted(positions)
+    wanted = [
+        text.tokens[text.document_offsets[i] : text.document_offsets[i + 1]] for i in positions
+    ]
+    assert taken.tokens.tolist() == np.concatenate(wanted).tolist()
+    assert taken.num_words.tolist() == text.num_words[positions].tolist()
+    assert np.diff(taken.document_offsets).tolist() == [len(w) for w in wanted]
+    # What fits in less is part of what fits in more.
+    assert set(take_documents(text, 12).names) <= set(taken.names) | {"d1"}
+
+
+def test_take_documents_takes_all_that_fit() -> None:
+    text = stream([5, 6, 7])
+    assert take_documents(text, 18).tokens.tolist() == text.tokens.tolist()
+
+
+def test_take_documents_cuts_the_only_one() -> None:
+    taken = take_documents(stream([100]), 25)
+    assert taken.tokens.tolist() == list(range(25))
+    assert taken.num_words.tolist() == [250] and taken.num_bytes.tolist() == [2500]
+
+
+@pytest.mark.parametrize(
+    ("num_entries", "factory"),
+    [(500_000, "IVF1024,PQ16"), (20_000, "IVF512,PQ16"), (9_000, None), (3, None)],
+)
+def test_faiss_recipe(num_entries: int, factory: str | None) -> None:
+    found, rows = faiss_recipe(num_entries, 128)
+    assert found == factory
+    if found is not None and rows is not None:
+        lists = int(re.findall(r"\d+", found)[0])
+        assert 39 * lists <= rows <= num_entries
+
+
+@pytest.mark.parametrize("name", ["entries", "k", "train_seconds", "test_tokens"])
+def test_bad_settings_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        DemoConfig(**{name: 0})
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(DemoError, match="holds no demo"):
+        run_demo(DemoConfig(), tmp_path, fresh=True, say=lambda line: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("faiss")
+    from knnext import demo
+
+    out, lines = tmp_path / "demo", []
+    config = DemoConfig(**TINY)
+
+    # Broken off after training: what is there is kept.
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(demo.Demo, "_index", kill)
+        run_demo(config, out, say=lines.append)
+    trained = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    results = run_demo(config, out, say=lines.append)
+    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == trained
+
+    names = [row["name"] for row in results["rows"]]
+    assert names == ["base LM", EXACT, FAISS, RESCORED]
+    base, exact = results["rows"][0], results["rows"][1]
+    assert exact["perplexity"] == results["evaluations"][EXACT]["mixture"]["token"]
+    assert exact["change"] == pytest.approx(exact["perplexity"] / base["perplexity"] - 1)
+    for row in results["rows"][1:]:
+        assert row["perplexity"] < 1.05 * base["perplexity"]
+        assert row["temperature"] == results["tuning"][row["name"]]["temperature"]
+        assert row["tokens_per_second"] > 0 and row["num_bytes"] > 0
+    for name in results["files"]:
+        assert (out / name).stat().st_size > 1000
+    assert (out / "report.html").stat().st_size < 5_000_000
+    shown = "\n".join(lines)
+    assert "95 %" in shown and "Where the neighbors helped most" in shown and "report.html" in shown
+
+    # A finished demo is shown again and not run again.
+    stamp = (out / "results.json").stat().st_mtime_ns
+    assert run_demo(config, out, say=lines.append) == json.loads((out / "results.json").read_text())
+    assert (out / "results.json").stat().st_mtime_ns == stamp
+    with pytest.raises(DemoError, match="k 64, not 65"):
+        run_demo(DemoConfig(**{**TINY, "k": 65}), out, say=lines.append)
