@@ -9,9 +9,10 @@ then give the same model.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def train_lm(
 
 def save_lm(path: str | Path, model: Any, tokenizer: Any) -> None:
     """Writes model and tokenizer as transformers does; ``load_lm`` or AutoModel read them."""
-    model.save_pretrained(path)
+    with _quiet_bars():
+        model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
@@ -161,7 +163,8 @@ def load_lm(path: str | Path) -> tuple[Any, Any]:
         raise FileNotFoundError(f"no language model at {path}: there is no such folder")
     source = str(folder if folder.is_dir() else path)
     _, transformers = _libraries()
-    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    with _quiet_bars():
+        model = transformers.AutoModelForCausalLM.from_pretrained(source)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(source)
 
 
@@ -233,6 +236,21 @@ def _batches(tokens: Tensor, config: TrainConfig) -> Iterator[Tensor]:
             order = torch.cat([order, more])
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         yield tokens[chosen[:, None] + torch.arange(block + 1)].long()
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """No bars of transformers inside the block where stderr is no terminal; as before after it."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    if was_on and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def _libraries() -> tuple[Any, Any]:
