@@ -12,6 +12,7 @@ libraries), never imported: an isolated build finds the one that is installed ar
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -197,7 +198,10 @@ class NinjaFile:
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        if subprocess.run([*command, "-f", str(path), *jobs]).returncode:
+        with (self.build / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree would mix their objects
+            failed = subprocess.run([*command, "-f", str(path), *jobs]).returncode
+        if failed:
             stop("the build failed; the compiler's own words are above.")
 
 
