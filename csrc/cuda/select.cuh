@@ -8,35 +8,17 @@
 #pragma once
 
 #include "block_sort.cuh"
+#include "radix_select.cuh"
 #include "word.cuh"
 
 namespace knnext {
 
 constexpr int kSelectThreads = 256;
-constexpr int kRadixBits = 11, kRadixBins = 1 << kRadixBits;
 
 struct SelectScratch {
-  unsigned bins[kRadixBins];
-  unsigned bucket, before, inside;
+  unsigned digits[kDigits];
   unsigned count;
 };
-
-// Finds the bucket of the `wanted`-th (from 1) in s.bins: bucket, how many lie before, inside.
-__device__ __forceinline__ void find_bucket(unsigned wanted, SelectScratch& s) {
-  const unsigned each = kRadixBins / blockDim.x, first = threadIdx.x * each;
-  unsigned sum = 0;
-  for (unsigned i = 0; i < each; ++i) sum += s.bins[first + i];
-  unsigned total;
-  unsigned before = block_prefix_sum(sum, total);
-  if (before < wanted && wanted <= before + sum) {
-    unsigned bin = first;
-    while (before + s.bins[bin] < wanted) before += s.bins[bin++];
-    s.bucket = bin;
-    s.before = before;
-    s.inside = s.bins[bin];
-  }
-  __syncthreads();
-}
 
 // A bound such that exactly `wanted` of the `total` words are not above it; kNoWord where fewer are
 // words at all. 1 <= wanted <= total. The bound need not be one of the words.
@@ -45,23 +27,18 @@ __device__ inline Word block_select(const Word* words, unsigned total, unsigned 
   Word prefix = 0;
   int shift = 64;
   while (true) {
-    const int bits = min(kRadixBits, shift), above = shift;
+    const int bits = min(kDigitBits, shift), above = shift;
     shift -= bits;
     const unsigned mask = (1u << bits) - 1;
-    for (unsigned i = threadIdx.x; i < kRadixBins; i += blockDim.x) s.bins[i] = 0;
-    __syncthreads();
-    for (unsigned i = threadIdx.x; i < total; i += blockDim.x) {
+    const auto digit_of = [&](int64_t i) {
       const Word word = words[i];
-      if (above == 64 || word >> above == prefix)
-        atomicAdd(&s.bins[static_cast<unsigned>(word >> shift) & mask], 1u);
-    }
-    __syncthreads();
-    find_bucket(wanted, s);
-    prefix = prefix << bits | s.bucket;
-    wanted -= s.before;
-    const bool whole = s.inside == wanted;
-    __syncthreads();  // before the bins are cleared again
-    if (whole || shift == 0) return prefix << shift | ((Word{1} << shift) - 1);
+      const bool counts = above == 64 || word >> above == prefix;
+      return counts ? static_cast<unsigned>(word >> shift) & mask : kDigits;
+    };
+    unsigned inside = 0;
+    const unsigned digit = select_digit(s.digits, total, wanted, inside, digit_of);
+    prefix = prefix << bits | digit;
+    if (inside == wanted || shift == 0) return prefix << shift | ((Word{1} << shift) - 1);
   }
 }
 
