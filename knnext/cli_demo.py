@@ -6,7 +6,8 @@ import argparse
 from dataclasses import asdict, fields
 from typing import Any
 
-from knnext.demo import SHORT, DemoConfig, Say, run_demo
+from knnext.demo import Say, run_demo
+from knnext.demo_config import SHORT, DemoConfig
 
 
 def demo(args: argparse.Namespace, say: Say) -> dict[str, Any]:

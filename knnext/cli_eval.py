@@ -17,7 +17,8 @@ from knnext.cli_session import (
     read_text,
     tuning_path,
 )
-from knnext.demo import Say, write_json
+from knnext.demo import Say
+from knnext.demo_config import write_json
 
 if TYPE_CHECKING:
     from knnext.evaluate import Evaluation

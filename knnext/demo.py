@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knnext.demo_config import DemoConfig, claim, write_json
 from knnext.progress import format_duration
 
 if TYPE_CHECKING:
@@ -28,54 +28,12 @@ if TYPE_CHECKING:
     from knnext.scores import StreamScores
     from knnext.tune import TuneResult
 
+Say = Callable[[str], None]
+
 EXACT, FAISS, RESCORED = "exact kNN-LM", "FAISS mask, FAISS score", "FAISS mask, real score"
 #: Inverted lists, each with the 39 training rows that FAISS wants at least. Codes of one byte for
 #: eight dimensions: near the paper's ratio (64 for 1,024), and their k-means takes seconds.
 _MAX_LISTS, _ROWS_PER_LIST, _DIMS_PER_BYTE = 1024, 39, 8
-
-Say = Callable[[str], None]
-
-
-class DemoError(ValueError):
-    """A demo that cannot start or go on in its folder; the message says why."""
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What decides the result.
-
-    Attributes:
-        corpus: see `load_corpus`.
-        max_bytes: cap of its train split.
-        train_seconds: wall time of training.
-        entries: at most so many rows of the datastore, by whole documents of the train split.
-        valid_tokens, test_tokens: about so many scored tokens of each split.
-        document_tokens: at most so many of one document, from its beginning, so that the figures
-            speak for many; more only where the documents are too few to give enough.
-        k: neighbors per token.
-        seed: of model, training and choices.
-    """
-
-    corpus: str = "stdlib"
-    max_bytes: int | None = None
-    train_seconds: float = 120.0
-    entries: int = 500_000
-    valid_tokens: int = 10_000
-    test_tokens: int = 20_000
-    document_tokens: int = 300
-    k: int = 1024
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("entries", "valid_tokens", "test_tokens", "document_tokens", "k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.train_seconds < math.inf:
-            raise ValueError(f"train_seconds must be positive, got {self.train_seconds}")
-
-
-#: About a minute on two cores: every step, at sizes that still show the gain.
-SHORT = {"train_seconds": 20.0, "entries": 80_000, "valid_tokens": 3_000, "test_tokens": 5_000}
 
 
 def run_demo(
@@ -89,9 +47,9 @@ def run_demo(
         fresh: remove what an earlier demo left there, and nothing else, before the start.
         say: takes each line for people.
     """
-    demo = Demo(config, Path(out), say)
-    demo.claim(fresh)
-    return demo.run()
+    out = Path(out)
+    claim(out, config, fresh)
+    return Demo(config, out, say).run()
 
 
 class Demo:
@@ -101,44 +59,6 @@ class Demo:
         self.config, self.out, self.say = config, out, say
         self.seconds: dict[str, float] = {}
         self._steps = 0
-
-    # The folder
-
-    def claim(self, fresh: bool) -> None:
-        """Write the settings into the folder, or check that those there are the same."""
-        path = self.out / "demo.json"
-        if not path.exists() and self.out.is_dir() and any(self.out.iterdir()):
-            raise DemoError(f"{self.out} is not empty and holds no demo; give another --out")
-        if path.exists() and not fresh:
-            self._check(path)
-            return
-        for name in _CONTENTS:
-            self._remove(self.out / name)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(self.config))
-
-    def _check(self, path: Path) -> None:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            names = [f.name for f in fields(DemoConfig)]
-            differing = [n for n in names if found[n] != getattr(self.config, n)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DemoError(f"{path} is damaged ({error}); start over with --fresh") from None
-        if differing:
-            words = ", ".join(
-                f"{n} {found[n]!r}, not {getattr(self.config, n)!r}" for n in differing
-            )
-            raise DemoError(
-                f"{self.out} holds a demo with other settings ({words}); start over with --fresh, "
-                "or give another --out"
-            )
-
-    @staticmethod
-    def _remove(path: Path) -> None:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
     # The steps
 
@@ -213,6 +133,7 @@ class Demo:
     def _datastore(self, model: Any, tokenizer: Any, documents: Sequence[Document]) -> Datastore:
         from knnext.build import build_datastore
         from knnext.corpus import tokenize
+        from knnext.train import TrainConfig
 
         with self.step("write the datastore"):
             tokens = take_documents(tokenize(documents, tokenizer), self.config.entries + 1)
@@ -221,6 +142,8 @@ class Demo:
                 tokenizer,
                 tokens,
                 self.out / "datastore",
+                # Each state has seen a quarter of a window; half of one costs 1.5 times.
+                stride=TrainConfig().block_size * 3 // 4,
                 batch_size=32,
                 corpus=self.config.corpus,
             )
@@ -288,10 +211,6 @@ class Demo:
 
 
 NUM_STEPS = 7
-_CONTENTS = (
-    *("demo.json", "training.json", "results.json", "tuning.png", "report.html"),
-    *("model", "datastore", "datastore.index"),
-)
 
 
 def faiss_recipe(num_entries: int, dim: int) -> tuple[str | None, int | None]:
@@ -330,13 +249,6 @@ def take_documents(text: TokenizedDocuments, most: int, seed: int = 0) -> Tokeni
         num_words=(text.num_words[kept] * share).astype(np.int64),
         num_bytes=(text.num_bytes[kept] * share).astype(np.int64),
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Indented JSON, under its name when whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _device() -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from knnext.demo import EXACT, FAISS, RESCORED, Demo, DemoConfig
+from knnext.demo import EXACT, FAISS, RESCORED, Demo
+from knnext.demo_config import DemoConfig
 from knnext.evaluate import Evaluation, evaluate
 from knnext.progress import format_duration
 from knnext.report import Report, Row, Surface, format_bytes, text_table, write_report
@@ -171,8 +172,8 @@ def best_samples(
             break
         document, target = int(scores.document_ids[position]), int(scores.targets[position])
         word = tokenizer.decode([target])
-        # A blank or a mark says little to a reader, however well it was foreseen.
-        if {document, word} & seen or not word.strip().isalnum() or scores.ends_document[position]:
+        # A mark or a piece of a word says little to a reader, however well it was foreseen.
+        if {document, word} & seen or not _is_word(word) or scores.ends_document[position]:
             continue
         seen |= {document, word}
         rank = int((scores.tokens[position] == target).nonzero()[0])
@@ -193,6 +194,10 @@ def best_samples(
             }
         )
     return samples
+
+
+def _is_word(text: str) -> bool:
+    return text.startswith(" ") and text[1:].isalpha() and len(text) > 3
 
 
 def _write_report(

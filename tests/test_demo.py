@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 
 from knnext.corpus import TokenizedDocuments
-from knnext.demo import (
-    EXACT,
-    FAISS,
-    RESCORED,
-    DemoConfig,
-    DemoError,
-    faiss_recipe,
-    run_demo,
-    take_documents,
-)
+from knnext.demo import EXACT, FAISS, RESCORED, faiss_recipe, run_demo, take_documents
+from knnext.demo_config import DemoConfig, DemoError
 
 TINY = {"train_seconds": 4.0, "entries": 20_000, "valid_tokens": 400, "test_tokens": 600, "k": 64}
 

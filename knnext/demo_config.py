@@ -1,0 +1,107 @@
+"""The demo's settings, and the folder that they are written down in."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class DemoError(ValueError):
+    """A demo that cannot start or go on in its folder; the message says why."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What decides the result.
+
+    Attributes:
+        corpus: see `load_corpus`.
+        max_bytes: cap of its train split.
+        train_seconds: wall time of training.
+        entries: at most so many rows of the datastore, by whole documents of the train split.
+        valid_tokens, test_tokens: about so many scored tokens of each split.
+        document_tokens: at most so many of one document, from its beginning, so that the figures
+            speak for many; more only where the documents are too few to give enough.
+        k: neighbors per token.
+        seed: of model, training and choices.
+    """
+
+    corpus: str = "stdlib"
+    max_bytes: int | None = None
+    train_seconds: float = 120.0
+    entries: int = 500_000
+    valid_tokens: int = 10_000
+    test_tokens: int = 20_000
+    document_tokens: int = 300
+    k: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("entries", "valid_tokens", "test_tokens", "document_tokens", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.train_seconds < math.inf:
+            raise ValueError(f"train_seconds must be positive, got {self.train_seconds}")
+
+
+#: About a minute on two cores: every step, at sizes that still show the gain.
+SHORT: dict[str, Any] = {
+    "train_seconds": 25.0,
+    "entries": 80_000,
+    "valid_tokens": 3_000,
+    "test_tokens": 5_000,
+    "document_tokens": 100,
+}
+
+
+_CONTENTS = (
+    *("training.json", "results.json", "tuning.png", "report.html"),
+    *("model", "datastore", "datastore.index"),
+)
+
+
+def claim(out: Path, config: DemoConfig, fresh: bool) -> None:
+    """Write the settings into the folder, or check that those there are the same."""
+    path = out / "demo.json"
+    if not path.exists() and out.is_dir() and any(out.iterdir()):
+        raise DemoError(f"{out} is not empty and holds no demo; give another --out")
+    if path.exists() and not fresh:
+        _check(path, out, config)
+        return
+    for name in _CONTENTS:
+        _remove(out / name)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(config))
+
+
+def _check(path: Path, out: Path, config: DemoConfig) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        names = [f.name for f in fields(DemoConfig)]
+        differing = [n for n in names if found[n] != getattr(config, n)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DemoError(f"{path} is damaged ({error}); start over with --fresh") from None
+    if differing:
+        words = ", ".join(f"{n} {found[n]!r}, not {getattr(config, n)!r}" for n in differing)
+        raise DemoError(
+            f"{out} holds a demo with other settings ({words}); start over with --fresh, "
+            "or give another --out"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented JSON, under its name when whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
