@@ -113,7 +113,7 @@ __device__ void gather_best(const Row& row, const Bound& bound, Word* words, int
 }
 
 template <bool in_shared>
-__global__ void __launch_bounds__(1024) merge_topk_kernel(MergeTopkParams p, MergePlan plan) {
+__global__ void __launch_bounds__(1024, 1) merge_topk_kernel(MergeTopkParams p, MergePlan plan) {
   SHARED(unsigned[kDigits], counts);
   const int64_t r = blockIdx.x;
   const Row row{p.distances + r * p.distance_stride, p.indices + r * p.index_stride, p.m};

@@ -1,0 +1,80 @@
+"""The CUDA library on a machine without a GPU: it loads, it registers, and ptxas is content."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ptxas
+import pytest
+
+from knnext.ops._schemas import NAMES
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "knnext/lib/libknnext_cuda.so"
+pytestmark = pytest.mark.skipif(
+    not LIBRARY.is_file(), reason="no CUDA library was built (KNNEXT_CUDA=1 builds one)"
+)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_loads_beside_any_torch_and_registers_every_op() -> None:
+    code = (
+        "import torch\n"
+        f"torch.ops.load_library({str(LIBRARY.with_name('libknnext_cpu.so'))!r})\n"
+        f"torch.ops.load_library({str(LIBRARY)!r})\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        f"missing = [n for n in {NAMES!r} if not has('knnext::' + n, 'CUDA')]\n"
+        "assert not missing, missing\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_package_loads_it() -> None:
+    done = _run(sys.executable, "-c", "import knnext; print(knnext.REPORT.cuda or 'loaded')")
+    assert done.strip() == "loaded"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+def test_needs_nothing_of_torch_but_its_c_interface() -> None:
+    undefined = [line.split()[-1] for line in _run("nm", "-Du", str(LIBRARY)).splitlines()]
+    # C++ symbols of torch, the CUDA runtime (linked statically) and the driver.
+    foreign = re.compile(r"^(_ZN\d*K?(2at|3c10|5torch)|_ZNK(2at|3c10|5torch)|cuda[A-Z]|cu[A-Z]|Py)")
+    assert [name for name in undefined if foreign.match(name)] == []
+    needed = re.findall(r"NEEDED.*\[(.*)\]", _run("readelf", "-d", str(LIBRARY)))
+    bad = [n for n in needed if re.search(r"cuda|torch_python|libpython", n)]
+    assert bad == []
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs binutils")
+def test_ptxas_uses_no_stack_and_spills_nothing() -> None:
+    report = ptxas.read_report(ptxas.build_folder())
+    assert report, "the build left no ptxas logs"
+    for kernel, archs in report.items():
+        for arch, facts in archs.items():
+            assert facts["spills"] == 0, f"{kernel} on {arch} spills: {facts}"
+            assert facts["stack"] == 0, f"{kernel} on {arch} has a stack: {facts}"
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs binutils")
+def test_ptxas_says_what_the_table_says() -> None:
+    table = json.loads(ptxas.TABLE.read_text())
+    if ptxas.compiler_version() != table["nvcc"]:
+        pytest.skip(f"the table is nvcc {table['nvcc']}'s; this is {ptxas.compiler_version()}")
+    different = ptxas.differences(table["kernels"], ptxas.read_report(ptxas.build_folder()))
+    assert not different, "\n".join([*different, "python tests/ptxas.py --write renews the table"])
+
+
+def test_differences_names_what_changed() -> None:
+    table = {"a": {"sm_80": {"registers": 1}}, "gone": {"sm_80": {"registers": 2}}}
+    report = {"a": {"sm_80": {"registers": 9}}, "new": {"sm_80": {"registers": 3}}}
+    lines = ptxas.differences(table, report)
+    assert [line.split(" on ")[0] for line in lines] == ["a", "gone", "new"]
