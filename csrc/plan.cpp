@@ -21,8 +21,7 @@ ThresholdSample plan_threshold(int64_t num_keys, int64_t k) {
   plan.rank = static_cast<int64_t>(std::ceil(wanted + 5.6 * std::sqrt(wanted) + 8.0));
   const double rank = static_cast<double>(plan.rank);
   plan.expected = rank / fraction;
-  plan.capacity =
-      static_cast<int64_t>(std::ceil((rank + 7.0 * std::sqrt(rank) + 20.0) / fraction));
+  plan.capacity = static_cast<int64_t>(std::ceil((rank + 7.0 * std::sqrt(rank) + 20.0) / fraction));
   // Where the list would hold every key anyway there is nothing to filter.
   return plan.rank >= plan.sample || plan.capacity >= num_keys ? all : plan;
 }
@@ -34,8 +33,7 @@ SearchPlan plan_search(const SearchProblem& problem) {
   if (problem.element_bytes != 2 && problem.element_bytes != 4)
     throw std::invalid_argument("SearchPlan: element_bytes must be 2 or 4, got " +
                                 std::to_string(problem.element_bytes));
-  SearchPlan plan =
-      problem.compute_major ? plan_search_cuda(problem) : plan_search_cpu(problem);
+  SearchPlan plan = problem.compute_major ? plan_search_cuda(problem) : plan_search_cpu(problem);
   plan.flop = 2.0 * static_cast<double>(problem.num_queries) *
               static_cast<double>(problem.num_keys) * static_cast<double>(problem.dim);
   plan.bytes_read = plan.num_passes * problem.num_keys * problem.dim * problem.element_bytes;

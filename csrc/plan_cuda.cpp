@@ -13,10 +13,14 @@ constexpr int64_t kQueryBytes = 128 << 10, kNeighborBytes = 64;
 // The tensor cores are long busy with as many queries; more would only take memory.
 constexpr int64_t kMaxQueriesPerPass = 16384;
 constexpr int64_t kOwnerBytes = 80 * kMiB;
-constexpr int64_t kQueryScalars = 64;   // counts, thresholds, norms and the like, with room
+constexpr int64_t kQueryScalars = 64;  // counts, thresholds, norms and the like, with room
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+int64_t divide_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit;
+}
 
 // The first shape, from the one that suits the number of queries down, that fits.
 void plan_shape(const SearchProblem& problem, CudaSearchPlan& plan) {
@@ -48,8 +52,8 @@ void plan_fallback(const SearchProblem& problem, CudaSearchPlan& plan) {
 
 void plan_passes(const SearchProblem& problem, const CudaSearchExtras& extras,
                  CudaSearchPlan& plan) {
-  const int64_t query_bytes = plan.list_words * 8 + extras.merge_columns * 12 +
-                              extras.merge_words * 8 + kQueryScalars;
+  const int64_t query_bytes =
+      plan.list_words * 8 + extras.merge_columns * 12 + extras.merge_words * 8 + kQueryScalars;
   const int64_t allowed = std::max(kQueryBytes, kNeighborBytes * problem.k);
   plan.queries_per_pass = 0;
   const int64_t fixed = plan_cuda_buffers(plan, problem.k, extras).bytes;

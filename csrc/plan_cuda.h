@@ -13,7 +13,7 @@ namespace knnext {
 struct ScanShape {
   const char* name;
   int query_tile, key_tile;
-  int row_bytes;   // of a key's row that one pipeline stage holds
+  int row_bytes;  // of a key's row that one pipeline stage holds
   int stages;
   int threads;
 };
@@ -24,7 +24,7 @@ constexpr ScanShape kScanSmall = {"small", 64, 128, 128, 4, 128};
 // Evaluation: bound by the tensor cores. float32 has no such shape and uses the one above.
 constexpr ScanShape kScanLarge = {"large", 128, 256, 64, 3, 256};
 
-constexpr int64_t kSelectRun = 2048;         // words that a block sorts in shared memory at once
+constexpr int64_t kSelectRun = 2048;  // words that a block sorts in shared memory at once
 constexpr int64_t kMaxKeysPerChunk = int64_t{1} << 24;
 constexpr int64_t kMaxSteps = 3;
 
@@ -37,22 +37,22 @@ struct ScanStep {
   // One row is drawn from each run of `strides[0]` rows of the step's own sample space, which is
   // itself drawn from runs of strides[1] rows of the chunk; 1 draws nothing.
   int64_t strides[2] = {1, 1};
-  bool dense = false;    // no threshold: word i of a list belongs to row i
+  bool dense = false;  // no threshold: word i of a list belongs to row i
 };
 
 struct CudaSearchPlan {
   ScanShape shape = kScanFew;
-  bool resident = false;        // the query tile stays in shared memory
+  bool resident = false;  // the query tile stays in shared memory
   size_t shared_bytes = 0;
   int blocks_per_unit = 1;
-  int64_t chunk_keys = 0;       // keys are searched in chunks of this many, results merged
+  int64_t chunk_keys = 0;  // keys are searched in chunks of this many, results merged
   int64_t num_chunks = 0;
   int64_t queries_per_pass = 0;
   int64_t num_passes = 0;
-  int64_t list_words = 0;       // of one query, for every step
-  int64_t sort_words = 0;       // what one selection sorts at a time
-  int64_t owners = 0;           // blocks of the path that cannot fail, each with lists of its own
-  int64_t owner_words = 0;      // of one query's list there
+  int64_t list_words = 0;   // of one query, for every step
+  int64_t sort_words = 0;   // what one selection sorts at a time
+  int64_t owners = 0;       // blocks of the path that cannot fail, each with lists of its own
+  int64_t owner_words = 0;  // of one query's list there
   size_t fallback_shared_bytes = 0;
   bool fallback_resident = false;
   int num_steps = 0;
@@ -80,8 +80,7 @@ size_t max_shared_bytes(int major, int minor);
 // Offsets into the one workspace of a pass; every part is aligned to 256 bytes.
 struct CudaSearchBuffers {
   int64_t lists, counts, thresholds, bounds, query_norms, key_norms, required, slots, failed,
-      num_failed, owner_lists, partial, merge_distances, merge_indices,
-      merge_words, bytes;
+      num_failed, owner_lists, partial, merge_distances, merge_indices, merge_words, bytes;
 };
 CudaSearchBuffers plan_cuda_buffers(const CudaSearchPlan& plan, int64_t k,
                                     const CudaSearchExtras& extras);

@@ -31,6 +31,13 @@ TOLERANCES: dict[str, Tolerance] = {
         "knn_search; scale |q|^2 + |x|^2 (l2) or sum |q x| (ip). Products are exact to half a "
         "float32 ulp (6e-8) and summed in blocks; a block's walk of roundings stays below 1e-6",
     ),
+    "tensor_core": Tolerance(
+        1e-5,
+        1e-30,
+        "knn_search on CUDA from float16 and bfloat16; scale as above. The units add sixteen exact "
+        "products at a time to the sum and cut it off where float32 would round: D / 16 such steps "
+        "of up to one ulp (1.2e-7), all one way, are 8e-6 of the largest sums at D = 1024",
+    ),
     "direct": Tolerance(
         2e-6,
         1e-30,

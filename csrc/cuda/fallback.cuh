@@ -39,8 +39,8 @@ __device__ __forceinline__ void keep_candidates(const ScanParams& p, const Tile&
 #pragma unroll
     for (int c = 0; c < Tile::kColumns; ++c) {
       const int column = Tile::column_of(c);
-      const float distance = __fmaf_rn(p.scale, tile.at(r, c),
-                                       __fadd_rn(norm, side.key_norms[column]));
+      const float distance =
+          __fmaf_rn(p.scale, tile.at(r, c), __fadd_rn(norm, side.key_norms[column]));
       if (!(distance <= bound)) continue;
       const Word word = make_word(fmaxf(p.floor, distance), key_tile * Tile::kKeys + column);
       if (word > limit) continue;

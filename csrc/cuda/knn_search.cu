@@ -5,7 +5,8 @@
 //
 //   scan sample of sample --> threshold --> scan sample --> threshold --> scan chunk --> verify
 //       (all listed)                                                         |            |
-//                                                          lists of about 3k words    failed queries
+//                                                          lists of about 3k words    failed
+//                                                          queries
 //                                                                            |            |
 //   result <-- merge with the earlier result <-- select and sort <-----------+<-- fallback
 //
@@ -20,7 +21,9 @@
 namespace knnext {
 namespace {
 
-int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+int64_t divide_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit;
+}
 
 // A pass: some of the queries against a chunk of the keys.
 struct Pass {
@@ -36,7 +39,9 @@ struct Earlier {  // a result to go on from
 class Search {
  public:
   Search(const KnnSearchParams& params, cudaStream_t stream)
-      : p_(params), plan_(params.plan), stream_(stream),
+      : p_(params),
+        plan_(params.plan),
+        stream_(stream),
         at_(plan_cuda_buffers(params.plan, params.k, params.extras)),
         bytes_(params.dtype == Dtype::kFloat ? 4 : 2) {}
 
@@ -48,9 +53,8 @@ class Search {
       if (!p_.inner_product && !norms && keys) {
         norms = square_norms(key_row(first), p_.key_stride, keys, at_.key_norms);
       }
-      each_pass([&](int64_t query, int64_t count) {
-        search_pass({query, count, first, keys}, norms);
-      });
+      each_pass(
+          [&](int64_t query, int64_t count) { search_pass({query, count, first, keys}, norms); });
     }
     if (p_.refine) each_pass([&](int64_t query, int64_t count) { refine_pass(query, count); });
   }
@@ -94,7 +98,7 @@ class Search {
   int plan_steps(int64_t keys, ScanStep (&steps)[kMaxSteps]) const {
     const SearchSwitches& s = p_.switches;
     int count = plan_scan_steps(keys, p_.k, steps);
-    if (s.stride > 1 && keys > s.stride) {
+    if (s.stride > 1 && keys > s.stride && keys / s.stride <= plan_.list_words) {
       steps[0] = {keys / s.stride, 1, keys / s.stride, {s.stride, 1}, true};
       steps[1] = {keys, p_.k, plan_.list_words, {1, 1}, false};
       count = 2;
@@ -126,8 +130,7 @@ class Search {
     finish(pass, before, select);
   }
 
-  ScanParams scan_params(const Pass& pass, const float* query_norms,
-                         const float* key_norms) const {
+  ScanParams scan_params(const Pass& pass, const float* query_norms, const float* key_norms) const {
     ScanParams s{};
     s.queries = query_row(pass.first_query);
     s.keys = key_row(pass.first_key);
@@ -196,7 +199,7 @@ class Search {
     const int64_t blocks = std::min<int64_t>(items, int64_t{p_.num_units} * plan_.blocks_per_unit);
     const auto launch_scan = p_.dtype == Dtype::kHalf       ? scan_half
                              : p_.dtype == Dtype::kBFloat16 ? scan_bfloat16
-                                                                  : scan_float;
+                                                            : scan_float;
     launch_scan(shape, scan, static_cast<int>(blocks), plan_.shared_bytes, stream_);
   }
 
@@ -225,7 +228,7 @@ class Search {
     set_tiles(scan, kScanFew, 1);
     const auto fall_back = p_.dtype == Dtype::kHalf       ? fall_back_half
                            : p_.dtype == Dtype::kBFloat16 ? fall_back_bfloat16
-                                                                : fall_back_float;
+                                                          : fall_back_float;
     fall_back(scan, static_cast<int>(plan_.owners), plan_.fallback_shared_bytes, stream_);
   }
 
@@ -266,11 +269,11 @@ class Search {
 
   // The k best of the merge buffers' columns.
   void merge(int64_t query, int64_t count, int64_t columns) const {
-    merge_topk_launch({part<float>(at_.merge_distances), part<int64_t>(at_.merge_indices), columns,
-                       columns, count, columns, p_.k, p_.distances + query * p_.k,
-                       p_.indices + query * p_.k,
-                       p_.extras.merge_words ? part<uint64_t>(at_.merge_words) : nullptr},
-                      stream_);
+    merge_topk_launch(
+        {part<float>(at_.merge_distances), part<int64_t>(at_.merge_indices), columns, columns,
+         count, columns, p_.k, p_.distances + query * p_.k, p_.indices + query * p_.k,
+         p_.extras.merge_words ? part<uint64_t>(at_.merge_words) : nullptr},
+        stream_);
   }
 
   const KnnSearchParams& p_;
@@ -341,17 +344,18 @@ int attribute(cudaDeviceAttr which, int device) {
 void plan_on_device(KnnSearchParams& p, int device) {
   p.num_units = attribute(cudaDevAttrMultiProcessorCount, device);
   p.extras = search_extras(p);
-  p.plan = plan_cuda_search({p.num_queries, p.num_keys, p.dim, p.k,
-                             p.dtype == Dtype::kFloat ? 4 : 2,
-                             attribute(cudaDevAttrComputeCapabilityMajor, device),
-                             attribute(cudaDevAttrComputeCapabilityMinor, device), p.num_units},
-                            p.extras);
+  p.plan =
+      plan_cuda_search({p.num_queries, p.num_keys, p.dim, p.k, p.dtype == Dtype::kFloat ? 4 : 2,
+                        attribute(cudaDevAttrComputeCapabilityMajor, device),
+                        attribute(cudaDevAttrComputeCapabilityMinor, device), p.num_units},
+                       p.extras);
 }
 
-std::tuple<Tensor, Tensor> knn_search_cuda(
-    const Tensor& queries, const Tensor& keys, int64_t k, std::string metric,
-    std::optional<Tensor> key_sqnorms, int64_t index_offset, std::optional<Tensor> init_distances,
-    std::optional<Tensor> init_indices, bool refine) {
+std::tuple<Tensor, Tensor> knn_search_cuda(const Tensor& queries, const Tensor& keys, int64_t k,
+                                           std::string metric, std::optional<Tensor> key_sqnorms,
+                                           int64_t index_offset,
+                                           std::optional<Tensor> init_distances,
+                                           std::optional<Tensor> init_indices, bool refine) {
   const SearchShape shape = check_knn_search(queries, keys, k, metric, key_sqnorms, index_offset,
                                              init_distances, init_indices);
   check_max_k("knn_search", k);

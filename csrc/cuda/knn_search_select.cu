@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const SelectPara
       list = const_cast<Word*>(p.partial) + static_cast<int64_t>(p.slots[query]) * parts * wanted;
     total = parts * wanted;
   }
-  const Word limit =
-      total > wanted ? block_select(list, total, wanted, scratch) : kNoWord;
+  const Word limit = total > wanted ? block_select(list, total, wanted, scratch) : kNoWord;
   const bool small = p.k <= p.sort_words;
   const unsigned found = block_gather(list, total, limit, small ? sorted : list, scratch);
   if (small) {

@@ -15,8 +15,8 @@
 
 namespace knnext {
 
-__device__ __forceinline__ float tile_distance(const ScanParams& p, float product,
-                                               float query_norm, float key_norm) {
+__device__ __forceinline__ float tile_distance(const ScanParams& p, float product, float query_norm,
+                                               float key_norm) {
   // In one rounding: twice the product is exact, so this is (|q|^2 + |x|^2) - 2 <q, x>.
   return __fmaf_rn(p.scale, product, __fadd_rn(query_norm, key_norm));
 }

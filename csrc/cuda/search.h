@@ -12,7 +12,7 @@ namespace knnext {
 // A candidate is one 64-bit word, float32 distance (as an unsigned number of the same order) above
 // row: unsigned order is the contract's (distance, index), and no two rows share a word.
 using Word = unsigned long long;
-constexpr Word kNoWord = ~Word{0};   // sorts last: no row, or one at no finite distance
+constexpr Word kNoWord = ~Word{0};  // sorts last: no row, or one at no finite distance
 
 // One scan of a chunk's keys, or of a sample of them, for the queries of a pass.
 struct ScanParams {
@@ -20,9 +20,9 @@ struct ScanParams {
   int64_t query_stride, key_stride;  // bytes from row to row
   int num_queries, num_rows;         // rows that this scan scores
   int query_tiles, key_tiles;
-  int dim_bytes, blocks;             // of a row; pipeline steps along it
-  int strides[2];                    // of the sample (plan_cuda.h); 1, 1 scores every key
-  bool wide;                         // rows start at multiples of 16 bytes
+  int dim_bytes, blocks;  // of a row; pipeline steps along it
+  int strides[2];         // of the sample (plan_cuda.h); 1, 1 scores every key
+  bool wide;              // rows start at multiples of 16 bytes
   bool resident, dense;
   // distance = max(floor, scale <q, x> + |q|^2 + |x|^2); the norms are absent for "ip".
   float scale, floor;
@@ -32,12 +32,12 @@ struct ScanParams {
   const float* bounds;
   Word* lists;
   int64_t list_words;
-  unsigned* counts;                  // of candidates met, also of those that found no room
+  unsigned* counts;  // of candidates met, also of those that found no room
   unsigned capacity;
   // The path that cannot fail (fallback.cuh).
-  const int* failed;                 // queries that it serves; null in every other scan
+  const int* failed;  // queries that it serves; null in every other scan
   const unsigned* num_failed;
-  int wanted;                        // words that it leaves for each
+  int wanted;  // words that it leaves for each
   Word *owner_lists, *partial;
   int owner_words;
 };
@@ -46,32 +46,32 @@ struct ScanParams {
 struct SelectParams {
   int num_queries;
   bool dense;
-  int rows;                          // of the scan that filled the lists
+  int rows;  // of the scan that filled the lists
   Word* lists;
   int64_t list_words;
   unsigned* counts;
   unsigned capacity;
-  int wanted;                        // rank of the threshold, or k
+  int wanted;  // rank of the threshold, or k
   // Threshold
-  bool last;                         // the next scan is the search
+  bool last;  // the next scan is the search
   Word* thresholds;
   float* bounds;
-  unsigned* required;                // candidates without which the search's list is incomplete
+  unsigned* required;  // candidates without which the search's list is incomplete
   int k;
-  const float* prior_distances;      // of an earlier result of at least k columns, or null
+  const float* prior_distances;  // of an earlier result of at least k columns, or null
   const int64_t* prior_indices;
   int64_t prior_columns;
   // Verification and result
-  int *slots, *failed;               // slots[q]: place of q among the failed, or -1
+  int *slots, *failed;  // slots[q]: place of q among the failed, or -1
   unsigned* num_failed;
-  bool fail_all;                     // test only
+  bool fail_all;  // test only
   const Word* partial;
   int owners;
   int sort_words;
   float* distances;
   int64_t* indices;
-  int64_t out_columns, first_column; // row stride of the result, and where in it
-  int64_t index_base;                // added to rows
+  int64_t out_columns, first_column;  // row stride of the result, and where in it
+  int64_t index_base;                 // added to rows
 };
 
 // Test-only switches, read at every call from KNNEXT_TEST_SEARCH, e.g. "rank=1,capacity=64,fail=1":
@@ -89,15 +89,15 @@ struct KnnSearchParams {
   int64_t num_queries, num_keys, dim, k;
   Dtype dtype;
   bool inner_product;
-  const float* key_sqnorms;          // or null: computed
+  const float* key_sqnorms;  // or null: computed
   int64_t index_offset;
-  const float* init_distances;       // contiguous (Q, num_init), or null
+  const float* init_distances;  // contiguous (Q, num_init), or null
   const int64_t* init_indices;
   int64_t num_init;
   bool refine;
   float* distances;
   int64_t* indices;
-  unsigned char* workspace;          // plan.workspace_bytes
+  unsigned char* workspace;  // plan.workspace_bytes
   CudaSearchPlan plan;
   CudaSearchExtras extras;
   int num_units;

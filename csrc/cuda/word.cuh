@@ -16,7 +16,9 @@ __device__ __forceinline__ float word_distance(Word word) {
   return order_to_float(static_cast<unsigned>(word >> 32));
 }
 
-__device__ __forceinline__ int word_row(Word word) { return static_cast<int>(word & 0xFFFFFFFFu); }
+__device__ __forceinline__ int word_row(Word word) {
+  return static_cast<int>(word & 0xFFFFFFFFu);
+}
 
 // Every row at a finite distance (or at -inf) passes this one.
 __device__ __forceinline__ Word widest_threshold() {

@@ -1,5 +1,6 @@
 // knn_search on the emulator, with the plan's choices open to a test: small shapes can then meet
 // what only large ones would.
+#include <stdexcept>
 #include <vector>
 
 #include "cuda/search.h"
@@ -13,10 +14,10 @@ namespace {
 struct Options {
   int64_t dtype, num_queries, num_keys, dim, k, inner_product, index_offset, num_init, refine;
   int64_t query_stride, key_stride;
-  int64_t shape, resident;              // shape 0: the plan's own; resident -1: the plan's own
-  int64_t chunk_keys, queries_per_pass; // 0: the plan's own
+  int64_t shape, resident;               // shape 0: the plan's own; resident -1: the plan's own
+  int64_t chunk_keys, queries_per_pass;  // 0: the plan's own
   int64_t num_units, stride, rank, capacity, fail_all, owners, owner_words;
-  int64_t num_failed;                   // out: queries that took the path that cannot fail
+  int64_t num_failed;  // out: queries that took the path that cannot fail
 };
 
 void choose(const Options& o, CudaSearchPlan& plan) {
@@ -77,6 +78,6 @@ EMULATED emulate_knn_search(uint64_t seed, Options* o, const void* queries, cons
     knn_search_launch(p, nullptr);
     o->num_failed = static_cast<int64_t>(failed_queries() - before);
     for (int64_t i = size / 8; i < static_cast<int64_t>(workspace.size()); ++i)
-      if (workspace[i] != ~uint64_t{0}) emulate::fail("written beyond the workspace");
+      if (workspace[i] != ~uint64_t{0}) throw std::runtime_error("wrote behind the workspace");
   });
 }
