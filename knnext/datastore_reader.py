@@ -51,8 +51,9 @@ class DatastoreReader:
         self.unfinished = unfinished
         self._meta = meta
         self._keys, self._values = rows or _stored_rows(path, meta)
-        self._documents = DocumentTable(path, meta.documents, meta.num_entries)
-        self._offsets = document_offsets or (lambda: self._documents.offsets)
+        self._documents = documents = DocumentTable(path, meta.documents, meta.num_entries)
+        # Not through self: a cycle would keep a dropped writer's lock until the next collection.
+        self._offsets = document_offsets or (lambda: documents.offsets)
 
     def __len__(self) -> int:
         return self.num_entries

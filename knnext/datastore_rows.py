@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -28,15 +29,18 @@ class ShardFiles:
     ) -> None:
         self.row_shape = row_shape
         self.dtype = dtype
-        self.paths = [path for path, _ in shards]
         self.bounds = np.cumsum([0, *(rows for _, rows in shards)], dtype=np.int64)
-        self._row_bytes = int(np.prod(row_shape, dtype=np.int64)) * dtype.itemsize
-        self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
+        # A closure over the shards, not over self: a cycle would keep files mapped.
+        known = list(shards)
+        row_bytes = math.prod(row_shape) * dtype.itemsize
 
-    def _map(self, shard: int) -> Tensor:
-        rows = int(self.bounds[shard + 1] - self.bounds[shard])
-        buffer = map_file(self.paths[shard], rows * self._row_bytes)
-        return torch.frombuffer(buffer, dtype=self.dtype).view(rows, *self.row_shape)
+        @functools.lru_cache(maxsize=_MAPPED_SHARDS)
+        def mapped(shard: int) -> Tensor:
+            path, rows = known[shard]
+            buffer = map_file(path, rows * row_bytes)
+            return torch.frombuffer(buffer, dtype=dtype).view(rows, *row_shape)
+
+        self._mapped = mapped
 
     def unmap(self) -> None:
         self._mapped.cache_clear()
@@ -58,7 +62,7 @@ class ShardFiles:
         ordered, order = rows.sort()
         cuts = torch.searchsorted(ordered, torch.from_numpy(self.bounds)).tolist()
         result = torch.empty((len(rows), *self.row_shape), dtype=self.dtype)
-        for shard in range(len(self.paths)):
+        for shard in range(len(self.bounds) - 1):
             begin, end = cuts[shard], cuts[shard + 1]
             if begin == end:
                 continue

@@ -303,6 +303,8 @@ class DatastoreWriter:
 
     def finish(self) -> None:
         """Commit, and turn the build into a finished datastore."""
+        if self._failure is not None:
+            self.release()
         self._check_usable()
         if self._documents is not None:
             with self._all_or_nothing():

@@ -41,7 +41,7 @@ def folder_bytes(path: Path) -> dict[str, bytes]:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_round_trip(tmp_path_factory, data):
@@ -132,11 +132,11 @@ def test_tensors_outlive_the_store(tmp_path):
 
 
 def test_many_shards_use_few_descriptors(tmp_path):
-    keys, values = make_rows(400, 2)
+    keys, values = make_rows(200, 2)
     store = build(tmp_path / "ds", keys, values, entries_per_shard=1)
     before = len(list(Path("/proc/self/fd").iterdir()))
     assert torch.equal(store.keys[:].clone(), keys)
-    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 128
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == 128
     store.close()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
