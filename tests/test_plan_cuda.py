@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("knnext._host")
 stats = pytest.importorskip("scipy.stats")
 
-from knnext._host import SearchPlan, plan_cuda, plan_threshold
+from knnext._host import SearchPlan, plan_cuda, plan_threshold  # noqa: E402
 
 MIB = 1 << 20
 SIZES = [8193, 9000, 20_000, 65_537, 100_000, 300_000, 10**6, 10**7, 1 << 24]

@@ -75,10 +75,11 @@ struct SelectParams {
 };
 
 // Test-only switches, read at every call from KNNEXT_TEST_SEARCH, e.g. "rank=1,capacity=64,fail=1":
-// one sample of one key in `stride`, however few the keys; the threshold's rank in the sample (too
-// low: too tight); lists that hold too little; every query through the path that cannot fail.
+// a sample of one key in `stride`, however few the keys, and of it one in `second`; the threshold's
+// rank in the sample (too low: too tight); lists that hold too little; every query through the path
+// that cannot fail.
 struct SearchSwitches {
-  int64_t stride = 0, rank = 0, capacity = 0;
+  int64_t stride = 0, second = 0, rank = 0, capacity = 0;
   bool fail_all = false;
 };
 SearchSwitches read_search_switches();

@@ -16,7 +16,7 @@ struct Options {
   int64_t query_stride, key_stride;
   int64_t shape, resident;               // shape 0: the plan's own; resident -1: the plan's own
   int64_t chunk_keys, queries_per_pass;  // 0: the plan's own
-  int64_t num_units, stride, rank, capacity, fail_all, owners, owner_words;
+  int64_t num_units, stride, second, rank, capacity, fail_all, owners, owner_words;
   int64_t num_failed;  // out: queries that took the path that cannot fail
 };
 
@@ -63,7 +63,7 @@ EMULATED emulate_knn_search(uint64_t seed, Options* o, const void* queries, cons
     p.distances = distances;
     p.indices = indices;
     p.num_units = static_cast<int>(o->num_units);
-    p.switches = {o->stride, o->rank, o->capacity, o->fail_all != 0};
+    p.switches = {o->stride, o->second, o->rank, o->capacity, o->fail_all != 0};
     p.extras = search_extras(p);
     if (o->chunk_keys)
       p.extras.merge_columns = std::max(p.extras.merge_columns, 2 * p.k + p.num_init);

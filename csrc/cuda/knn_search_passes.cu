@@ -1,0 +1,321 @@
+// The order of knn_search's kernels: chunks of keys, passes of queries, steps of a pass. The
+// picture of it stands in knn_search.cu; bytes moved are those of the kernels (scan.cuh,
+// select.cuh).
+#include "search.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <string>
+
+namespace knnext {
+namespace {
+
+int64_t divide_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit;
+}
+
+// A pass: some of the queries against a chunk of the keys.
+struct Pass {
+  int64_t first_query, num_queries, first_key, num_keys;
+};
+
+struct Earlier {  // a result to go on from
+  const float* distances;
+  const int64_t* indices;
+  int64_t columns;
+};
+
+class Search {
+ public:
+  Search(const KnnSearchParams& params, cudaStream_t stream)
+      : p_(params),
+        plan_(params.plan),
+        stream_(stream),
+        at_(plan_cuda_buffers(params.plan, params.k, params.extras)),
+        bytes_(params.dtype == Dtype::kFloat ? 4 : 2) {}
+
+  void run() {
+    for (int64_t chunk = 0; chunk < plan_.num_chunks; ++chunk) {
+      const int64_t first = chunk * plan_.chunk_keys;
+      const int64_t keys = std::min(plan_.chunk_keys, p_.num_keys - first);
+      const float* norms = p_.key_sqnorms ? p_.key_sqnorms + first : nullptr;
+      if (!p_.inner_product && !norms && keys) {
+        norms = square_norms(key_row(first), p_.key_stride, keys, at_.key_norms);
+      }
+      each_pass(
+          [&](int64_t query, int64_t count) { search_pass({query, count, first, keys}, norms); });
+    }
+    if (p_.refine) each_pass([&](int64_t query, int64_t count) { refine_pass(query, count); });
+  }
+
+ private:
+  template <class Do>
+  void each_pass(Do act) {
+    for (int64_t q = 0; q < p_.num_queries; q += plan_.queries_per_pass)
+      act(q, std::min(plan_.queries_per_pass, p_.num_queries - q));
+  }
+
+  template <class T>
+  T* part(int64_t offset) const {
+    return reinterpret_cast<T*>(p_.workspace + offset);
+  }
+  // |row|^2 of some rows, into a part of the workspace.
+  const float* square_norms(const void* rows, int64_t stride, int64_t count, int64_t to) const {
+    key_sqnorms_launch({rows, stride, count, p_.dim, p_.dtype, part<float>(to)}, stream_);
+    return part<float>(to);
+  }
+  const unsigned char* query_row(int64_t i) const {
+    return static_cast<const unsigned char*>(p_.queries) + i * p_.query_stride * bytes_;
+  }
+  const unsigned char* key_row(int64_t i) const {
+    return static_cast<const unsigned char*>(p_.keys) + i * p_.key_stride * bytes_;
+  }
+
+  // What the pass goes on from. With `refine` the caller's own comes in at the very end.
+  Earlier prior(const Pass& pass) const {
+    if (pass.first_key > 0)
+      return {p_.distances + pass.first_query * p_.k, p_.indices + pass.first_query * p_.k, p_.k};
+    if (p_.refine) return {nullptr, nullptr, 0};
+    return initial(pass.first_query);
+  }
+  Earlier initial(int64_t query) const {
+    if (p_.num_init == 0) return {nullptr, nullptr, 0};
+    const int64_t at = query * p_.num_init;
+    return {p_.init_distances + at, p_.init_indices + at, p_.num_init};
+  }
+
+  int plan_steps(int64_t keys, ScanStep (&steps)[kMaxSteps]) const {
+    const SearchSwitches& s = p_.switches;
+    int count = plan_scan_steps(keys, p_.k, steps);
+    if (s.stride > 1 && keys > s.stride && keys / s.stride <= plan_.list_words) {
+      const int64_t sample = keys / s.stride;
+      count = 0;
+      if (s.second > 1 && sample > s.second) {
+        const int64_t rows = sample / s.second;
+        steps[count++] = {rows, std::min(rows, s.rank), rows, {s.second, s.stride}, true};
+      }
+      steps[count] = {sample, 1, plan_.list_words, {s.stride, 1}, count == 0};
+      steps[count + 1] = {keys, p_.k, plan_.list_words, {1, 1}, false};
+      count += 2;
+    }
+    if (s.rank > 0 && count > 1) steps[count - 2].wanted = s.rank;
+    return count;
+  }
+
+  void search_pass(const Pass& pass, const float* key_norms) {
+    const Earlier before = prior(pass);
+    const float* query_norms = nullptr;
+    if (!p_.inner_product)
+      query_norms = square_norms(query_row(pass.first_query), p_.query_stride, pass.num_queries,
+                                 at_.query_norms);
+    ScanParams scan = scan_params(pass, query_norms, key_norms);
+    SelectParams select = select_params(pass, before);
+    if (pass.num_keys == 0) {
+      select.dense = true;  // of nothing: all padding
+    } else {
+      ScanStep steps[kMaxSteps];
+      const int count = plan_steps(pass.num_keys, steps);
+      for (int i = 0; i < count; ++i) {
+        const bool last = i == count - 1;
+        run_scan(scan, select, steps[i]);
+        if (!last) run_threshold(scan, select, steps[i], i == count - 2);
+      }
+      if (!select.dense) run_fallback(scan, select);
+    }
+    finish(pass, before, select);
+  }
+
+  ScanParams scan_params(const Pass& pass, const float* query_norms, const float* key_norms) const {
+    ScanParams s{};
+    s.queries = query_row(pass.first_query);
+    s.keys = key_row(pass.first_key);
+    s.query_stride = p_.query_stride * bytes_;
+    s.key_stride = p_.key_stride * bytes_;
+    s.num_queries = static_cast<int>(pass.num_queries);
+    s.dim_bytes = static_cast<int>(p_.dim * bytes_);
+    const auto aligned = [](const void* pointer, int64_t stride) {
+      return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride)) % 16 == 0;
+    };
+    s.wide = aligned(s.queries, s.query_stride) && aligned(s.keys, s.key_stride);
+    s.scale = p_.inner_product ? -1.0f : -2.0f;
+    s.floor = p_.inner_product ? -std::numeric_limits<float>::infinity() : 0.0f;
+    s.query_norms = query_norms;
+    s.key_norms = p_.inner_product ? nullptr : key_norms;
+    s.lists = part<Word>(at_.lists);
+    s.list_words = plan_.list_words;
+    s.counts = part<unsigned>(at_.counts);
+    s.capacity = static_cast<unsigned>(plan_.list_words);
+    s.owner_lists = part<Word>(at_.owner_lists);
+    s.partial = part<Word>(at_.partial);
+    s.owner_words = static_cast<int>(plan_.owner_words);
+    s.wanted = static_cast<int>(std::min(p_.k, pass.num_keys));
+    return s;
+  }
+
+  SelectParams select_params(const Pass& pass, const Earlier& before) const {
+    SelectParams s{};
+    s.num_queries = static_cast<int>(pass.num_queries);
+    s.rows = static_cast<int>(pass.num_keys);
+    s.lists = part<Word>(at_.lists);
+    s.list_words = plan_.list_words;
+    s.counts = part<unsigned>(at_.counts);
+    s.capacity = static_cast<unsigned>(plan_.list_words);
+    s.thresholds = part<Word>(at_.thresholds);
+    s.bounds = part<float>(at_.bounds);
+    s.required = part<unsigned>(at_.required);
+    s.k = static_cast<int>(p_.k);
+    if (before.columns >= p_.k) {
+      s.prior_distances = before.distances;
+      s.prior_indices = before.indices;
+      s.prior_columns = before.columns;
+    }
+    s.slots = part<int>(at_.slots);
+    s.failed = part<int>(at_.failed);
+    s.num_failed = part<unsigned>(at_.num_failed);
+    s.fail_all = p_.switches.fail_all;
+    s.partial = part<Word>(at_.partial);
+    s.owners = static_cast<int>(plan_.owners);
+    s.sort_words = static_cast<int>(plan_.sort_words);
+    s.index_base = pass.first_key + (p_.refine ? 0 : p_.index_offset);
+    return s;
+  }
+
+  void run_scan(ScanParams& scan, SelectParams& select, const ScanStep& step) {
+    const ScanShape& shape = plan_.shape;
+    scan.num_rows = select.rows = static_cast<int>(step.rows);
+    scan.dense = select.dense = step.dense;
+    scan.strides[0] = static_cast<int>(step.strides[0]);
+    scan.strides[1] = static_cast<int>(step.strides[1]);
+    scan.resident = plan_.resident;
+    if (!step.dense && p_.switches.capacity > 0)
+      scan.capacity = select.capacity = static_cast<unsigned>(p_.switches.capacity);
+    set_tiles(scan, shape, divide_up(scan.num_queries, shape.query_tile));
+    const int64_t items = int64_t{scan.query_tiles} * scan.key_tiles;
+    const int64_t blocks = std::min<int64_t>(items, int64_t{p_.num_units} * plan_.blocks_per_unit);
+    const auto launch_scan = p_.dtype == Dtype::kHalf       ? scan_half
+                             : p_.dtype == Dtype::kBFloat16 ? scan_bfloat16
+                                                            : scan_float;
+    launch_scan(shape, scan, static_cast<int>(blocks), plan_.shared_bytes, stream_);
+  }
+
+  static void set_tiles(ScanParams& scan, const ScanShape& shape, int64_t query_tiles) {
+    scan.query_tiles = static_cast<int>(query_tiles);
+    scan.key_tiles = static_cast<int>(divide_up(scan.num_rows, shape.key_tile));
+    scan.blocks = static_cast<int>(divide_up(scan.dim_bytes, shape.row_bytes));
+  }
+
+  // From here on, scans keep to the thresholds.
+  void run_threshold(ScanParams& scan, SelectParams& select, const ScanStep& step, bool last) {
+    select.wanted = static_cast<int>(step.wanted);
+    select.last = last;
+    threshold_launch(select, stream_);
+    scan.thresholds = select.thresholds;
+    scan.bounds = select.bounds;
+  }
+
+  void run_fallback(ScanParams scan, const SelectParams& select) {
+    verify_launch(select, stream_);
+    scan.failed = select.failed;
+    scan.num_failed = select.num_failed;
+    scan.thresholds = nullptr;
+    scan.bounds = nullptr;
+    scan.resident = plan_.fallback_resident;
+    set_tiles(scan, kScanFew, 1);
+    const auto fall_back = p_.dtype == Dtype::kHalf       ? fall_back_half
+                           : p_.dtype == Dtype::kBFloat16 ? fall_back_bfloat16
+                                                          : fall_back_float;
+    fall_back(scan, static_cast<int>(plan_.owners), plan_.fallback_shared_bytes, stream_);
+  }
+
+  // Writes the pass's result, merged with what it went on from.
+  void finish(const Pass& pass, const Earlier& before, SelectParams& select) {
+    float* distances = p_.distances + pass.first_query * p_.k;
+    int64_t* indices = p_.indices + pass.first_query * p_.k;
+    const bool merges = before.columns > 0;
+    select.distances = merges ? part<float>(at_.merge_distances) : distances;
+    select.indices = merges ? part<int64_t>(at_.merge_indices) : indices;
+    select.first_column = before.columns;
+    select.out_columns = before.columns + p_.k;
+    select_launch(select, stream_);
+    if (!merges) return;
+    copy_neighbors_launch(before.distances, before.indices, pass.num_queries, before.columns,
+                          select.distances, select.indices, select.out_columns, 0, 0, stream_);
+    merge(pass.first_query, pass.num_queries, select.out_columns);
+  }
+
+  // The winners' distances anew, by direct subtraction, their order by them, and then the caller's
+  // earlier result.
+  void refine_pass(int64_t query, int64_t count) {
+    float* distances = p_.distances + query * p_.k;
+    int64_t* indices = p_.indices + query * p_.k;
+    rescore_launch({query_row(query), p_.keys, p_.query_stride, p_.key_stride, count, p_.num_keys,
+                    p_.dim, p_.k, indices, p_.k, p_.dtype, p_.inner_product, distances},
+                   stream_);
+    const Earlier before = initial(query);
+    const int64_t columns = before.columns + p_.k;
+    float* merge_distances = part<float>(at_.merge_distances);
+    int64_t* merge_indices = part<int64_t>(at_.merge_indices);
+    copy_neighbors_launch(before.distances, before.indices, count, before.columns, merge_distances,
+                          merge_indices, columns, 0, 0, stream_);
+    copy_neighbors_launch(distances, indices, count, p_.k, merge_distances, merge_indices, columns,
+                          before.columns, p_.index_offset, stream_);
+    merge(query, count, columns);
+  }
+
+  // The k best of the merge buffers' columns.
+  void merge(int64_t query, int64_t count, int64_t columns) const {
+    merge_topk_launch(
+        {part<float>(at_.merge_distances), part<int64_t>(at_.merge_indices), columns, columns,
+         count, columns, p_.k, p_.distances + query * p_.k, p_.indices + query * p_.k,
+         p_.extras.merge_words ? part<uint64_t>(at_.merge_words) : nullptr},
+        stream_);
+  }
+
+  const KnnSearchParams& p_;
+  const CudaSearchPlan& plan_;
+  cudaStream_t stream_;
+  CudaSearchBuffers at_;
+  int64_t bytes_;
+};
+
+}  // namespace
+
+CudaSearchExtras search_extras(const KnnSearchParams& params) {
+  CudaSearchExtras extras;
+  if (params.num_keys > kMaxKeysPerChunk) extras.merge_columns = 2 * params.k;
+  if (params.num_init > 0 || params.refine)
+    extras.merge_columns = std::max(extras.merge_columns, params.num_init + params.k);
+  if (extras.merge_columns > 0) {
+    MergeTopkParams merge{};
+    merge.rows = 1;
+    merge.m = extras.merge_columns;
+    merge.k = params.k;
+    extras.merge_words = merge_workspace_words(merge);
+  }
+  extras.key_norms = !params.inner_product && params.key_sqnorms == nullptr;
+  return extras;
+}
+
+SearchSwitches read_search_switches() {
+  SearchSwitches switches;
+  const char* text = std::getenv("KNNEXT_TEST_SEARCH");
+  if (!text) return switches;
+  const auto number = [text = std::string(text)](const std::string& name) {
+    const size_t at = text.find(name + "=");
+    return at == std::string::npos ? 0 : std::atoll(text.c_str() + at + name.size() + 1);
+  };
+  switches.stride = number("stride");
+  switches.second = number("second");
+  switches.rank = number("rank");
+  switches.capacity = number("capacity");
+  switches.fail_all = number("fail") != 0;
+  return switches;
+}
+
+void knn_search_launch(const KnnSearchParams& params, cudaStream_t stream) {
+  if (params.num_queries == 0) return;
+  Search(params, stream).run();
+}
+
+}  // namespace knnext
