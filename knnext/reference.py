@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 INF = float("inf")
+NAN = float("nan")
 BLOCK_BYTES = 128 << 20  # of scores held at once by knn_search
 
 
@@ -60,7 +61,8 @@ def merge_topk(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tens
     short = k - distances.shape[1]
     if short > 0:
         distances = torch.nn.functional.pad(distances, (0, short), value=INF)
-        indices = torch.nn.functional.pad(indices, (0, short), value=last)
+        # Not pad(): its value goes through float64, which turns the largest int64 into the least.
+        indices = torch.cat([indices, indices.new_full((len(indices), short), last)], 1)
     by_index = indices.argsort(dim=1, stable=True)
     distances, indices = distances.gather(1, by_index), indices.gather(1, by_index)
     distances, order = distances.sort(dim=1, stable=True)
@@ -117,43 +119,52 @@ def knn_search(
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
-    """A float, () or (Q,) tensor as something that broadcasts against (Q, k)."""
-    return torch.as_tensor(value, device=like.device).to(like.dtype).reshape(-1, 1)
-
-
-def _wide(distances: Tensor) -> Tensor:
-    return distances if distances.dtype == torch.float64 else distances.float()
+    """A number, a () or a (Q,) tensor, as something that broadcasts against (Q, k)."""
+    if isinstance(value, Tensor):
+        return value.to(device=like.device, dtype=like.dtype).reshape(-1, 1)
+    return torch.full((1, 1), value, dtype=like.dtype, device=like.device)
 
 
 def _log_weights(distances: Tensor, tokens: Tensor, temperature: float | Tensor) -> Tensor:
-    """(Q, k) log of the softmax over neighbors; -inf at padding, and all -inf without any."""
-    z = -_wide(distances) / _column(temperature, _wide(distances))
-    z = z.masked_fill(tokens < 0, -INF)
-    none = (z == -INF).all(1, keepdim=True)
-    log_w = z.masked_fill(none, 0.0).log_softmax(1) if z.shape[1] else z
-    return log_w.masked_fill(none, -INF)
+    """(Q, k) log of the softmax over neighbors.
+
+    -inf at padding and at distance +inf, so all -inf in a row without a neighbor; NaN throughout
+    a row where a neighbor's distance is NaN. Distances are subtracted before they are divided:
+    large ones then lose nothing.
+    """
+    d = distances if distances.dtype == torch.float64 else distances.float()
+    limits = torch.finfo(d.dtype)
+    t = _column(temperature, d).clamp(limits.tiny, limits.max)
+    absent = (tokens < 0) | (d == INF)
+    if d.shape[1] == 0:
+        return torch.zeros_like(d)
+    nearest = d.detach().masked_fill(absent, INF).amin(1, keepdim=True)
+    none = nearest == INF
+    z = (nearest.masked_fill(none, 0.0) - d.masked_fill(absent, 0.0)) / t
+    # A row of nothing but -inf would turn into NaN, here and in the gradient.
+    return z.masked_fill(absent & ~none, -INF).log_softmax(1).masked_fill(none, -INF)
+
+
+def _spoiled(log_w: Tensor) -> Tensor:
+    """(Q, 1) rows where a neighbor's distance is NaN: nothing is known about any token."""
+    return log_w.isnan().any(1, keepdim=True)
 
 
 def knn_softmax(
     distances: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_size: int
 ) -> Tensor:
     """(Q, V) p_knn: softmax of -distances / temperature, summed by token."""
-    weights = _log_weights(distances, tokens, temperature).exp()
-    p_knn = torch.zeros(
-        distances.shape[0], vocab_size, dtype=weights.dtype, device=distances.device
-    )
-    return p_knn.scatter_add(1, tokens.long().clamp_min(0), weights)
-
-
-def _log_p_knn(
-    distances: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_size: int
-) -> Tensor:
-    """(Q, V) log p_knn, summed by token in log space (nothing underflows)."""
     log_w = _log_weights(distances, tokens, temperature)
+    p_knn = log_w.new_zeros(log_w.shape[0], vocab_size)
+    p_knn = p_knn.scatter_add(1, tokens.long().clamp_min(0), log_w.exp())
+    return p_knn.masked_fill(_spoiled(log_w), NAN)
+
+
+def _log_p_knn(log_w: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
+    """(Q, V) log p_knn, each token summed around its own maximum: nothing underflows."""
     index = tokens.long().clamp_min(0)
-    shape = (log_w.shape[0], vocab_size)
-    peak = torch.full(shape, -INF, dtype=log_w.dtype, device=log_w.device)
-    peak = peak.scatter_reduce(1, index, log_w.detach(), "amax")
+    lowest = log_w.new_full((log_w.shape[0], vocab_size), -INF)
+    peak = lowest.scatter_reduce(1, index, log_w.detach(), "amax")
     shift = peak.masked_fill(peak == -INF, 0.0)
     total = torch.zeros_like(peak).scatter_add(1, index, (log_w - shift.gather(1, index)).exp())
     present = peak > -INF
@@ -168,12 +179,13 @@ def knn_interpolate(
     lmbda: float | Tensor,
 ) -> Tensor:
     """(Q, V) log((1 - lmbda) softmax(lm_logits) + lmbda p_knn)."""
-    log_p_knn = _log_p_knn(distances, tokens, temperature, lm_logits.shape[1])
-    log_p_lm = lm_logits.to(log_p_knn.dtype).log_softmax(1)
-    weight = _column(lmbda, log_p_knn).expand(log_p_knn.shape[0], 1)
-    lonely = (log_p_knn == -INF).all(1, keepdim=True)
-    weight = weight.masked_fill(lonely, 0.0)
-    return torch.logaddexp(torch.log1p(-weight) + log_p_lm, weight.log() + log_p_knn)
+    log_w = _log_weights(distances, tokens, temperature)
+    log_p_knn = _log_p_knn(log_w, tokens, lm_logits.shape[1])
+    log_p_lm = lm_logits.to(log_w.dtype).log_softmax(1)
+    lonely = (log_w == -INF).all(1, keepdim=True)
+    weight = _column(lmbda, log_w).expand(log_w.shape[0], 1).masked_fill(lonely, 0.0)
+    log_p = torch.logaddexp(torch.log1p(-weight) + log_p_lm, weight.log() + log_p_knn)
+    return log_p.masked_fill(_spoiled(log_w), NAN)
 
 
 def knn_target_log_prob(
@@ -182,11 +194,15 @@ def knn_target_log_prob(
     """(Q,) log p_knn of each row's target; -inf where no neighbor has it."""
     log_w = _log_weights(distances, tokens, temperature)
     other = (tokens.long() != targets.long()[:, None]) | (tokens < 0)
-    return log_w.masked_fill(other, -INF).logsumexp(1)
+    log_p = log_w.masked_fill(other, -INF).logsumexp(1)
+    return log_p.masked_fill(_spoiled(log_w)[:, 0], NAN)
 
 
 def gather_tokens(values: Tensor, indices: Tensor) -> Tensor:
     """(Q, k) ``values[indices]``, with -1 where the index is -1."""
     if values.shape[0] == 0:
         return torch.full(indices.shape, -1, dtype=values.dtype, device=values.device)
-    return values[indices.clamp_min(0)].masked_fill(indices < 0, -1)
+    padding, num_entries = indices == -1, values.shape[0]
+    # An index below -1 must not wrap around to a real row; this one lies past the last.
+    rows = indices.masked_fill(padding, 0).masked_fill(indices < -1, num_entries)
+    return values[rows].masked_fill(padding, -1)

@@ -38,13 +38,14 @@ class Mixer {
  private:
   void add_neighbors(T temperature, T log_lmbda, T* out) {
     neighbors_.to_log_weights(temperature);
-    const auto& tokens = neighbors_.tokens();
-    std::vector<T>& log_p = neighbors_.values();
-    for (T& value : log_p) value += log_lmbda;
-    mixed_.resize(tokens.size());
-    for (size_t j = 0; j < tokens.size(); ++j) mixed_[j] = out[tokens[j]];
-    loops_.log_add_exp(mixed_.data(), log_p.data(), tokens.size());
-    for (size_t j = 0; j < tokens.size(); ++j) out[tokens[j]] = mixed_[j];
+    const size_t size = neighbors_.size();
+    const int64_t* tokens = neighbors_.tokens();
+    T* log_p = neighbors_.values();
+    mixed_.resize(size);
+    for (size_t j = 0; j < size; ++j) log_p[j] += log_lmbda;
+    for (size_t j = 0; j < size; ++j) mixed_[j] = out[tokens[j]];
+    loops_.log_add_exp(mixed_.data(), log_p, size);
+    for (size_t j = 0; j < size; ++j) out[tokens[j]] = mixed_[j];
   }
 
   const RowLoops<T>& loops_ = row_loops<T>();

@@ -1,4 +1,5 @@
-// knn_softmax on the CPU: a row is filled with zeros and, while still in cache, given its neighbors.
+// knn_softmax on the CPU: a row is filled with zeros and, while still in cache, given its
+// neighbors.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -17,8 +18,9 @@ void write_row(Neighbors<T>& neighbors, T temperature, int64_t vocab_size, T* ou
   std::fill_n(out, vocab_size, nan ? std::numeric_limits<T>::quiet_NaN() : T{0});
   if (neighbors.state() != RowState::kSome) return;
   neighbors.to_weights(temperature);
-  const auto& tokens = neighbors.tokens();
-  for (size_t j = 0; j < tokens.size(); ++j) out[tokens[j]] = neighbors.values()[j];
+  const int64_t* tokens = neighbors.tokens();
+  const T* p_knn = neighbors.values();
+  for (size_t j = 0; j < neighbors.size(); ++j) out[tokens[j]] = p_knn[j];
 }
 
 Tensor run(const Tensor& distances, const Tensor& tokens, const RowParameter& temperature,

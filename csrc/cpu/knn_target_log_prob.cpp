@@ -97,8 +97,8 @@ Tensor run(const Tensor& distances, const Tensor& tokens, const Tensor& targets,
 
 }  // namespace
 
-Tensor knn_target_log_prob_cpu(const Tensor& distances, const Tensor& tokens,
-                               const Tensor& targets, double temperature) {
+Tensor knn_target_log_prob_cpu(const Tensor& distances, const Tensor& tokens, const Tensor& targets,
+                               double temperature) {
   const MixShape shape = check_neighbors(kOp, distances, tokens);
   check_targets(kOp, targets, distances);
   check_temperature(kOp, temperature);

@@ -18,19 +18,26 @@ using torch::headeronly::Half;
 int64_t item_size(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Half:
-    case ScalarType::BFloat16: return 2;
+    case ScalarType::BFloat16:
+      return 2;
     case ScalarType::Double:
-    case ScalarType::Long: return 8;
-    default: return 4;
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 4;
   }
 }
 
 double read_number(const void* data, ScalarType dtype, int64_t i) {
   switch (dtype) {
-    case ScalarType::Half: return static_cast<float>(static_cast<const Half*>(data)[i]);
-    case ScalarType::BFloat16: return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
-    case ScalarType::Float: return static_cast<const float*>(data)[i];
-    default: return static_cast<const double*>(data)[i];
+    case ScalarType::Half:
+      return static_cast<float>(static_cast<const Half*>(data)[i]);
+    case ScalarType::BFloat16:
+      return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
+    case ScalarType::Float:
+      return static_cast<const float*>(data)[i];
+    default:
+      return static_cast<const double*>(data)[i];
   }
 }
 
@@ -69,8 +76,7 @@ RowParameter::RowParameter(const Tensor& tensor) {
   stride_ = tensor.dim() ? 1 : 0;
   values_.resize(rows);
   const void* data = tensor.const_data_ptr();
-  for (int64_t i = 0; i < rows; ++i)
-    values_[i] = read_number(data, tensor.scalar_type(), i * step);
+  for (int64_t i = 0; i < rows; ++i) values_[i] = read_number(data, tensor.scalar_type(), i * step);
 }
 
 RowParameter RowParameter::temperature(const char* op, const Tensor& tensor) {
@@ -99,21 +105,25 @@ void BadToken::report(int64_t row, int64_t token) {
 void BadToken::fail_if_any(const char* op, int64_t vocab_size) const {
   if (row_ == std::numeric_limits<int64_t>::max()) return;
   std::ostringstream text;
-  text << "tokens must be -1 or ";
+  text << "tokens must ";
   if (vocab_size < 0)
-    text << "at least 0";
+    text << "be at least -1";
   else
-    text << "in [0, V) with V = " << vocab_size;
+    text << "lie in [-1, V) with V = " << vocab_size;
   text << ", got " << token_ << " in row " << row_;
   fail(op, text.str());
 }
 
 int logits_kind(const Tensor& logits) {
   switch (logits.scalar_type()) {
-    case ScalarType::Half: return 0;
-    case ScalarType::BFloat16: return 1;
-    case ScalarType::Float: return 2;
-    default: return 3;
+    case ScalarType::Half:
+      return 0;
+    case ScalarType::BFloat16:
+      return 1;
+    case ScalarType::Float:
+      return 2;
+    default:
+      return 3;
   }
 }
 

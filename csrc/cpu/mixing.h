@@ -37,7 +37,9 @@ class RowParameter {
   explicit RowParameter(double number) : number_(number) {}
   static RowParameter temperature(const char* op, const Tensor& tensor);
   static RowParameter lmbda(const char* op, const Tensor& tensor);
-  double operator[](int64_t row) const { return values_.empty() ? number_ : values_[row * stride_]; }
+  double operator[](int64_t row) const {
+    return values_.empty() ? number_ : values_[row * stride_];
+  }
 
  private:
   explicit RowParameter(const Tensor& tensor);

@@ -30,69 +30,67 @@ bool Neighbors<T>::read(const T* distances, const Token* tokens, int64_t k, int6
 template <class T>
 template <class Token>
 void Neighbors<T>::group(const Token* tokens, int64_t k) {
-  const size_t slots = std::bit_ceil(static_cast<size_t>(2 * k));
-  shift_ = 64 - std::countr_zero(slots);
-  slots_.assign(slots, 0);
-  tokens_.clear();
-  nearest_of_.clear();
-  live_.resize(k);
+  const size_t slots = std::bit_ceil(static_cast<size_t>(4 * k));  // a quarter full: few clashes
+  hash_shift_ = 64 - std::countr_zero(slots);
+  slots_.assign(slots, {0, 0});
+  for (auto* by_neighbor : {&exponents_, &nearest_of_, &values_, &weights_}) by_neighbor->resize(k);
   group_of_.resize(k);
-  size_t live = 0;
+  tokens_.resize(k);
+  sums_.resize(k);
+  live_ = groups_ = 0;
   for (int64_t i = 0; i < k; ++i) {
     const T d = clean_[i];
     if (d == std::numeric_limits<T>::infinity()) continue;
-    group_of_[live] = find_or_add(tokens[i], d);
-    live_[live++] = d;
+    group_of_[live_] = find_or_add(tokens[i], d);
+    exponents_[live_++] = d;
   }
-  live_.resize(live);
 }
 
 template <class T>
-uint32_t Neighbors<T>::find_or_add(int64_t token, T distance) {
+inline uint32_t Neighbors<T>::find_or_add(int64_t token, T distance) {
   const size_t mask = slots_.size() - 1;
-  size_t slot = (static_cast<uint64_t>(token) * 0x9e3779b97f4a7c15u) >> shift_;
-  for (; slots_[slot]; slot = (slot + 1) & mask) {
-    const uint32_t found = slots_[slot] - 1;
-    if (tokens_[found] != token) continue;
-    nearest_of_[found] = std::min(nearest_of_[found], distance);
+  const uint32_t low_bits = static_cast<uint32_t>(token);
+  size_t at = (static_cast<uint64_t>(token) * 0x9e3779b97f4a7c15u) >> hash_shift_;
+  for (; slots_[at].group; at = (at + 1) & mask) {
+    const uint32_t found = slots_[at].group - 1;
+    if (slots_[at].low_bits != low_bits || tokens_[found] != token) continue;
+    if (distance < nearest_of_[found]) nearest_of_[found] = distance;
     return found;
   }
-  tokens_.push_back(token);
-  nearest_of_.push_back(distance);
-  slots_[slot] = static_cast<uint32_t>(tokens_.size());
-  return slots_[slot] - 1;
+  tokens_[groups_] = token;
+  nearest_of_[groups_] = distance;
+  slots_[at] = {low_bits, static_cast<uint32_t>(groups_ + 1)};
+  return static_cast<uint32_t>(groups_++);
 }
 
 template <class T>
 void Neighbors<T>::add_up(T temperature) {
-  const size_t groups = tokens_.size();
-  for (size_t i = 0; i < live_.size(); ++i)
-    live_[i] = (nearest_of_[group_of_[i]] - live_[i]) / temperature;
-  loops_.exp(live_.data(), live_.size());
-  sums_.assign(groups, 0);
-  for (size_t i = 0; i < live_.size(); ++i) sums_[group_of_[i]] += live_[i];
+  for (size_t i = 0; i < live_; ++i)
+    exponents_[i] = (nearest_of_[group_of_[i]] - exponents_[i]) / temperature;
+  loops_.exp(exponents_.data(), live_);
+  std::fill_n(sums_.begin(), groups_, 0.0);
+  for (size_t i = 0; i < live_; ++i) sums_[group_of_[i]] += exponents_[i];
 
-  values_.resize(groups);
-  for (size_t j = 0; j < groups; ++j) values_[j] = (nearest_ - nearest_of_[j]) / temperature;
-  shares_ = values_;
-  loops_.exp(shares_.data(), groups);
+  for (size_t j = 0; j < groups_; ++j) values_[j] = (nearest_ - nearest_of_[j]) / temperature;
+  std::copy_n(values_.begin(), groups_, weights_.begin());
+  loops_.exp(weights_.data(), groups_);
   double total = 0;
-  for (size_t j = 0; j < groups; ++j) total += shares_[j] * sums_[j];
-  for (size_t j = 0; j < groups; ++j) sums_[j] /= total;
+  for (size_t j = 0; j < groups_; ++j) total += weights_[j] * sums_[j];
+  for (size_t j = 0; j < groups_; ++j) sums_[j] /= total;
 }
 
 template <class T>
 void Neighbors<T>::to_weights(T temperature) {
   add_up(temperature);
-  for (size_t j = 0; j < values_.size(); ++j) values_[j] = static_cast<T>(shares_[j] * sums_[j]);
+  for (size_t j = 0; j < groups_; ++j) values_[j] = static_cast<T>(weights_[j] * sums_[j]);
 }
 
 template <class T>
 void Neighbors<T>::to_log_weights(T temperature) {
   add_up(temperature);
-  for (size_t j = 0; j < values_.size(); ++j) shares_[j] = static_cast<T>(sums_[j]);
-  loops_.log(shares_.data(), shares_.size());
-  for (size_t j = 0; j < values_.size(); ++j) values_[j] += shares_[j];
+  for (size_t j = 0; j < groups_; ++j) weights_[j] = static_cast<T>(sums_[j]);
+  loops_.log(weights_.data(), groups_);
+  for (size_t j = 0; j < groups_; ++j) values_[j] += weights_[j];
 }
 
 template class Neighbors<float>;

@@ -6,6 +6,7 @@
 // Distances are subtracted before they are divided: nothing is lost where all of them are large.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -29,27 +30,35 @@ class Neighbors {
   // After a row with neighbors: shares by token, in order of first appearance.
   void to_weights(T temperature);      // values() is p_knn
   void to_log_weights(T temperature);  // values() is log p_knn
-  const std::vector<int64_t>& tokens() const { return tokens_; }
-  std::vector<T>& values() { return values_; }
+  std::size_t size() const { return groups_; }
+  const int64_t* tokens() const { return tokens_.data(); }
+  T* values() { return values_.data(); }
 
  private:
+  struct Slot {
+    uint32_t low_bits;  // of the token, so that most misses need no look at tokens_
+    uint32_t group;     // + 1; 0 is an empty slot
+  };
+
   template <class Token>
   void group(const Token* tokens, int64_t k);
   uint32_t find_or_add(int64_t token, T distance);
-  // Leaves (nearest - nearest_j) / t in values_ and the share of Z, without it, in shares_.
+  // Leaves (nearest - nearest_j) / t in values_, its exp in weights_, a group's part of Z in sums_.
   void add_up(T temperature);
 
   const RowLoops<T>& loops_;
   RowState state_ = RowState::kNone;
   int64_t bad_token_ = 0;
   T nearest_ = 0;
-  int shift_ = 0;                // of the hash: 64 - log2(slots)
-  std::vector<uint32_t> slots_;  // open addressing: group + 1, or 0
-  std::vector<int64_t> tokens_;
-  std::vector<T> nearest_of_;    // by group
-  std::vector<double> sums_;     // by group
+  std::vector<Slot> slots_;  // open addressing
+  int hash_shift_ = 0;       // 64 - log2(number of slots)
+  std::size_t live_ = 0, groups_ = 0;
+  // By neighbor that weighs, then by group; sized for the longest row so far.
+  std::vector<T> clean_, exponents_;
   std::vector<uint32_t> group_of_;
-  std::vector<T> clean_, live_, values_, shares_;
+  std::vector<int64_t> tokens_;
+  std::vector<T> nearest_of_, values_, weights_;
+  std::vector<double> sums_;
 };
 
 extern template class Neighbors<float>;

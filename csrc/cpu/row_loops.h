@@ -9,9 +9,9 @@ namespace knnext::cpu {
 // What one pass over a row of neighbors finds.
 template <class T>
 struct Survey {
-  T nearest;                      // +inf where the row has no neighbor
-  bool has_nan;                   // among the neighbors, not the padding
-  int64_t lowest, highest;        // token ids
+  T nearest;                // +inf where the row has no neighbor
+  bool has_nan;             // among the neighbors, not the padding
+  int64_t lowest, highest;  // token ids
 };
 
 template <class T>
@@ -34,9 +34,9 @@ struct RowLoops {
   Match<int64_t> match_int64;
   // Sum of exp((nearest - d) / temperature).
   double (*sum_exp)(const T* distances, int64_t k, T nearest, T temperature);
-  void (*exp)(T* x, int64_t n);                            // in place; x <= 0, -inf or NaN
-  void (*log)(T* x, int64_t n);                            // in place; x > 0 and normal
-  void (*log_add_exp)(T* a, const T* b, int64_t n);        // a = log(exp(a) + exp(b))
+  void (*exp)(T* x, int64_t n);                      // in place; x <= 0, -inf or NaN
+  void (*log)(T* x, int64_t n);                      // in place; x > 0 and normal
+  void (*log_add_exp)(T* a, const T* b, int64_t n);  // a = log(exp(a) + exp(b))
   // Of logits in half, bfloat16, float, double, in this order (see logits_kind).
   MaxSum<T> (*max_sum[4])(const void* logits, int64_t n);
   void (*shift[4])(const void* logits, int64_t n, T max, T offset, T* out);  // (x - max) - offset

@@ -31,7 +31,9 @@ KNNEXT_INLINE double sum_lanes(VecF v) {
   return out;
 }
 
-KNNEXT_INLINE void store_tail(float* p, VecF v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
+KNNEXT_INLINE void store_tail(float* p, VecF v, int64_t n) {
+  std::memcpy(p, &v, n * sizeof(float));
+}
 
 // x = f(x) over a row.
 template <class F>

@@ -38,7 +38,9 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 #define KNNEXT_INLINE static inline __attribute__((always_inline))
 
-KNNEXT_INLINE VecF splat(float x) { return x - VecF{}; }
+KNNEXT_INLINE VecF splat(float x) {
+  return x - VecF{};
+}
 
 template <class To, class From>
 KNNEXT_INLINE To bits_as(From x) {
@@ -88,9 +90,13 @@ KNNEXT_INLINE VecF load(const F16* p) {
 #endif
 }
 
-KNNEXT_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
+KNNEXT_INLINE void store(float* p, VecF v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
-KNNEXT_INLINE VecF max_of(VecF a, VecF b) { return a > b ? a : b; }  // b where a is NaN
+KNNEXT_INLINE VecF max_of(VecF a, VecF b) {
+  return a > b ? a : b;
+}  // b where a is NaN
 
 // e^x for x <= 88, to 1 ulp; 0 below the smallest normal (x < -87.3); NaN stays NaN.
 KNNEXT_INLINE VecF exp_of(VecF x) {

@@ -200,6 +200,59 @@ def knn_target_log_prob(
     _temperature(op, temperature, distances)
 
 
+def _values(op: str, wanted: str, values: Tensor, wrong: Tensor) -> None:
+    """Fails on the first row that holds a wrong value, and says what it is."""
+    if bool(wrong.any()):
+        row = int(wrong.reshape(wrong.shape[0], -1).any(1).nonzero()[0])
+        got = values[row][wrong[row]].reshape(-1)[0].item()
+        fail(op, f"{wanted}, got {got if isinstance(got, int) else format(got, 'g')} in row {row}")
+
+
+def _token_values(op: str, tokens: Tensor, vocab_size: int) -> None:
+    wanted = f"tokens must lie in [-1, V) with V = {vocab_size}"
+    _values(op, wanted, tokens, (tokens < -1) | (tokens >= vocab_size))
+
+
+def _temperature_values(op: str, temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        t = temperature.reshape(-1)
+        wanted = "temperature must be a finite number above 0"
+        _values(op, wanted, t, ~((t > 0) & t.isfinite()))
+
+
+def _knn_softmax_values(_d: Tensor, tokens: Tensor, t: float | Tensor, vocab_size: int) -> None:
+    _temperature_values("knn_softmax", t)
+    _token_values("knn_softmax", tokens, vocab_size)
+
+
+def _knn_interpolate_values(
+    lm_logits: Tensor, _d: Tensor, tokens: Tensor, t: float | Tensor, lmbda: float | Tensor
+) -> None:
+    op = "knn_interpolate"
+    _temperature_values(op, t)
+    if isinstance(lmbda, Tensor):
+        weight = lmbda.reshape(-1)
+        wrong = ~((weight >= 0) & (weight <= 1))
+        _values(op, "lmbda must lie in [0, 1]", weight, wrong)
+    _token_values(op, tokens, lm_logits.shape[1])
+
+
+def _knn_target_log_prob_values(
+    _d: Tensor, tokens: Tensor, _targets: Tensor, t: float | Tensor
+) -> None:
+    op = "knn_target_log_prob"
+    _temperature_values(op, t)
+    _values(op, "tokens must be at least -1", tokens, tokens < -1)
+
+
+# What the compiled CPU ops find wrong while they read, for the fallback: fake tensors hold nothing
+# to read, and on CUDA to read would be to wait.
+VALUE_CHECKS: dict[str, Callable[..., None]] = {
+    "knn_softmax": _knn_softmax_values,
+    "knn_interpolate": _knn_interpolate_values,
+    "knn_target_log_prob": _knn_target_log_prob_values,
+}
+
 CHECKS: dict[str, Callable[..., None]] = {
     "knn_search": knn_search,
     "key_sqnorms": key_sqnorms,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from knnext import reference
-from knnext.ops._checks import CHECKS
+from knnext.ops._checks import CHECKS, VALUE_CHECKS
 from knnext.ops._schemas import NAMES, SCHEMAS
 
 LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
@@ -45,13 +45,16 @@ def _load(path: Path) -> str:
     return ""
 
 
-def _fallback(name: str) -> Any:
+def _fallback(name: str, key: str) -> Any:
     base = name.split(".")[0]
     compute = getattr(reference, base)
     check = CHECKS[base]
+    check_values = VALUE_CHECKS.get(base) if key == "CPU" else None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
+        if check_values:
+            check_values(*args, **kwargs)
         with torch.no_grad():
             return compute(*args, **kwargs)
 
@@ -62,7 +65,7 @@ def _install_fallbacks(key: str, reason: str, report: LoadReport) -> None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [name for name in NAMES if not has(f"knnext::{name}", key)]
     for name in missing:
-        _KEEP.impl(name, _fallback(name), key)
+        _KEEP.impl(name, _fallback(name, key), key)
     report.fallbacks += [f"{key} {name}" for name in missing]
     if missing:
         which = "all ops" if len(missing) == len(NAMES) else ", ".join(missing)

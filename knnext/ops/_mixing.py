@@ -1,4 +1,4 @@
-"""Gradients that the three mixing ops share: from neighbor logits z = -distances / temperature."""
+"""What the gradients of the three mixing ops share: all go through z = -distances / temperature."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from knnext import reference
 
 INF = float("inf")
 
-
-def column(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number, a () or a (Q,) tensor, as something that broadcasts against (Q, k)."""
-    if isinstance(value, Tensor):
-        return value.to(like.dtype).reshape(-1, 1)
-    return torch.full((1, 1), value, dtype=like.dtype, device=like.device)
+column = reference._column
 
 
 def log_weights(distances: Tensor, tokens: Tensor, temperature: float | Tensor) -> Tensor:
@@ -37,9 +32,11 @@ def neighbor_gradients(
     grad_distances = -grad_z / t
     if not need_temperature or not isinstance(temperature, Tensor):
         return grad_distances, None
-    dead = (tokens < 0) | (distances == INF)
-    # A dead neighbor has grad_z 0, and 0 * inf must not become NaN.
-    per_row = (-grad_distances * distances.masked_fill(dead, 0.0) / t).sum(1)
+    # A dead neighbor has grad_z 0, and 0 * inf must not become NaN. A row of grad_z sums to 0, so
+    # any origin does for the distances; from the nearest, they are small and so is the rounding.
+    absent = (tokens < 0) | (distances == INF)
+    origin = distances.masked_fill(absent, INF).amin(1, keepdim=True) if distances.shape[1] else 0.0
+    per_row = (-grad_distances * (distances - origin).masked_fill(absent, 0.0) / t).sum(1)
     return grad_distances, sum_to_parameter(per_row, temperature)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from knnext.ops import _checks, _mixing
+from knnext.ops._mixing import INF
 
 
 def knn_interpolate(
@@ -64,34 +65,69 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     lm_logits, distances, tokens, output, *rest = ctx.saved_tensors
     temperature, lmbda = rest or ctx.numbers
+    need_logits, need_distances, _, need_temperature, need_lmbda = ctx.needs_input_grad
     log_a = _mixing.log_weights(distances, tokens, temperature)
-    lonely = (log_a == -_mixing.INF).all(1, keepdim=True)
+    absent = log_a == -INF
+    lonely = absent.all(1, keepdim=True)
     weight = _mixing.column(lmbda, log_a).expand(log_a.shape[0], 1).masked_fill(lonely, 0.0)
-    log_p_lm = lm_logits.to(log_a.dtype).log_softmax(1)
 
-    # d out_v / d(p_lm_v) = (1 - lmbda) / m_v and so on; every ratio below is at most 1.
-    dead = output == -_mixing.INF
-    to_lm = (torch.log1p(-weight) + log_p_lm - output).exp().masked_fill(dead, 0.0) * grad
-    grad_logits = to_lm - log_p_lm.exp() * to_lm.sum(1, keepdim=True)
-
+    # With m the mixture: d log m / d p_knn = lmbda / m, d log m / d p_lm = (1 - lmbda) / m.
     index = tokens.long().clamp_min(0)
-    padding = (tokens < 0) | (log_a == -_mixing.INF)
-    log_m = output.gather(1, index).masked_fill(padding, 0.0)
-    ratio = (log_a.masked_fill(padding, 0.0) - log_m).masked_fill(padding, -_mixing.INF)
-    grad_at = grad.gather(1, index).masked_fill(padding, 0.0)
-    to_knn = (weight.log() + ratio).exp() * grad_at
-    grad_z = to_knn - log_a.exp() * to_knn.sum(1, keepdim=True)
-    grad_distances, grad_temperature = _mixing.neighbor_gradients(
-        grad_z, distances, tokens, temperature, ctx.needs_input_grad[3]
+    log_m, grad_at = output.gather(1, index), grad.gather(1, index)
+    grad_distances = grad_temperature = grad_logits = grad_lmbda = None
+    if need_distances or need_temperature:
+        share = (weight.log() + log_a - log_m).exp() * grad_at
+        share = share.masked_fill(absent | (weight == 0), 0.0)
+        grad_z = share - log_a.exp() * share.sum(1, keepdim=True)
+        grad_distances, grad_temperature = _mixing.neighbor_gradients(
+            grad_z, distances, tokens, temperature, need_temperature
+        )
+    if need_logits:
+        log_p_lm = lm_logits.to(log_a.dtype).log_softmax(1)
+        to_lm = _lm_share(log_p_lm, weight, output, index) * grad
+        grad_logits = torch.addcmul(to_lm, log_p_lm.exp(), to_lm.sum(1, keepdim=True), value=-1).to(
+            lm_logits.dtype
+        )
+    if need_lmbda:
+        grad_lmbda = _lmbda_gradient(lm_logits, log_a, log_m, output, grad, grad_at, lmbda)
+    return grad_logits, grad_distances, None, grad_temperature, grad_lmbda
+
+
+def _lm_share(log_p_lm: Tensor, weight: Tensor, output: Tensor, index: Tensor) -> Tensor:
+    """(1 - lmbda) p_lm / m: 1 but where a neighbor has the token, 0 all over at lmbda = 1."""
+    log_rest = torch.log1p(-weight)
+    elsewhere = (weight < 1).to(output.dtype).expand_as(output)
+    if torch.is_grad_enabled():  # a second derivative must see the whole ratio
+        share = (log_rest + log_p_lm - output).exp()
+        return torch.where(output == -INF, elsewhere, share)
+    log_m = output.gather(1, index)
+    share = (log_rest + log_p_lm.gather(1, index) - log_m).exp()
+    return elsewhere.scatter(
+        1, index, torch.where(log_m == -INF, elsewhere.gather(1, index), share)
     )
 
-    grad_lmbda = None
-    if isinstance(lmbda, Tensor) and ctx.needs_input_grad[4]:
-        toward_knn = (ratio.exp() * grad_at).sum(1)
-        toward_lm = ((log_p_lm - output).exp() * grad).masked_fill(grad == 0, 0.0).sum(1)
-        per_row = (toward_knn - toward_lm).masked_fill(lonely[:, 0], 0.0)
-        grad_lmbda = _mixing.sum_to_parameter(per_row, lmbda)
-    return grad_logits.to(lm_logits.dtype), grad_distances, None, grad_temperature, grad_lmbda
+
+def _lmbda_gradient(
+    lm_logits: Tensor,
+    log_a: Tensor,
+    log_m: Tensor,
+    output: Tensor,
+    grad: Tensor,
+    grad_at: Tensor,
+    lmbda: Tensor,
+) -> Tensor:
+    """Sum over v of grad_v (p_knn - p_lm)_v / m_v; 0 for a row without a neighbor.
+
+    The ratios have no bound (lmbda 0 or 1), so a gradient of 0 is kept from meeting an infinite
+    one.
+    """
+    absent = log_a == -INF
+    toward_knn = ((log_a - log_m).exp() * grad_at).masked_fill(absent | (grad_at == 0), 0.0)
+    log_p_lm = lm_logits.to(log_a.dtype).log_softmax(1)
+    nothing = (grad == 0) | (log_p_lm == -INF)
+    toward_lm = ((log_p_lm - output).exp() * grad).masked_fill(nothing, 0.0)
+    per_row = toward_knn.sum(1) - toward_lm.sum(1)
+    return _mixing.sum_to_parameter(per_row.masked_fill(absent.all(1), 0.0), lmbda)
 
 
 for _name in ("knnext::knn_interpolate", "knnext::knn_interpolate.tensor"):

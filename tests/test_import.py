@@ -1,0 +1,43 @@
+"""What `import knnext` costs: torch and little else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import knnext
+
+CODE = """
+import json, sys, time
+import torch
+start = time.process_time()
+import knnext
+took = time.process_time() - start
+heavy = ["transformers", "faiss", "datasets", "matplotlib", "tokenizers", "pyarrow", "scipy"]
+print(json.dumps({"seconds": took, "heavy": [m for m in heavy if m in sys.modules]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict:
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_nothing_heavy_is_imported(imported: dict) -> None:
+    assert imported["heavy"] == []
+
+
+def test_the_import_is_quick(imported: dict) -> None:
+    assert imported["seconds"] < 1.0, "seconds of processor time beside torch's own import"
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    assert set(knnext.__all__) <= set(dir(knnext))
+    for name in knnext.__all__:
+        assert getattr(knnext, name) is not None, name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = knnext.nonsense
