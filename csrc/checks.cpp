@@ -15,15 +15,24 @@ constexpr std::initializer_list<ScalarType> kAllFloats = {ScalarType::Half, Scal
 
 const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -35,8 +44,13 @@ std::string shape_text(const Tensor& t) {
   return out.str();
 }
 
+// "a float32", "an int64"
+std::string with_article(const std::string& text) {
+  return (text[0] == 'i' ? "an " : "a ") + text;
+}
+
 std::string describe(const Tensor& t) {
-  return std::string("a ") + dtype_name(t.scalar_type()) + " tensor of shape " + shape_text(t);
+  return with_article(dtype_name(t.scalar_type())) + " tensor of shape " + shape_text(t);
 }
 
 bool is_one_of(ScalarType dtype, std::initializer_list<ScalarType> wanted) {
@@ -67,8 +81,8 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
     ++i;
   }
   if (right) return;
-  fail(op, std::string(name) + " must be a " + names(dtypes) + " tensor of shape " + shape +
-               ", got " + describe(t));
+  fail(op, std::string(name) + " must be " + with_article(names(dtypes)) + " tensor of shape " +
+               shape + ", got " + describe(t));
 }
 
 void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
@@ -77,7 +91,9 @@ void check_device(const char* op, const char* name, const Tensor& t, const char*
   fail(op, std::string(name) + " must be on the device of " + other_name);
 }
 
-std::string text(int64_t number) { return std::to_string(number); }
+std::string text(int64_t number) {
+  return std::to_string(number);
+}
 
 std::string text(double number) {
   std::ostringstream out;
@@ -169,8 +185,7 @@ MixShape check_neighbors(const char* op, const Tensor& distances, const Tensor& 
   check_tensor(op, "tokens", tokens, {ScalarType::Long, ScalarType::Int},
                {distances.size(0), distances.size(1)}, shape_text(distances));
   check_device(op, "tokens", tokens, "distances", distances);
-  return {distances.size(0), distances.size(1), 0,
-          distances.scalar_type() == ScalarType::Double};
+  return {distances.size(0), distances.size(1), 0, distances.scalar_type() == ScalarType::Double};
 }
 
 void check_vocab_size(const char* op, int64_t vocab_size) {

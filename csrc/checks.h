@@ -10,8 +10,8 @@
 
 namespace knnext {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 enum class Metric : int { kL2 = 0, kIp = 1 };
 

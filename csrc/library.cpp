@@ -15,16 +15,22 @@ STABLE_TORCH_LIBRARY(knnext, m) {
   m.def("merge_topk(Tensor distances, Tensor indices, int k) -> (Tensor, Tensor)");
 
   // Mixing
-  m.def("knn_softmax.tensor(Tensor distances, Tensor tokens, Tensor temperature, "
-        "int vocab_size) -> Tensor");
-  m.def("knn_softmax(Tensor distances, Tensor tokens, float temperature, int vocab_size) "
-        "-> Tensor");
-  m.def("knn_interpolate.tensor(Tensor lm_logits, Tensor distances, Tensor tokens, "
-        "Tensor temperature, Tensor lmbda) -> Tensor");
-  m.def("knn_interpolate(Tensor lm_logits, Tensor distances, Tensor tokens, float temperature, "
-        "float lmbda) -> Tensor");
-  m.def("knn_target_log_prob.tensor(Tensor distances, Tensor tokens, Tensor targets, "
-        "Tensor temperature) -> Tensor");
-  m.def("knn_target_log_prob(Tensor distances, Tensor tokens, Tensor targets, "
-        "float temperature) -> Tensor");
+  m.def(
+      "knn_softmax.tensor(Tensor distances, Tensor tokens, Tensor temperature, "
+      "int vocab_size) -> Tensor");
+  m.def(
+      "knn_softmax(Tensor distances, Tensor tokens, float temperature, int vocab_size) "
+      "-> Tensor");
+  m.def(
+      "knn_interpolate.tensor(Tensor lm_logits, Tensor distances, Tensor tokens, "
+      "Tensor temperature, Tensor lmbda) -> Tensor");
+  m.def(
+      "knn_interpolate(Tensor lm_logits, Tensor distances, Tensor tokens, float temperature, "
+      "float lmbda) -> Tensor");
+  m.def(
+      "knn_target_log_prob.tensor(Tensor distances, Tensor tokens, Tensor targets, "
+      "Tensor temperature) -> Tensor");
+  m.def(
+      "knn_target_log_prob(Tensor distances, Tensor tokens, Tensor targets, "
+      "float temperature) -> Tensor");
 }

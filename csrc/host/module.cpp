@@ -45,15 +45,15 @@ py::dict plan_cuda(int64_t queries, int64_t entries, int64_t dim, int64_t k, int
                           "capacity"_a = step.capacity, "dense"_a = step.dense,
                           "strides"_a = std::pair(step.strides[0], step.strides[1])));
   }
-  return py::dict(
-      "shape"_a = plan.shape.name, "query_tile"_a = plan.shape.query_tile,
-      "resident"_a = plan.resident, "shared_bytes"_a = plan.shared_bytes,
-      "fallback_shared_bytes"_a = plan.fallback_shared_bytes, "chunk_keys"_a = plan.chunk_keys,
-      "num_chunks"_a = plan.num_chunks, "queries_per_pass"_a = plan.queries_per_pass,
-      "num_passes"_a = plan.num_passes, "list_words"_a = plan.list_words,
-      "owners"_a = plan.owners, "owner_words"_a = plan.owner_words, "steps"_a = steps,
-      "shared_limit"_a = knnext::max_shared_bytes(capability.first, capability.second),
-      "workspace_bytes"_a = plan.workspace_bytes);
+  return py::dict("shape"_a = plan.shape.name, "query_tile"_a = plan.shape.query_tile,
+                  "resident"_a = plan.resident, "shared_bytes"_a = plan.shared_bytes,
+                  "fallback_shared_bytes"_a = plan.fallback_shared_bytes,
+                  "chunk_keys"_a = plan.chunk_keys, "num_chunks"_a = plan.num_chunks,
+                  "queries_per_pass"_a = plan.queries_per_pass, "num_passes"_a = plan.num_passes,
+                  "list_words"_a = plan.list_words, "owners"_a = plan.owners,
+                  "owner_words"_a = plan.owner_words, "steps"_a = steps,
+                  "shared_limit"_a = knnext::max_shared_bytes(capability.first, capability.second),
+                  "workspace_bytes"_a = plan.workspace_bytes);
 }
 
 void bind_plan(py::module_& m) {
@@ -97,9 +97,11 @@ void bind_plan(py::module_& m) {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host side of knnext: what was built, and the plan of a search.";
   m.def("build_info", &build_info, "Versions, architectures and vector paths of this build.");
-  m.def("cpu_isa", [] { return knnext::cpu::name(knnext::cpu::isa()); },
-        "The vector path in use: plain, avx2 or avx512.");
-  m.def("best_cpu_isa", [] { return knnext::cpu::name(knnext::cpu::best_isa()); },
-        "The widest vector path of this processor.");
+  m.def(
+      "cpu_isa", [] { return knnext::cpu::name(knnext::cpu::isa()); },
+      "The vector path in use: plain, avx2 or avx512.");
+  m.def(
+      "best_cpu_isa", [] { return knnext::cpu::name(knnext::cpu::best_isa()); },
+      "The widest vector path of this processor.");
   bind_plan(m);
 }

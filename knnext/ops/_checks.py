@@ -23,8 +23,12 @@ def _shape(t: Tensor) -> str:
     return "(" + ", ".join(str(s) for s in t.shape) + (",)" if t.dim() == 1 else ")")
 
 
+def _article(text: str) -> str:
+    return f"an {text}" if text.startswith("i") else f"a {text}"
+
+
 def _describe(t: Tensor) -> str:
-    return f"a {_name(t.dtype)} tensor of shape {_shape(t)}"
+    return f"{_article(_name(t.dtype))} tensor of shape {_shape(t)}"
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -47,7 +51,10 @@ def _tensor(
     right = t.dim() == len(sizes) and t.dtype in dtypes
     right = right and all(w is None or bool(g == w) for g, w in zip(t.shape, sizes, strict=True))
     if not right:
-        fail(op, f"{name} must be a {_names(dtypes)} tensor of shape {shape}, got {_describe(t)}")
+        fail(
+            op,
+            f"{name} must be {_article(_names(dtypes))} tensor of shape {shape}, got {_describe(t)}",
+        )
 
 
 def _device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> None:

@@ -125,7 +125,7 @@ BAD = {
     "logits rows": (X[:2], D, T, 1.0, 0.5, "got a float32 tensor of shape (2, 9)"),
     "no vocabulary": (X[:, :0], D, T, 1.0, 0.5, "lm_logits must have V >= 1"),
     "distances": (X, D.half(), T, 1.0, 0.5, "distances must be a float32 or float64 tensor"),
-    "tokens": (X, D, T[1:], 1.0, 0.5, "tokens must be a int64 or int32 tensor of shape (3, 4)"),
+    "tokens": (X, D, T[1:], 1.0, 0.5, "tokens must be an int64 or int32 tensor of shape (3, 4)"),
     "temperature": (X, D, T, -1.0, 0.5, "temperature must be a finite number above 0, got -1"),
     "lmbda above": (X, D, T, 1.0, 1.5, "lmbda must lie in [0, 1], got 1.5"),
     "lmbda below": (X, D, T, 1.0, -0.5, "lmbda must lie in [0, 1], got -0.5"),

@@ -46,14 +46,14 @@ BAD = {
         X,
         3,
         {"init_distances": INIT_D, "init_indices": INIT_I[:, 1:]},
-        "init_indices must be a int64 tensor of shape (4, 2)",
+        "init_indices must be an int64 tensor of shape (4, 2)",
     ),
     "init dtype": (
         Q,
         X,
         3,
         {"init_distances": INIT_D, "init_indices": INIT_I.int()},
-        "init_indices must be a int64 tensor of shape (4, 2), got a int32",
+        "init_indices must be an int64 tensor of shape (4, 2), got an int32",
     ),
 }
 

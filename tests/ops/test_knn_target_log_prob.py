@@ -145,10 +145,10 @@ def test_makes_no_tensor_of_the_vocabulary() -> None:
 D, T, G = torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3).long()
 BAD = {
     "distances": (D[:, 0], T, G, 1.0, "distances must be a float32 or float64 tensor"),
-    "tokens": (D, T.short(), G, 1.0, "tokens must be a int64 or int32 tensor of shape (3, 4)"),
-    "targets dtype": (D, T, G.float(), 1.0, "targets must be a int64 or int32 tensor"),
-    "targets shape": (D, T, G[:, None], 1.0, "of shape (3,), got a int64 tensor of shape (3, 1)"),
-    "targets rows": (D, T, G[1:], 1.0, "of shape (3,), got a int64 tensor of shape (2,)"),
+    "tokens": (D, T.short(), G, 1.0, "tokens must be an int64 or int32 tensor of shape (3, 4)"),
+    "targets dtype": (D, T, G.float(), 1.0, "targets must be an int64 or int32 tensor"),
+    "targets shape": (D, T, G[:, None], 1.0, "of shape (3,), got an int64 tensor of shape (3, 1)"),
+    "targets rows": (D, T, G[1:], 1.0, "of shape (3,), got an int64 tensor of shape (2,)"),
     "temperature": (D, T, G, 0.0, "temperature must be a finite number above 0, got 0"),
     "temperatures": (D, T, G, torch.ones(4), "temperature must be a number or a float16"),
 }

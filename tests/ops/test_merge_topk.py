@@ -89,8 +89,13 @@ D, I = torch.randn(3, 5), torch.zeros(3, 5, dtype=torch.int64)  # noqa: E741
 BAD = {
     "distances dtype": (D.double(), I, 2, "distances must be a float32 tensor of shape (Q, m)"),
     "distances rank": (D[0], I, 2, "distances must be a float32 tensor of shape (Q, m), got"),
-    "indices dtype": (D, I.int(), 2, "indices must be a int64 tensor of shape (3, 5), got a int32"),
-    "indices shape": (D, I[:, 1:], 2, "got a int64 tensor of shape (3, 4)"),
+    "indices dtype": (
+        D,
+        I.int(),
+        2,
+        "indices must be an int64 tensor of shape (3, 5), got an int32",
+    ),
+    "indices shape": (D, I[:, 1:], 2, "got an int64 tensor of shape (3, 4)"),
     "k": (D, I, 0, "k must be at least 1, got 0"),
 }
 

@@ -133,8 +133,8 @@ BAD = {
     "no dimension": (Q[:, :0], X[:, :0], I, "l2", "queries must have D >= 1"),
     "keys dtype": (Q, X.half(), I, "l2", "keys must be a float32 tensor of shape (N, 4)"),
     "keys width": (Q, X[:, 1:], I, "l2", "got a float32 tensor of shape (9, 3)"),
-    "indices dtype": (Q, X, I.int(), "l2", "indices must be a int64 tensor of shape (3, m)"),
-    "indices rows": (Q, X, I[1:], "l2", "got a int64 tensor of shape (2, 5)"),
+    "indices dtype": (Q, X, I.int(), "l2", "indices must be an int64 tensor of shape (3, m)"),
+    "indices rows": (Q, X, I[1:], "l2", "got an int64 tensor of shape (2, 5)"),
     "metric": (Q, X, I, "L2", 'metric must be "l2" or "ip", got "L2"'),
 }
 
