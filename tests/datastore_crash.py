@@ -227,11 +227,11 @@ def main() -> None:
     trial = Trial(work, begin if begin >= 0 else None)
     count = trial.operations()
     records = []
-    for mode in modes:
+    for mode, step in (mode.split(":") for mode in modes):
         if mode == "twice":
-            points = [[n, (n * 7) % 23] for n in range(0, count, 5)]
+            points = [[n, (n * 7) % 23] for n in range(0, count, int(step))]
         else:
-            points = [[n] for n in range(count)]
+            points = [[n] for n in range(0, count, int(step))]
         records += [trial.run(point, mode) for point in points]
     print(json.dumps(records))
 
