@@ -143,6 +143,8 @@ def _neighbors(op: str, distances: Tensor, tokens: Tensor) -> None:
     _tensor(op, "distances", distances, dtypes, (None, None), "(Q, k)")
     _tensor(op, "tokens", tokens, INTEGERS, distances.shape, _shape(distances))
     _device(op, "tokens", tokens, "distances", distances)
+    if distances.device.type == "cuda" and distances.shape[1] > MAX_K_CUDA:
+        fail(op, f"k must be at most {MAX_K_CUDA} on CUDA, got {distances.shape[1]}")
 
 
 def _row_parameter(op: str, name: str, value: Tensor, distances: Tensor) -> None:

@@ -93,7 +93,7 @@ BAD = {
         D,
         I.int(),
         2,
-        "indices must be an int64 tensor of shape (3, 5), got an int32",
+        "indices must be an int64 tensor of shape (3, 5), got an",
     ),
     "indices shape": (D, I[:, 1:], 2, "got an int64 tensor of shape (3, 4)"),
     "k": (D, I, 0, "k must be at least 1, got 0"),
