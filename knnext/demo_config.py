@@ -33,7 +33,7 @@ class DemoConfig:
     corpus: str = "stdlib"
     max_bytes: int | None = None
     train_seconds: float = 120.0
-    entries: int = 500_000
+    entries: int = 1_000_000
     valid_tokens: int = 10_000
     test_tokens: int = 20_000
     document_tokens: int = 300
