@@ -51,10 +51,8 @@ def _tensor(
     right = t.dim() == len(sizes) and t.dtype in dtypes
     right = right and all(w is None or bool(g == w) for g, w in zip(t.shape, sizes, strict=True))
     if not right:
-        fail(
-            op,
-            f"{name} must be {_article(_names(dtypes))} tensor of shape {shape}, got {_describe(t)}",
-        )
+        wanted = f"{_article(_names(dtypes))} tensor of shape {shape}"
+        fail(op, f"{name} must be {wanted}, got {_describe(t)}")
 
 
 def _device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> None:
