@@ -107,7 +107,7 @@ __device__ __forceinline__ float log_add_exp(float a, float b) {
 }
 
 template <class T, class Word>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(1024, 1)
     knn_interpolate_kernel(KnnInterpolateParams p, SortPlan plan, int64_t max_cached) {
   const int64_t r = blockIdx.x;
   float* out = p.out + r * p.vocab_size;

@@ -22,7 +22,7 @@ __device__ __forceinline__ void fill_row(float* out, int64_t size, float value) 
 }
 
 template <class Word>
-__global__ void __launch_bounds__(1024) knn_softmax_kernel(KnnSoftmaxParams p, SortPlan plan) {
+__global__ void __launch_bounds__(1024, 1) knn_softmax_kernel(KnnSoftmaxParams p, SortPlan plan) {
   const int64_t r = blockIdx.x;
   float* out = p.out + r * p.vocab_size;
   NeighborRow row(p.neighbors, r);

@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t integer_at(const void* values, bool narrow, i
   return narrow ? static_cast<const int32_t*>(values)[i] : static_cast<const int64_t*>(values)[i];
 }
 
-__global__ void __launch_bounds__(128) knn_target_log_prob_kernel(KnnTargetLogProbParams p) {
+__global__ void __launch_bounds__(128, 8) knn_target_log_prob_kernel(KnnTargetLogProbParams p) {
   const int64_t r = blockIdx.x;
   NeighborRow row(p.neighbors, r);
   // Tokens have no upper bound here; a negative target matches nothing, not even padding.

@@ -1,0 +1,36 @@
+"""Runs every mixing and search op but the search once; tests/test_emulator_races.py watches it.
+
+The thread sanitizer takes fibers for threads and barriers (not shuffles or votes) for what orders
+them: two accesses to one place, one of them a write, without a barrier between them are reported.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from emulator import ops
+from emulator.build import call, load
+
+
+def forget_a_barrier() -> None:
+    call(load().emulate_sum, 1, torch.ones(1, 128), torch.empty(1), 1, 128, True)
+
+
+def run_all() -> None:
+    distances = torch.rand(1, 300) * 9
+    tokens = torch.randint(-1, 20, (1, 300))
+    ops.knn_softmax(distances, tokens, 2.0, 1003)
+    ops.knn_interpolate(torch.randn(1, 1003).half(), distances, tokens, 2.0, 0.3)
+    ops.knn_target_log_prob(distances, tokens, tokens[:, 0].contiguous(), 2.0)
+    for m, k in ((300, 300), (4100, 64)):
+        ops.merge_topk(torch.randint(0, 9, (1, m)).float(), torch.randperm(m)[None], k)
+    ops.merge_topk(torch.ones(1, 4100), torch.arange(1025).repeat(4)[None], 64)
+    keys = torch.randn(20, 65).half()
+    ops.key_sqnorms(keys)
+    ops.rescore(keys[:2], keys, torch.randint(-1, 20, (2, 9)))
+
+
+if __name__ == "__main__":
+    forget_a_barrier() if "--forget" in sys.argv else run_all()
