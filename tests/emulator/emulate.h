@@ -263,7 +263,9 @@ inline void device_assert(bool holds, const char* message,
   if (!holds) emulate::fail(message, place);
 }
 
-inline size_t shared_memory_limit() { return emulate::settings.shared_limit; }
+inline size_t shared_memory_limit() {
+  return emulate::settings.shared_limit;
+}
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
