@@ -6,10 +6,10 @@ namespace knnext {
 namespace {
 
 constexpr int64_t kCachedBytes = 512 << 10;     // half of a usual second-level cache
-constexpr int64_t kBlockBytes = 4 << 20;        // of packed keys, shared through the third level
+constexpr int64_t kBlockBytes = 16 << 20;       // of packed keys, shared through the third level
 constexpr int64_t kPassBytes = 160 << 20;       // of lists and packed queries
 constexpr int64_t kMinQueriesPerPass = 256;     // packing the keys again must stay cheap
-constexpr int64_t kSliceBytes = 64 << 20;       // of lists, where every slice has its own
+constexpr int64_t kSliceBytes = 16 << 20;       // of lists, where every slice has its own
 constexpr int64_t kMostPackedBytes = 48 << 20;  // of packed keys, however many threads there are
 
 int64_t round_up(int64_t n, int64_t unit) {
@@ -43,19 +43,21 @@ void plan_lists(const SearchProblem& problem, CpuSearchPlan& plan) {
   plan.list_entries = plan.capacity + plan.panel_keys + 8;
 }
 
-// Few queries: each thread searches its own keys. Many: all threads share the packed keys.
+// Where every thread can have lists of its own, each searches its own keys and never waits: on a
+// busy machine the two waits a shared block needs cost more than all the products. Beyond that,
+// threads share the packed keys.
 void plan_threads(const SearchProblem& problem, CpuSearchPlan& plan) {
   const int64_t threads = std::max(1, problem.num_units);
-  const int64_t tiles = divide_up(problem.num_queries, plan.kernel_rows);
   const int64_t panels = divide_up(problem.num_keys, plan.panel_keys);
   const int64_t lists = threads * problem.num_queries * plan.list_entries * 8;
-  if (tiles < 4 * threads && lists <= kSliceBytes) {
+  if (lists <= kSliceBytes) {
     const int64_t block = std::max(kCachedBytes, plan.panel_keys * problem.dim * 4);
     plan.slices = std::min(
         {std::max<int64_t>(1, panels), threads, std::max<int64_t>(1, kMostPackedBytes / block)});
     plan.tile_rows = plan.kernel_rows;
     return;
   }
+  const int64_t tiles = divide_up(problem.num_queries, plan.kernel_rows);
   // Tiles a little lower where that gives every thread as many of them.
   const int64_t even = round_up(tiles, threads);
   plan.tile_rows = std::clamp<int64_t>(divide_up(problem.num_queries, even), 1, plan.kernel_rows);

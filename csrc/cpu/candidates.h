@@ -48,6 +48,9 @@ struct Neighbor {
 // Keeps the k smallest of a list (in no order) and lowers its threshold to the k-th.
 void keep_best(QueryList& list, int64_t k);
 
+// Sorts by (distance, row).
+void sort_candidates(uint64_t* entries, int64_t size);
+
 // The `k` smallest of `size` entries, sorted, at the front; returns how many there are.
 int64_t select_sorted(uint64_t* entries, int64_t size, int64_t k);
 

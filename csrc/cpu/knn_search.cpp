@@ -89,7 +89,7 @@ int64_t refine(const Finish& finish, const SearchPass& pass, int64_t q, uint64_t
     const float distance = direct(query.data(), block.data, dim);
     if (distance < kInf) entries[kept++] = pack_candidate(distance, key);
   }
-  std::sort(entries, entries + kept);
+  sort_candidates(entries, kept);
   return kept;
 }
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_threads import FEW, MANY, threads_that_share  # noqa: F401
 
 import knnext
-from knnext import reference
+from knnext import _host, reference
 from knnext.testing import assert_equal_results, assert_search, assert_topk_close
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 METRICS = ["l2", "ip"]
-FEW, MANY = 3, 150  # queries: threads divide the keys, or the queries
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, high: int = 4) -> torch.Tensor:
@@ -25,6 +25,14 @@ def assert_exact(queries: torch.Tensor, keys: torch.Tensor, k: int, metric: str,
     got = knnext.knn_search(queries, keys, k, metric, **kwargs)
     want = reference.knn_search(queries, keys, k, metric, compute_dtype=torch.float64, **kwargs)
     assert_equal_results(got, want)
+
+
+@pytest.mark.parametrize("num_queries", [1, FEW, MANY])
+def test_both_divisions_of_the_work_are_tested(num_queries: int) -> None:
+    plan = _host.SearchPlan(
+        queries=num_queries, entries=3000, dim=19, k=100, num_units=torch.get_num_threads()
+    )
+    assert plan.kernel.endswith("_queries" if num_queries == MANY else "_keys")
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -105,8 +113,6 @@ def test_sizes_about_the_tiles(num_keys: int, num_queries: int) -> None:
 @pytest.mark.parametrize("delta", [-1, 0, 1])
 @pytest.mark.parametrize("num_queries", [FEW, MANY])
 def test_keys_about_a_packed_block(delta: int, num_queries: int) -> None:
-    from knnext import _host
-
     plan = _host.SearchPlan(
         queries=num_queries, entries=1 << 20, dim=129, k=50, num_units=torch.get_num_threads()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from search_threads import FEW, MANY, threads_that_share  # noqa: F401
 
 import knnext
 from knnext import reference
@@ -11,7 +12,7 @@ from knnext.testing import assert_equal_results, assert_search
 
 INF = float("inf")
 NAN = float("nan")
-COUNTS = [1, 3, 150]  # queries: threads divide the keys, or the queries
+COUNTS = [1, FEW, MANY]
 
 
 def first(k: int, num_queries: int) -> torch.Tensor:
