@@ -33,8 +33,8 @@ def plot_surface(
     levels = _levels(result)
     perplexity = np.exp(result.surface).clip(levels[0], levels[-1])
     grid = (result.temperatures, result.lmbdas, perplexity.T)
-    filled = axes.contourf(*grid, levels=levels, cmap="YlGnBu_r")
-    lines = axes.contour(*grid, levels=levels[::4], colors="white", linewidths=0.7)
+    filled = axes.contourf(*grid, levels=levels, colors=_shades(levels.size - 1))
+    lines = axes.contour(*grid, levels=levels[4:-1:4], colors=_MUTED, linewidths=0.5)
     axes.clabel(lines, fmt=_label, fontsize=8, colors=_INK)
     if levels[0] < result.base_perplexity < levels[-1]:
         # Above this line the neighbors do harm.
@@ -61,15 +61,22 @@ def _new_figure() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
+def _shades(count: int) -> Any:
+    """Pale where perplexity is low, so that lines, labels and the mark stay readable there."""
+    import matplotlib
+
+    return matplotlib.colormaps["Blues"](np.linspace(0.02, 0.62, count))
+
+
 def _levels(result: TuneResult) -> Any:
-    """Levels from the best perplexity up to somewhat above the base, evenly in log.
+    """Levels from the best perplexity up to somewhat above the base, closer near the best.
 
     Near lmbda = 1 the surface runs to infinity: contours up there would hide the valley.
     """
     low = float(result.surface[np.isfinite(result.surface)].min())
     finite = result.surface[np.isfinite(result.surface)]
     high = min(float(finite.max()), result.base_nll + max(0.5 * (result.base_nll - low), 0.05))
-    return np.exp(np.linspace(low, max(high, low + 1e-3), 25))
+    return np.exp(low + max(high - low, 1e-3) * np.linspace(0, 1, 25) ** 2)
 
 
 def _annotate(axes: Any, result: TuneResult) -> None:
