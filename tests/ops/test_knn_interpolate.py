@@ -40,7 +40,7 @@ def test_values(rows: int, k: int, vocab_size: int, token_dtype, lmbda: float) -
     assert_close(got, wanted(logits, distances, tokens, 2.0, lmbda), "log_probability")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(drawn_neighbors(), st.floats(0, 1) | st.sampled_from([0.0, 1.0]), st.data())
 def test_any_neighbors(case, lmbda: float, data) -> None:
     distances, tokens, temperature, vocab_size = case

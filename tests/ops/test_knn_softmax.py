@@ -39,7 +39,7 @@ def test_values(rows: int, k: int, vocab_size: int, token_dtype, temperature: fl
     torch.testing.assert_close(got.double().sum(1), total, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(drawn_neighbors())
 def test_any_neighbors(case) -> None:
     distances, tokens, temperature, vocab_size = case

@@ -43,7 +43,7 @@ def test_values(k: int, vocab_size: int, token_dtype, target_dtype) -> None:
         assert_close(got, wanted(distances, tokens, targets, temperature), "log_probability")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(drawn_neighbors(), st.data())
 def test_any_neighbors(case, data) -> None:
     distances, tokens, temperature, vocab_size = case
