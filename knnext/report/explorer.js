@@ -49,6 +49,7 @@
     const power = Math.floor(logP / Math.LN10);
     return `${Math.exp(logP - power * Math.LN10).toFixed(1)}·10${superscript(power)}`;
   }
+  const factor = (x) => (x >= 100 ? Math.round(x).toLocaleString("en") : x.toPrecision(3));
   const superscript = (n) => String(n).replace(/[-0-9]/g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]);
 
   function step(x) {
@@ -125,7 +126,7 @@
     const change = gain(i), [lm, knn, mix] = [excerpt.lm[i], excerpt.knn[i], excerpt.mix[i]].map(log);
     const heading = make("h3", {}, "Target ", make("code", {}, label(word(target))));
     const delta = make("p", { class: "delta" }, make("strong", {}, `${signed(change)} nats`),
-      ` log p(mixture) − log p(base): ${change >= 0 ? "×" : "÷"}${Math.exp(Math.abs(change)).toPrecision(3)}`);
+      ` log p(mixture) − log p(base): ${change >= 0 ? "×" : "÷"}${factor(Math.exp(Math.abs(change)))}`);
     const rows = [["base LM", lm], ["neighbors", knn], ["mixture", mix]];
     const probs = probabilityList(rows.map(([name, logP]) => [name, Math.exp(logP), probability(logP), name === "mixture"]));
     const tallies = [];
@@ -155,7 +156,7 @@
     const inOrder = chosen >= 0 && jump.direction === direction;
     jump.direction = direction;
     choose(order[inOrder ? (at + 1) % order.length : 0], true);
-    text.children[chosen].scrollIntoView({ block: "nearest" });
+    text.children[chosen].scrollIntoView({ block: "center" });
   }
 
   function lineNeighbor(direction) {
