@@ -34,6 +34,13 @@ def knn_interpolate(
     Returns:
         (Q, V) log-probabilities of the dtype of ``distances``. Differentiable in lm_logits,
         distances, tensor temperature and tensor lmbda.
+
+    Raises:
+        RuntimeError: on a bad argument, naming it, what was given and what is wanted. Values inside
+            tensors are read where that costs no wait: on the CPU a token outside [-1, V), a
+            tensor temperature not above 0 or a tensor lmbda outside [0, 1] raises too; on
+            CUDA such a token stops the kernel with a device-side assertion, and such a
+            parameter gives a row of NaN.
     """
     if isinstance(temperature, Tensor) or isinstance(lmbda, Tensor):
         temperature, lmbda = _mixing.both_tensors(temperature, lmbda, distances)

@@ -28,6 +28,13 @@ def knn_softmax(
 
     Returns:
         (Q, V) of the dtype of ``distances``. Differentiable in distances and tensor temperature.
+
+    Raises:
+        RuntimeError: on a bad argument, naming it, what was given and what is wanted. Values inside
+            tensors are read where that costs no wait: on the CPU a token outside [-1, V) or
+            a tensor temperature that is not above 0 raises too; on
+            CUDA such a token stops the kernel with a device-side assertion, as torch's own
+            indexing does, and such a temperature gives a row of NaN.
     """
     if isinstance(temperature, Tensor):
         return torch.ops.knnext.knn_softmax.tensor(distances, tokens, temperature, vocab_size)

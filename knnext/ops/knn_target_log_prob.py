@@ -26,6 +26,12 @@ def knn_target_log_prob(
     Returns:
         (Q,) of the dtype of ``distances``; -inf where no neighbor has the target. Differentiable
         in distances and tensor temperature (gradient 0 where the result is -inf).
+
+    Raises:
+        RuntimeError: on a bad argument, naming it, what was given and what is wanted. Values inside
+            tensors are read where that costs no wait: on the CPU a token below -1 or a tensor
+            temperature that is not above 0 raises too; on
+            CUDA such a temperature gives NaN.
     """
     if isinstance(temperature, Tensor):
         return torch.ops.knnext.knn_target_log_prob.tensor(distances, tokens, targets, temperature)

@@ -27,7 +27,8 @@ def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") 
         keys that several queries name are of no fixed order on CUDA.
 
     Raises:
-        RuntimeError: on a bad argument, and on the CPU on an index outside [-1, N), naming it.
+        RuntimeError: on a bad argument, naming it; on the CPU also on an index outside [-1, N),
+            which on CUDA stops the kernel with a device-side assertion.
     """
     return torch.ops.knnext.rescore(queries, keys, indices, metric)
 
