@@ -71,38 +71,47 @@ KNNEXT_INLINE float max_row(const L* x, int64_t n) {
   return max_lane(max_of(max_of(highest[0], highest[1]), max_of(highest[2], highest[3])));
 }
 
+KNNEXT_INLINE float min_row(const float* x, int64_t n) {
+  VecF lowest = splat(kInf);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VecF v = load(x + i);
+    lowest = v < lowest ? v : lowest;
+  }
+  if (i < n) {
+    const VecF v = load_tail(x + i, n - i, kInf);
+    lowest = v < lowest ? v : lowest;
+  }
+  return -max_lane(-lowest);
+}
+
+// This loop and the next are left to the compiler: it vectorises them as long as every load is
+// unconditional and no float is reduced.
 template <class Token>
 Survey<float> clean(const float* distances, const Token* tokens, int64_t k, float* out) {
   Token lowest = 0, highest = -1;
   int32_t nans = 0;
   for (int64_t i = 0; i < k; ++i) {
     const Token token = tokens[i];
-    const float d = token < 0 ? kInf : distances[i];
+    const float given = distances[i];
+    const float d = token < 0 ? kInf : given;
     lowest = token < lowest ? token : lowest;
     highest = token > highest ? token : highest;
     nans |= d != d;
     out[i] = d;
   }
-  VecF nearest = splat(kInf);
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    const VecF d = load(out + i);
-    nearest = d < nearest ? d : nearest;
-  }
-  float best = -max_lane(-nearest);
-  for (; i < k; ++i) best = out[i] < best ? out[i] : best;
-  return {best, nans != 0, lowest, highest};
+  return {min_row(out, k), nans != 0, lowest, highest};
 }
 
 template <class Token>
 float match(const float* distances, const Token* tokens, int64_t target, int64_t k, float* out) {
-  float nearest = kInf;
+  if (static_cast<Token>(target) != target) return kInf;  // no int32 token can have it
+  const Token wanted = static_cast<Token>(target);
   for (int64_t i = 0; i < k; ++i) {
-    const float d = tokens[i] == target ? distances[i] : kInf;
-    nearest = d < nearest ? d : nearest;
-    out[i] = d;
+    const float d = distances[i];
+    out[i] = tokens[i] == wanted ? d : kInf;
   }
-  return nearest;
+  return min_row(out, k);
 }
 
 double sum_exp(const float* distances, int64_t k, float nearest, float temperature) {
