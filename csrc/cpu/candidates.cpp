@@ -35,17 +35,6 @@ uint64_t guess(const uint64_t* begin, const uint64_t* end, int64_t rank) {
   return sample[std::clamp<int64_t>(rank * kSample / size, 1, kSample - 1)];
 }
 
-// The `rank` smallest come first, and entries[rank - 1] is the largest of them; 1 <= rank <= size.
-void select(uint64_t* entries, int64_t size, int64_t rank) {
-  uint64_t *begin = entries, *end = entries + size, *target = entries + (rank - 1);
-  // Good guesses shrink the range by far more than half; a bad order only costs the fallback.
-  for (int round = 0; round < 12 && end - begin > kSmall; ++round) {
-    uint64_t* middle = partition(begin, end, guess(begin, end, target - begin));
-    (target < middle ? end : begin) = middle;
-  }
-  std::nth_element(begin, target, end);
-}
-
 // Sorts by the distance, byte by byte from the lowest; bytes that all share are skipped.
 void radix_sort(uint64_t* entries, int64_t size, uint64_t* scratch) {
   uint32_t counts[4][256] = {};
@@ -75,9 +64,19 @@ void sort_ties(uint64_t* entries, int64_t size) {
 
 }  // namespace
 
+void select_smallest(uint64_t* entries, int64_t size, int64_t rank) {
+  uint64_t *begin = entries, *end = entries + size, *target = entries + (rank - 1);
+  // Good guesses shrink the range by far more than half; a bad order only costs the fallback.
+  for (int round = 0; round < 12 && end - begin > kSmall; ++round) {
+    uint64_t* middle = partition(begin, end, guess(begin, end, target - begin));
+    (target < middle ? end : begin) = middle;
+  }
+  std::nth_element(begin, target, end);
+}
+
 void keep_best(QueryList& list, int64_t k) {
   if (list.size < k) return;
-  select(list.entries, list.size, k);
+  select_smallest(list.entries, list.size, k);
   list.size = k;
   // Equal distances further on belong to higher rows, so "smaller than" loses nothing.
   list.threshold = candidate_distance(list.entries[k - 1]);
@@ -92,7 +91,7 @@ void sort_candidates(uint64_t* entries, int64_t size) {
 }
 
 int64_t select_sorted(uint64_t* entries, int64_t size, int64_t k) {
-  if (size > k) select(entries, size, k);
+  if (size > k) select_smallest(entries, size, k);
   const int64_t found = std::min(size, k);
   sort_candidates(entries, found);
   return found;

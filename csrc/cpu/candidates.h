@@ -48,6 +48,10 @@ struct Neighbor {
 // Keeps the k smallest of a list (in no order) and lowers its threshold to the k-th.
 void keep_best(QueryList& list, int64_t k);
 
+// The `rank` smallest come first, in no order but that entries[rank - 1] is the largest of them;
+// 1 <= rank <= size. No two entries are equal.
+void select_smallest(uint64_t* entries, int64_t size, int64_t rank);
+
 // Sorts by (distance, row).
 void sort_candidates(uint64_t* entries, int64_t size);
 

@@ -23,7 +23,7 @@ def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") 
         metric: ``"l2"`` or ``"ip"``.
 
     Returns:
-        (Q, m) float32; +inf at padding. The backward holds 64 MB of rows at a time; its sums into
+        (Q, m) float32; +inf at padding. The backward holds a few buffers of 64 MB; its sums into
         keys that several queries name are of no fixed order on CUDA.
 
     Raises:
