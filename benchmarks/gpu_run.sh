@@ -64,7 +64,7 @@ sanitize() {
   # PyTorch's caching allocator hides reads past a tensor's end from memcheck.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     --target-processes application-only --kernel-name-exclude 'kernel_substring=at::' \
-    "$python" -m pytest -q -x -p no:cacheprovider --timeout=600 tests/gpu/test_knn_search.py \
+    "$python" -m pytest -q -x -p no:cacheprovider --timeout=600 tests/gpu/test_gpu_search.py \
     -k "test_forced_failures_change_nothing or test_strided_and_unaligned_rows or test_empty_and_short"
 }
 export -f sanitize machine
