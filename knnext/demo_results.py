@@ -168,7 +168,8 @@ def best_samples(
     seen: set[Any] = set()
     samples: list[dict[str, Any]] = []
     for position in gain.argsort(descending=True).tolist():
-        if len(samples) == _SAMPLES:
+        # Without a gain no neighbor need have the target.
+        if len(samples) == _SAMPLES or gain[position] <= 0:
             break
         document, target = int(scores.document_ids[position]), int(scores.targets[position])
         word = tokenizer.decode([target])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -202,7 +203,8 @@ def test_a_module_can_be_named() -> None:
     model = tiny("llama")
     ids = random_tokens(8)[None]
     with torch.no_grad():
-        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        # transformers leaves hooks of its own on a model that it was asked for hidden states.
+        states = copy.deepcopy(model)(input_ids=ids, output_hidden_states=True).hidden_states
         with capture_hidden_states(model, "module:model.layers.1:output") as captured:
             model(input_ids=ids)
             assert torch.equal(captured.states(1), states[2])
