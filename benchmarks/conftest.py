@@ -100,6 +100,8 @@ def measure(benchmark: Any, limits: dict[str, dict[str, float]]) -> Callable[...
 
         benchmark.group = group
         benchmark.pedantic(finished, rounds=rounds, iterations=1, warmup_rounds=1)
+        if benchmark.disabled:  # --benchmark-disable: run and checked, not timed
+            return
         median = benchmark.stats.stats.median
         limit = limits[device]
         least = max(1e-9 * flop / limit["gflops"], 1e-9 * bytes_moved / limit["gbps"])
