@@ -35,7 +35,7 @@ _LAZY = {
     "KNNLM": "knnext.knnlm",
     "build_datastore": "knnext.build",
     "load_corpus": "knnext.corpus",
-    "search_stream": "knnext.evaluate",
+    "search_stream": "knnext.stream",
     "tokenize": "knnext.corpus",
 }
 

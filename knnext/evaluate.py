@@ -17,7 +17,7 @@ import torch
 from knnext.bootstrap import Interval
 from knnext.perplexity import Perplexity, TextCounts, bootstrap_nll, interval_of
 from knnext.scores import StreamScores, check_lmbda, check_temperature, mix_log_probs
-from knnext.search_stream import search_stream
+from knnext.stream import search_stream
 from knnext.token_log import write_token_log
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -41,3 +42,10 @@ def test_every_public_name_is_there_and_listed() -> None:
         assert getattr(knnext, name) is not None, name
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = knnext.nonsense
+
+
+def test_no_module_hides_a_public_name() -> None:
+    for module in pkgutil.iter_modules(knnext.__path__):
+        assert module.name not in knnext.__all__, "importing it would replace the function"
+    for name in set(knnext.__all__) - {"DatastoreError"}:
+        assert callable(getattr(knnext, name)), name
