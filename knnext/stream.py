@@ -88,9 +88,9 @@ def search_stream(
     layer, dtype = _common_keys(indexes, key_layer)
     start = time.perf_counter()
     windows = {"block_size": block_size, "stride": stride, "batch_size": batch_size}
-    queries, targets, log_p_lm = _run_model(model, tokenized, layer, dtype, windows)
+    queries, targets, log_p_lm = run_model(model, tokenized, layer, dtype, windows)
     lm_seconds = time.perf_counter() - start
-    shared = _describe(tokenized, targets, log_p_lm)
+    shared = describe_stream(tokenized, targets, log_p_lm)
     results = {}
     for name, one in indexes.items():
         start = time.perf_counter()
@@ -120,7 +120,7 @@ def _common_keys(indexes: Mapping[str, Index], key_layer: str | None) -> tuple[s
     return layer, dtype
 
 
-def _run_model(
+def run_model(
     model: nn.Module,
     tokenized: TokenizedDocuments,
     key_layer: str,
@@ -147,8 +147,10 @@ def _run_model(
     return queries, targets, log_p_lm.float()
 
 
-def _describe(tokenized: TokenizedDocuments, targets: Tensor, log_p_lm: Tensor) -> dict[str, Any]:
-    """The part of the scores that does not depend on an index."""
+def describe_stream(
+    tokenized: TokenizedDocuments, targets: Tensor, log_p_lm: Tensor
+) -> dict[str, Any]:
+    """The fields of `StreamScores` that do not depend on an index."""
     offsets = torch.as_tensor(tokenized.document_offsets, dtype=torch.int64)
     positions = torch.arange(targets.shape[0])
     return {

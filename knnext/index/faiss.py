@@ -204,6 +204,19 @@ class FaissIndex(TokenTable):
             distances, indices = self._rescore(rounded, indices)
         return distances.to(queries.device), indices.to(queries.device)
 
+    def decode(self, rows: Tensor) -> Tensor:
+        """(m, D) float32 vectors that the codes of (m,) rows stand for, on the CPU.
+
+        A search scores a row by its distance to this vector. ValueError for a row that the index
+        does not hold, and for an index whose codes cannot be decoded.
+        """
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(self.datastore):
+            raise ValueError(
+                f"rows must lie in [0, {len(self.datastore)}), got {int(rows.min())} to "
+                f"{int(rows.max())}"
+            )
+        return faiss_library.decode(self._cpu_index, rows)
+
     def _search_batch(
         self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
     ) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,19 @@ def set_nprobe(index: Any, nprobe: int) -> None:
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
 
 
+def decode(index: Any, rows: Tensor) -> Tensor:
+    """(m, D) float32 vectors of (m,) rows, from their codes."""
+    faiss = load()
+    ivf = ivf_of(index)
+    if ivf is not None and ivf.direct_map.type == faiss.DirectMap.NoMap:
+        ivf.make_direct_map()  # 8 bytes a row, kept for the life of the index in memory
+    ids = np.ascontiguousarray(rows.cpu().numpy(), dtype=np.int64)
+    try:
+        return torch.from_numpy(index.reconstruct_batch(ids))
+    except RuntimeError as error:
+        raise ValueError(f"the codes of this index cannot be decoded: {error}") from None
+
+
 def _parts(index: Any) -> list[Any]:
     """An index and those it wraps (behind OPQ, refining, id maps), each with its own class."""
     index = load().downcast_index(index)

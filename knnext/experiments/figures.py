@@ -1,0 +1,82 @@
+"""The look that the experiments' figures share. matplotlib is loaded when one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+INK, MUTED, GRID = "#1f2933", "#52606d", "#e4e7eb"
+#: Told apart in colour and in grey, also by colour-blind readers.
+COLORS = ("#0b6bcb", "#d9480f", "#2b8a3e", "#7b2d8b", "#c99700", "#1098ad", "#862e9c", "#495057")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def new_figure(width: float = 7.2, height: float = 4.6) -> tuple[Any, Any]:
+    """(Figure, Axes) without touching matplotlib's global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('figures need matplotlib: pip install "knnext[lm]"') from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def dress(axes: Any, *, title: str, xlabel: str, ylabel: str, legend: bool = True) -> None:
+    """Labels, grid and legend in the house's style."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel(xlabel, color=MUTED)
+    axes.set_ylabel(ylabel, color=MUTED)
+    axes.tick_params(colors=MUTED)
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def line(
+    axes: Any,
+    x: Sequence[float],
+    y: Sequence[float | None],
+    label: str,
+    number: int = 0,
+    **style: Any,
+) -> None:
+    """One series; None leaves a gap."""
+    axes.plot(
+        x,
+        [float("nan") if value is None else value for value in y],
+        label=label,
+        color=COLORS[number % len(COLORS)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=5,
+        linewidth=1.6,
+        **style,
+    )
+
+
+def reference_line(axes: Any, y: float, label: str) -> None:
+    """A dashed level, such as the base LM's perplexity."""
+    axes.axhline(y, color=MUTED, linewidth=1.0, linestyle="--", label=label)
+
+
+def bars(
+    axes: Any,
+    labels: Sequence[str],
+    values: Sequence[float | None],
+    intervals: Sequence[tuple[float | None, float | None]] | None = None,
+    *,
+    number: int = 0,
+) -> None:
+    """Horizontal bars, first on top, with intervals as whiskers where they are known."""
+    places = list(range(len(labels)))[::-1]
+    shown = [0.0 if value is None else value for value in values]
+    axes.barh(places, shown, color=COLORS[number % len(COLORS)], height=0.62)
+    if intervals is not None:
+        for place, value, (low, high) in zip(places, shown, intervals, strict=True):
+            if low is not None and high is not None:
+                axes.plot([low, high], [place, place], color=INK, linewidth=1.4)
+                axes.plot([value], [place], "|", color=INK)
+    axes.set_yticks(places, labels, fontsize=9)
