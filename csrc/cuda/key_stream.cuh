@@ -13,27 +13,13 @@
 // all query tiles visit before the next: 4 MB of keys that stay in L2 at D = 1024.
 #pragma once
 
+#include "sample.cuh"
 #include "tile.cuh"
 #include "word.cuh"
 
 namespace knnext {
 
 constexpr int kGroupTiles = 8;
-
-// The i-th row of a sample: one of each run of `stride`, drawn by a hash of i. No period of the
-// store and no order in it can bend such a sample.
-__device__ __forceinline__ int sampled_row(int i, const int (&strides)[2]) {
-#pragma unroll
-  for (int level = 0; level < 2; ++level) {
-    if (strides[level] == 1) continue;
-    unsigned h = static_cast<unsigned>(i) * 2654435761u + 97u * level + 1u;
-    h = (h ^ h >> 16) * 0x85EBCA6Bu;
-    h = (h ^ h >> 13) * 0xC2B2AE35u;
-    h ^= h >> 16;
-    i = i * strides[level] + static_cast<int>(h % static_cast<unsigned>(strides[level]));
-  }
-  return i;
-}
 
 // What the epilogue needs beside the product, in the stage that held the item's last step.
 struct TileSide {

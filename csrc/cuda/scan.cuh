@@ -11,25 +11,12 @@
 // one atomic for each thread and row that has some. A dense scan writes 8 bytes for every key.
 #pragma once
 
+#include "candidates.cuh"
 #include "key_stream.cuh"
 
 namespace knnext {
 
-__device__ __forceinline__ float tile_distance(const ScanParams& p, float product, float query_norm,
-                                               float key_norm) {
-  // In one rounding: twice the product is exact, so this is (|q|^2 + |x|^2) - 2 <q, x>.
-  return __fmaf_rn(p.scale, product, __fadd_rn(query_norm, key_norm));
-}
-
-// The row of key `column` of the tile, in the chunk.
-template <class Tile>
-__device__ __forceinline__ int tile_key_row(const ScanParams& p, int key_tile, int column) {
-  return sampled_row(key_tile * Tile::kKeys + column, p.strides);
-}
-
-// A thread's candidates: bit c of masks[r] where its row r and column c pass. Ties with the
-// threshold pass up to the threshold's own row: of many keys at one distance, only as many enter
-// as the sample promised.
+// Bit c of masks[r] stands for the thread's row r and column c.
 template <class Tile>
 __device__ __forceinline__ void append_candidates(const ScanParams& p, const Tile& tile,
                                                   const TileSide& side, int query_tile,
@@ -39,13 +26,7 @@ __device__ __forceinline__ void append_candidates(const ScanParams& p, const Til
   for (int r = 0; r < Tile::kRows; ++r) {
     const int row = Tile::row_of(r);
     const float norm = side.query_norms[row], bound = side.bounds[row];
-    masks[r] = 0;
-#pragma unroll
-    for (int c = 0; c < Tile::kColumns; ++c) {
-      const float key_norm = side.key_norms[Tile::column_of(c)];
-      const float distance = tile_distance(p, tile.at(r, c), norm, key_norm);
-      masks[r] |= static_cast<unsigned>(distance <= bound) << c;
-    }
+    masks[r] = candidate_mask(p, tile, r, side.key_norms, norm, bound);
     any |= masks[r];
   }
   if (!any) return;
@@ -55,35 +36,16 @@ __device__ __forceinline__ void append_candidates(const ScanParams& p, const Til
     if (!masks[r]) continue;
     const int row = Tile::row_of(r), query = query_tile * Tile::kQueries + row;
     const float norm = side.query_norms[row], bound = side.bounds[row];
-    const int last_tie = word_row(p.thresholds[query]);
-#pragma unroll
-    for (int c = 0; c < Tile::kColumns; ++c) {
-      const int column = Tile::column_of(c);
-      const float distance = tile_distance(p, tile.at(r, c), norm, side.key_norms[column]);
-      // Below its floor a distance is the floor.
-      const bool tie = fmaxf(p.floor, distance) == bound;
-      if (tie && static_cast<unsigned>(tile_key_row<Tile>(p, key_tile, column)) >
-                     static_cast<unsigned>(last_tie))
-        masks[r] &= ~(1u << c);
-    }
+    masks[r] = without_late_ties(p, tile, r, side.key_norms, norm, bound,
+                                 word_row(p.thresholds[query]), key_tile, masks[r]);
     slots[r] = masks[r] ? atomicAdd(&p.counts[query], __popc(masks[r])) : 0;
   }
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
     if (!masks[r]) continue;
     const int row = Tile::row_of(r), query = query_tile * Tile::kQueries + row;
-    Word* list = p.lists + query * p.list_words;
-    unsigned slot = slots[r];
-#pragma unroll
-    for (int c = 0; c < Tile::kColumns; ++c) {
-      if (!(masks[r] >> c & 1)) continue;
-      const int column = Tile::column_of(c);
-      const float distance =
-          tile_distance(p, tile.at(r, c), side.query_norms[row], side.key_norms[column]);
-      if (slot < p.capacity)
-        list[slot] = make_word(fmaxf(p.floor, distance), tile_key_row<Tile>(p, key_tile, column));
-      ++slot;
-    }
+    store_candidates(p, tile, r, side.key_norms, side.query_norms[row], key_tile, masks[r],
+                     p.lists + query * p.list_words, slots[r]);
   }
 }
 

@@ -22,6 +22,7 @@ template <class T, int queries, int keys, int warps_q, int warps_k, int row, int
 struct MmaTile {
   static constexpr int kQueries = queries, kKeys = keys, kRowBytes = row, kStages = stages;
   static constexpr int kThreads = 32 * warps_q * warps_k, kElementBytes = 2;
+  static constexpr int kSampleShift = 0;  // each row of a sample is drawn by itself
   static constexpr int kQueryParts = queries / warps_q / 16, kKeyParts = keys / warps_k / 8;
   // What a thread holds: kRows queries by kColumns keys.
   static constexpr int kRows = 2 * kQueryParts, kColumns = 2 * kKeyParts;
@@ -85,6 +86,7 @@ template <int queries, int keys, int warps_q, int warps_k, int row, int stages>
 struct FmaTile {
   static constexpr int kQueries = queries, kKeys = keys, kRowBytes = row, kStages = stages;
   static constexpr int kThreads = 32 * warps_q * warps_k, kElementBytes = 4;
+  static constexpr int kSampleShift = 0;
   static constexpr int kRows = queries / warps_q / 4, kColumns = keys / warps_k / 8;
 
   float sums[kRows][kColumns];
