@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_generate,
         _add_info,
         _add_import,
+        _add_experiment,
         _add_doctor,
     ):
         command = add(commands)
@@ -195,6 +196,45 @@ def _add_import(commands: Any) -> argparse.ArgumentParser:
     return c
 
 
+def _add_experiment(commands: Any) -> argparse.ArgumentParser:
+    text = "run the experiments of the paper on a language model and a corpus"
+    c = _command(commands, "experiment", "knnext.cli_experiment:experiment", text)
+    c.add_argument(
+        "name", metavar="list|NAME|all|report", help="an experiment, or what to do with them"
+    )
+    c.add_argument(
+        "--preset",
+        choices=("small", "gpu", "paper", "tiny"),
+        help="small: two cores, minutes (default); gpu: one GPU; paper: WikiText-103 and its sizes",
+    )
+    c.add_argument(
+        "--out", default="knnext-experiments", metavar="FOLDER", help="default: knnext-experiments"
+    )
+    c.add_argument("--fresh", action="store_true", help="run again what the folder holds")
+    c.add_argument("--only", type=names, metavar="NAME,NAME", help="with all or report: just these")
+    c.add_argument("--model", help="folder or hub name of a causal LM, instead of training one")
+    c.add_argument("--corpus", help="stdlib, a file, a folder, or hf:NAME[:CONFIG]")
+    c.add_argument("--max-bytes", type=num_bytes, help="cap of the train split, such as 10MB")
+    c.add_argument("--train-steps", type=positive, help="of the language model")
+    c.add_argument("--entries", type=positive, help="at most so many rows of the datastore")
+    c.add_argument("--valid-tokens", type=positive, help="tokens to fit on")
+    c.add_argument("--test-tokens", type=positive, help="tokens to report on")
+    c.add_argument("--document-tokens", type=positive, help="at most so many of one document")
+    c.add_argument("--k", type=positive, help="neighbors per token")
+    c.add_argument("--factory", help="FAISS factory string; default: scaled from the paper's")
+    c.add_argument("--nprobe", type=positive, help="lists that FAISS visits")
+    c.add_argument("--seeds", type=seeds, metavar="N,N,...", help="one run of trained parts each")
+    c.add_argument("--steps", type=positive, help="gradient steps of trained parts")
+    c.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="EXPERIMENT.OPTION=JSON",
+        help="a setting of one experiment, as multi-embedding.counts=[1,2]",
+    )
+    return c
+
+
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     text = "what was built and loaded here, and which kernel a search would run"
     c = _command(commands, "doctor", "knnext.cli_demo:doctor", text)
@@ -280,6 +320,17 @@ def floats(text: str) -> list[float]:
     return [
         _checked(float, part, lambda x: x == x, "numbers, as 0.5,1,2") for part in text.split(",")
     ]
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    found = tuple(natural(part) for part in text.split(","))
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"wanted are different seeds, got {text!r}")
+    return found
 
 
 def num_bytes(text: str) -> int:
