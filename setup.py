@@ -209,6 +209,11 @@ def sources(pattern: str) -> list[Path]:
     return sorted(CSRC.glob(pattern))
 
 
+def hopper_flag(cuda: Cuda | None) -> str:
+    """-DKNNEXT_BUILT_SM90 where the build carries Hopper's own kernels."""
+    return "-DKNNEXT_BUILT_SM90" if cuda and cuda.gencode(Path("sm90_")) else ""
+
+
 def add_host_module(ninja: NinjaFile, torch: Torch, cuda: Cuda | None, version: str) -> None:
     import pybind11
 
@@ -219,6 +224,7 @@ def add_host_module(ninja: NinjaFile, torch: Torch, cuda: Cuda | None, version: 
         "KNNEXT_CUDA_ARCHS": ";".join(cuda.archs) if cuda else "",
     }
     flags = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
+    flags += f" {hopper_flag(cuda)}"
     python = sysconfig.get_paths()["include"]
     flags += f" -isystem {pybind11.get_include()} -isystem {python}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -243,8 +249,9 @@ class Build(build_ext):
         if cuda:
             # The plan of a CPU search asks for the vector path.
             plan = [*sources("plan*.cpp"), CSRC / "cpu/isa.cpp"]
-            kernels = [*shared, *plan, *sources("cuda/*.cu")]
-            ninja.library(cuda_library, kernels, "$torch_libs -ldl")
+            kernels = [source for source in sources("cuda/*.cu") if cuda.gencode(source)]
+            ours = [*shared, *plan, *kernels]
+            ninja.library(cuda_library, ours, "$torch_libs -ldl", hopper_flag(cuda))
         else:
             cuda_library.unlink(missing_ok=True)  # of an earlier build: it would be loaded
         add_host_module(ninja, torch, cuda, self.distribution.get_version())

@@ -8,12 +8,17 @@
 
 namespace knnext {
 
+// Hopper's own kernels: absent from the build, not switched on (KNNEXT_SM90=1 does), or allowed.
+enum class Sm90 { kNotBuilt, kOff, kOn };
+
 struct SearchProblem {
   int64_t num_queries = 0, num_keys = 0, dim = 0, k = 0;
   int element_bytes = 2;  // of a key's element: 2 (float16, bfloat16) or 4 (float32)
   int compute_major = 0;  // of the GPU's compute capability; 0 means the CPU
   int compute_minor = 0;
   int num_units = 1;  // threads of the CPU, or streaming multiprocessors
+  Sm90 sm90 = Sm90::kNotBuilt;
+  bool aligned = true;  // rows of queries and keys start at multiples of 16 bytes
 };
 
 // The threshold is the `rank`-th best of `sample` strided keys: with rank = L + 5.6 sqrt(L) + 8 and
@@ -28,6 +33,7 @@ struct ThresholdSample {
 
 struct SearchPlan {
   std::string kernel;
+  std::string because;  // of which crossover, measured or predicted; empty on the CPU
   int64_t query_tile = 0, key_tile = 0, dim_tile = 0;
   int64_t queries_per_pass = 0;  // queries are searched in passes of this many
   int64_t num_passes = 0;

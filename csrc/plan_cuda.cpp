@@ -141,6 +141,8 @@ CudaSearchBuffers plan_cuda_buffers(const CudaSearchPlan& plan, int64_t k,
 
 CudaSearchPlan plan_cuda_search(const SearchProblem& problem, const CudaSearchExtras& extras) {
   CudaSearchPlan plan;
+  plan.kernel = choose_scan_kernel(problem);
+  plan.owner = plan_sm90_owner(problem.num_queries, problem.dim * problem.element_bytes);
   plan_shape(problem, plan);
   const int64_t keys = problem.num_keys;
   plan.num_chunks = std::max<int64_t>(1, divide_up(keys, kMaxKeysPerChunk));
@@ -168,11 +170,20 @@ SearchPlan plan_search_cuda(const SearchProblem& problem) {
   if (problem.num_keys > kMaxKeysPerChunk) extras.merge_columns = 2 * problem.k;
   const CudaSearchPlan cuda = plan_cuda_search(problem, extras);
   SearchPlan plan;
-  plan.kernel = std::string("cuda_") + (problem.element_bytes == 2 ? "mma_" : "fma_") +
-                cuda.shape.name + (cuda.resident ? "_resident" : "");
-  plan.query_tile = cuda.shape.query_tile;
-  plan.key_tile = cuda.shape.key_tile;
-  plan.dim_tile = cuda.shape.row_bytes / problem.element_bytes;
+  plan.because = cuda.kernel.because;
+  if (cuda.kernel.kernel == ScanKernel::kPortable) {
+    plan.kernel = std::string("cuda_") + (problem.element_bytes == 2 ? "mma_" : "fma_") +
+                  cuda.shape.name + (cuda.resident ? "_resident" : "");
+    plan.query_tile = cuda.shape.query_tile;
+    plan.key_tile = cuda.shape.key_tile;
+    plan.dim_tile = cuda.shape.row_bytes / problem.element_bytes;
+  } else {
+    const bool owner = cuda.kernel.kernel == ScanKernel::kSm90Owner;
+    plan.kernel = std::string("cuda_") + name_of(cuda.kernel.kernel);
+    plan.query_tile = owner ? cuda.owner.query_tile : kFilterQueryTile;
+    plan.key_tile = owner ? kOwnerKeyTile : kFilterKeyTile;
+    plan.dim_tile = kSm90RowBytes / problem.element_bytes;
+  }
   plan.queries_per_pass = cuda.queries_per_pass;
   plan.num_passes = cuda.num_passes;
   plan.threshold = plan_threshold(cuda.chunk_keys, problem.k);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "plan.h"
+#include "plan_scan_kernel.h"
 
 namespace knnext {
 
@@ -41,6 +42,8 @@ struct ScanStep {
 };
 
 struct CudaSearchPlan {
+  ScanKernelChoice kernel;  // of the scans under a threshold; `shape` is the portable kernel's
+  Sm90OwnerShape owner;
   ScanShape shape = kScanFew;
   bool resident = false;  // the query tile stays in shared memory
   size_t shared_bytes = 0;

@@ -8,6 +8,7 @@ class ThresholdSample:
 
 class SearchPlan:
     kernel: str
+    because: str
     query_tile: int
     key_tile: int
     dim_tile: int
@@ -27,12 +28,15 @@ class SearchPlan:
         element_bytes: int = 2,
         capability: tuple[int, int] = (0, 0),
         num_units: int = 1,
+        sm90: bool | None = None,
+        aligned: bool = True,
     ) -> None: ...
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
 def best_cpu_isa() -> str: ...
 def plan_threshold(num_keys: int, k: int) -> ThresholdSample: ...
+def scan_crossovers() -> list[dict[str, Any]]: ...
 def plan_cuda(
     *,
     queries: int,
@@ -44,4 +48,6 @@ def plan_cuda(
     num_units: int = 132,
     merge_columns: int = 0,
     key_norms: bool = True,
+    sm90: bool | None = None,
+    aligned: bool = True,
 ) -> dict[str, Any]: ...

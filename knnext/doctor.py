@@ -161,7 +161,7 @@ def _plans(search: Search) -> list[dict[str, Any]]:
         return []
     if search.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {search.dtype!r}")
-    problem = {
+    problem: dict[str, Any] = {
         "queries": search.queries,
         "entries": search.entries,
         "dim": search.dim,
@@ -185,6 +185,7 @@ def _plan_facts(plan: Any) -> dict[str, Any]:
     threshold = plan.threshold
     return {
         "kernel": plan.kernel,
+        "because": plan.because,
         "tiles": [plan.query_tile, plan.key_tile, plan.dim_tile],
         "passes": plan.num_passes,
         "queries_per_pass": plan.queries_per_pass,
@@ -206,6 +207,8 @@ def _render_plan(plan: dict[str, Any]) -> str:
         f"workspace {plan['workspace_bytes'] / 2**20:,.0f} MiB, "
         f"reads {plan['bytes_read'] / 2**30:,.2f} GiB, {plan['flop'] / 1e12:,.2f} Tflop"
     )
+    if plan["because"]:
+        line += f"\n    choice: {plan['because']}"
     if plan["sample"]:
         line += (
             f"\n    threshold: the {plan['rank']:,}th of {plan['sample']:,} sampled keys, "

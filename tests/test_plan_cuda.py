@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("knnext._host")
 stats = pytest.importorskip("scipy.stats")
 
-from knnext._host import SearchPlan, plan_cuda, plan_threshold  # noqa: E402
+from knnext._host import SearchPlan, plan_cuda, plan_threshold, scan_crossovers  # noqa: E402
 
 MIB = 1 << 20
 SIZES = [8193, 9000, 20_000, 65_537, 100_000, 300_000, 10**6, 10**7, 1 << 24]
@@ -133,6 +133,102 @@ def test_the_shape_follows_the_number_of_queries():
     assert shape(64, capability=(8, 6)) == ("few", False)
 
 
+# Which kernel scans
+
+
+def scans_with(**problem: Any) -> str:
+    sizes = {"queries": 16, "entries": 10**6, "dim": 1024, "k": 1024, "sm90": True} | problem
+    return plan_cuda(**sizes)["kernel"]
+
+
+def test_the_table_of_crossovers_is_complete_and_says_where_it_comes_from():
+    table = scan_crossovers()
+    for row in table:
+        assert row["kernel"] in {"portable", "sm90_owner", "sm90_filter"}
+        assert row["basis"] == "predicted" or row["basis"].startswith("measured on ")
+        assert row["min_queries"] <= row["max_queries"] and row["reason"]
+    last = table[-1]
+    assert last["kernel"] == "portable"
+    assert (last["min_queries"], last["min_keys"]) == (0, 0)
+    assert last["max_queries"] == (1 << 63) - 1
+
+
+@pytest.mark.parametrize("queries", [1, 8, 9, 64])
+def test_few_queries_stay_in_shared_memory_and_read_each_key_once(queries: int):
+    assert scans_with(queries=queries) == "sm90_owner"
+    plan = plan_cuda(queries=queries, entries=10**6, dim=1024, k=1024, sm90=True)
+    assert plan["num_passes"] == 1 and plan["because"].startswith("predicted: ")
+
+
+@pytest.mark.parametrize("queries", [65, 128, 192, 193, 16384])
+def test_more_queries_are_filtered_by_tiles(queries: int):
+    assert scans_with(queries=queries) == "sm90_filter"
+
+
+def test_few_keys_go_the_plain_way():
+    assert scans_with(entries=16383) == scans_with(entries=16383, queries=300) == "portable"
+    assert scans_with(entries=16384) == "sm90_owner"
+    assert scans_with(entries=65535, queries=300) == "portable"
+    assert scans_with(entries=65536, queries=300) == "sm90_filter"
+    assert scans_with(entries=0) == scans_with(queries=0) == "portable"
+
+
+def test_queries_too_wide_to_stay_are_not_split():
+    assert scans_with(queries=64, dim=1280) == "sm90_owner"
+    assert scans_with(queries=64, dim=1288) == "sm90_filter"
+    assert scans_with(queries=32, dim=2560) == scans_with(queries=16, dim=5120) == "sm90_owner"
+    assert scans_with(queries=16, dim=5128) == "portable"
+
+
+@pytest.mark.parametrize("queries", [16, 300])
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        ({"sm90": False}, "with KNNEXT_SM90=1 it would be sm90_"),
+        ({"element_bytes": 4}, "float16 and bfloat16"),
+        ({"dim": 1001}, "dim % 8 == 0"),
+        ({"aligned": False}, "multiples of 16 bytes"),
+        ({"capability": (8, 0)}, "compute capability 9.0"),
+        ({"capability": (10, 0)}, "compute capability 9.0"),
+    ],
+)
+def test_what_hopper_kernels_cannot_do_is_portable_and_said(
+    queries: int, problem: dict[str, Any], reason: str
+):
+    sizes = {"entries": 10**6, "dim": 1024, "k": 1024, "sm90": True} | problem
+    plan = plan_cuda(queries=queries, **sizes)
+    assert plan["kernel"] == "portable"
+    assert reason in plan["because"]
+
+
+def test_the_switch_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch):
+    from knnext._host import build_info
+
+    built = "9.0a" in build_info()["cuda_archs"]
+    for value, kernel in (("1", "sm90_owner" if built else "portable"), ("0", "portable")):
+        monkeypatch.setenv("KNNEXT_SM90", value)
+        assert scans_with(sm90=None) == kernel
+    monkeypatch.delenv("KNNEXT_SM90")
+    assert scans_with(sm90=None) == "portable"
+
+
+def test_the_owner_kernel_fits_and_keeps_enough_keys_under_way():
+    for queries, dim in itertools.product([1, 8, 9, 16, 17, 32, 33, 64], range(8, 12000, 8)):
+        plan = plan_cuda(queries=queries, entries=10**6, dim=dim, k=16, sm90=True)
+        tile, stages = plan["owner_query_tile"], plan["owner_stages"]
+        assert tile >= queries and (tile == 8 or tile < 2 * queries)
+        if plan["kernel"] != "sm90_owner":
+            assert stages == 0 and tile * dim > 64 * 1280
+            continue
+        assert 4 <= stages <= 13
+        rows = tile * -(-dim // 64) * 128 + stages * 128 * 128
+        # Candidates, two barriers a stage, and room to align the tiles.
+        needed = rows + 2048 + 16 * stages + 896
+        assert needed <= plan["owner_shared_bytes"] <= plan["shared_limit"]
+    assert plan_cuda(queries=64, entries=10**6, dim=1024, k=16, sm90=True)["owner_stages"] == 6
+    assert plan_cuda(queries=1, entries=10**6, dim=1024, k=16, sm90=True)["owner_stages"] == 12
+
+
 def test_large_searches_take_few_passes():
     plan = plan_cuda(queries=16384, entries=10**7, dim=1024, k=1024)
     assert plan["num_passes"] == 1
@@ -147,6 +243,20 @@ def test_the_public_plan_is_the_same_plan():
     assert plan.workspace_bytes == inner["workspace_bytes"]
     assert plan.threshold.rank == inner["steps"][-2]["wanted"]
     assert plan.bytes_read == 10**6 * 2048
+
+
+@pytest.mark.parametrize(
+    ("queries", "kernel", "tiles"),
+    [(20, "cuda_sm90_owner", (32, 128, 64)), (256, "cuda_sm90_filter", (128, 256, 64))],
+)
+def test_the_public_plan_names_the_kernel_and_why(
+    queries: int, kernel: str, tiles: tuple[int, int, int]
+):
+    sizes = {"queries": queries, "entries": 10**6, "dim": 1024, "k": 1024}
+    plan = SearchPlan(**sizes, capability=(9, 0), num_units=132, sm90=True)
+    assert plan.kernel == kernel and plan.because.startswith("predicted: ")
+    assert (plan.query_tile, plan.key_tile, plan.dim_tile) == tiles
+    assert SearchPlan(**sizes).because == ""
 
 
 @pytest.mark.parametrize("bad", [{"k": 0}, {"dim": 0}, {"queries": -1}, {"element_bytes": 3}])

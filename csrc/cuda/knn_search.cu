@@ -28,6 +28,14 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+Sm90 hopper_kernels() {
+#ifdef KNNEXT_BUILT_SM90
+  return sm90_switched_on() ? Sm90::kOn : Sm90::kOff;
+#else
+  return Sm90::kNotBuilt;
+#endif
+}
+
 // Fills in what depends on the device and on all else: the plan.
 void plan_on_device(KnnSearchParams& p, int device) {
   p.num_units = attribute(cudaDevAttrMultiProcessorCount, device);
@@ -35,7 +43,8 @@ void plan_on_device(KnnSearchParams& p, int device) {
   p.plan =
       plan_cuda_search({p.num_queries, p.num_keys, p.dim, p.k, p.dtype == Dtype::kFloat ? 4 : 2,
                         attribute(cudaDevAttrComputeCapabilityMajor, device),
-                        attribute(cudaDevAttrComputeCapabilityMinor, device), p.num_units},
+                        attribute(cudaDevAttrComputeCapabilityMinor, device), p.num_units,
+                        hopper_kernels(), rows_are_aligned(p)},
                        p.extras);
 }
 

@@ -134,10 +134,7 @@ class Search {
     s.key_stride = p_.key_stride * bytes_;
     s.num_queries = static_cast<int>(pass.num_queries);
     s.dim_bytes = static_cast<int>(p_.dim * bytes_);
-    const auto aligned = [](const void* pointer, int64_t stride) {
-      return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride)) % 16 == 0;
-    };
-    s.wide = aligned(s.queries, s.query_stride) && aligned(s.keys, s.key_stride);
+    s.wide = rows_are_aligned(p_);
     s.scale = p_.inner_product ? -1.0f : -2.0f;
     s.floor = p_.inner_product ? -std::numeric_limits<float>::infinity() : 0.0f;
     s.query_norms = query_norms;
@@ -295,6 +292,15 @@ CudaSearchExtras search_extras(const KnnSearchParams& params) {
   }
   extras.key_norms = !params.inner_product && params.key_sqnorms == nullptr;
   return extras;
+}
+
+bool rows_are_aligned(const KnnSearchParams& params) {
+  const int64_t bytes = params.dtype == Dtype::kFloat ? 4 : 2;
+  const auto aligned = [](const void* pointer, int64_t stride) {
+    return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride)) % 16 == 0;
+  };
+  return aligned(params.queries, params.query_stride * bytes) &&
+         aligned(params.keys, params.key_stride * bytes);
 }
 
 SearchSwitches read_search_switches() {

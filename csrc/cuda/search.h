@@ -106,6 +106,8 @@ struct KnnSearchParams {
 };
 
 CudaSearchExtras search_extras(const KnnSearchParams& params);
+// Rows of queries and keys start at multiples of 16 bytes.
+bool rows_are_aligned(const KnnSearchParams& params);
 void knn_search_launch(const KnnSearchParams& params, cudaStream_t stream);
 
 // The tile kernels of each dtype (knn_search_half.cu and its like).

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,13 +32,37 @@ std::string plan_text(const knnext::SearchPlan& plan) {
          ", workspace_bytes=" + std::to_string(plan.workspace_bytes) + ")";
 }
 
+// What the process may choose from, or what a test says.
+knnext::Sm90 hopper(std::optional<bool> wish) {
+#ifdef KNNEXT_BUILT_SM90
+  const bool built = true;
+#else
+  const bool built = false;
+#endif
+  if (wish ? *wish : built && knnext::sm90_switched_on()) return knnext::Sm90::kOn;
+  return wish || built ? knnext::Sm90::kOff : knnext::Sm90::kNotBuilt;
+}
+
+py::list scan_crossovers() {
+  int count = 0;
+  const knnext::ScanCrossover* rows = knnext::scan_crossovers(count);
+  py::list table;
+  for (const auto* row = rows; row != rows + count; ++row)
+    table.append(py::dict("kernel"_a = knnext::name_of(row->kernel),
+                          "min_queries"_a = row->min_queries, "max_queries"_a = row->max_queries,
+                          "min_keys"_a = row->min_keys, "basis"_a = row->basis,
+                          "reason"_a = row->reason));
+  return table;
+}
+
 py::dict plan_cuda(int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
                    std::pair<int, int> capability, int num_units, int64_t merge_columns,
-                   bool key_norms) {
+                   bool key_norms, std::optional<bool> sm90, bool aligned) {
   const knnext::CudaSearchExtras extras{merge_columns, 0, key_norms};
-  const knnext::CudaSearchPlan plan = knnext::plan_cuda_search(
-      {queries, entries, dim, k, element_bytes, capability.first, capability.second, num_units},
-      extras);
+  const knnext::CudaSearchPlan plan =
+      knnext::plan_cuda_search({queries, entries, dim, k, element_bytes, capability.first,
+                                capability.second, num_units, hopper(sm90), aligned},
+                               extras);
   py::list steps;
   for (int i = 0; i < plan.num_steps; ++i) {
     const knnext::ScanStep& step = plan.steps[i];
@@ -45,15 +70,18 @@ py::dict plan_cuda(int64_t queries, int64_t entries, int64_t dim, int64_t k, int
                           "capacity"_a = step.capacity, "dense"_a = step.dense,
                           "strides"_a = std::pair(step.strides[0], step.strides[1])));
   }
-  return py::dict("shape"_a = plan.shape.name, "query_tile"_a = plan.shape.query_tile,
-                  "resident"_a = plan.resident, "shared_bytes"_a = plan.shared_bytes,
-                  "fallback_shared_bytes"_a = plan.fallback_shared_bytes,
-                  "chunk_keys"_a = plan.chunk_keys, "num_chunks"_a = plan.num_chunks,
-                  "queries_per_pass"_a = plan.queries_per_pass, "num_passes"_a = plan.num_passes,
-                  "list_words"_a = plan.list_words, "owners"_a = plan.owners,
-                  "owner_words"_a = plan.owner_words, "steps"_a = steps,
-                  "shared_limit"_a = knnext::max_shared_bytes(capability.first, capability.second),
-                  "workspace_bytes"_a = plan.workspace_bytes);
+  return py::dict(
+      "kernel"_a = knnext::name_of(plan.kernel.kernel), "because"_a = plan.kernel.because,
+      "owner_query_tile"_a = plan.owner.query_tile, "owner_stages"_a = plan.owner.stages,
+      "owner_shared_bytes"_a = plan.owner.shared_bytes, "shape"_a = plan.shape.name,
+      "query_tile"_a = plan.shape.query_tile, "resident"_a = plan.resident,
+      "shared_bytes"_a = plan.shared_bytes, "fallback_shared_bytes"_a = plan.fallback_shared_bytes,
+      "chunk_keys"_a = plan.chunk_keys, "num_chunks"_a = plan.num_chunks,
+      "queries_per_pass"_a = plan.queries_per_pass, "num_passes"_a = plan.num_passes,
+      "list_words"_a = plan.list_words, "owners"_a = plan.owners,
+      "owner_words"_a = plan.owner_words, "steps"_a = steps,
+      "shared_limit"_a = knnext::max_shared_bytes(capability.first, capability.second),
+      "workspace_bytes"_a = plan.workspace_bytes);
 }
 
 void bind_plan(py::module_& m) {
@@ -65,16 +93,22 @@ void bind_plan(py::module_& m) {
       .def_readonly("capacity", &ThresholdSample::capacity)
       .def_readonly("expected", &ThresholdSample::expected);
   py::class_<SearchPlan>(m, "SearchPlan")
-      .def(py::init([](int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
-                       std::pair<int, int> capability, int num_units) {
-             return knnext::plan_search({queries, entries, dim, k, element_bytes, capability.first,
-                                         capability.second, num_units});
-           }),
-           py::kw_only(), "queries"_a, "entries"_a, "dim"_a, "k"_a, "element_bytes"_a = 2,
-           "capability"_a = std::pair<int, int>(0, 0), "num_units"_a = 1,
-           "How a search would run. capability is the GPU's, (0, 0) for the CPU; num_units its\n"
-           "multiprocessors, or the CPU's threads.")
+      .def(
+          py::init([](int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
+                      std::pair<int, int> capability, int num_units, std::optional<bool> sm90,
+                      bool aligned) {
+            return knnext::plan_search({queries, entries, dim, k, element_bytes, capability.first,
+                                        capability.second, num_units, hopper(sm90), aligned});
+          }),
+          py::kw_only(), "queries"_a, "entries"_a, "dim"_a, "k"_a, "element_bytes"_a = 2,
+          "capability"_a = std::pair<int, int>(0, 0), "num_units"_a = 1, "sm90"_a = py::none(),
+          "aligned"_a = true,
+          "How a search would run. capability is the GPU's, (0, 0) for the CPU; num_units its\n"
+          "multiprocessors, or the CPU's threads; sm90 whether Hopper's own kernels may be chosen\n"
+          "(None: as built, and as KNNEXT_SM90 says); aligned whether rows start at multiples of\n"
+          "16 bytes.")
       .def_readonly("kernel", &SearchPlan::kernel)
+      .def_readonly("because", &SearchPlan::because)
       .def_readonly("query_tile", &SearchPlan::query_tile)
       .def_readonly("key_tile", &SearchPlan::key_tile)
       .def_readonly("dim_tile", &SearchPlan::dim_tile)
@@ -86,9 +120,11 @@ void bind_plan(py::module_& m) {
       .def_readonly("flop", &SearchPlan::flop)
       .def("__repr__", &plan_text);
   m.def("plan_threshold", &knnext::plan_threshold, "num_keys"_a, "k"_a);
+  m.def("scan_crossovers", &scan_crossovers,
+        "Which kernel scans the keys: the first row that holds decides.");
   m.def("plan_cuda", &plan_cuda, py::kw_only(), "queries"_a, "entries"_a, "dim"_a, "k"_a,
         "element_bytes"_a = 2, "capability"_a = std::pair<int, int>(9, 0), "num_units"_a = 132,
-        "merge_columns"_a = 0, "key_norms"_a = true,
+        "merge_columns"_a = 0, "key_norms"_a = true, "sm90"_a = py::none(), "aligned"_a = true,
         "Every size that the CUDA search works with, as a dict; for tests.");
 }
 
