@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
+from cases import Implementation
+from measure import Measure, Memory, Work
+from search_data import Data, make_data
+from search_shapes import Shape
+from torch import Tensor
 
 import knnext
 
-
-@dataclass(frozen=True)
-class Shape:
-    entries: int
-    dim: int
-    dtype: torch.dtype
-    full: bool = False
-
-    def __str__(self) -> str:
-        return f"N{self.entries}-D{self.dim}-{self.dtype}".replace("torch.", "")
-
-
-SHAPES = [
-    Shape(65536, 1024, torch.float16),
-    Shape(65536, 1024, torch.bfloat16, full=True),
-    Shape(65536, 1024, torch.float32, full=True),
-    Shape(400_000, 128, torch.float16, full=True),
-]
-
-IMPLEMENTATIONS = {
-    "knnext": knnext.key_sqnorms,
-    "torch_float_square_sum": lambda keys: keys.float().square().sum(1),
-    "torch_vector_norm": lambda keys: torch.linalg.vector_norm(
-        keys, dim=1, dtype=torch.float32
-    ).square(),
+# Neither queries nor k matter here.
+_SHAPE = Shape(1, 65536, 1024, 1)
+_LARGE = Shape(1, 1_000_000, 1024, 1)
+SHAPES = {
+    "smoke": [Shape(1, 3000, 72, 1)],
+    "cpu": [_SHAPE],
+    "cuda": [_LARGE],
+    "full cpu": [
+        _SHAPE,
+        Shape(1, 65536, 1024, 1, torch.bfloat16),
+        Shape(1, 65536, 1024, 1, torch.float32),
+        Shape(1, 400_000, 128, 1),
+    ],
+    "full cuda": [
+        _LARGE,
+        Shape(1, 1_000_000, 1024, 1, torch.bfloat16),
+        Shape(1, 1_000_000, 1024, 1, torch.float32),
+        Shape(1, 10_000_000, 128, 1),
+        Shape(1, 10_000_000, 1024, 1),
+    ],
 }
 
 
-def test_key_sqnorms(shape: Shape, device: str, implementation: str, measure) -> None:
-    keys = torch.randn(shape.entries, shape.dim, device=device).to(shape.dtype)
-    run = IMPLEMENTATIONS[implementation]
-    torch.testing.assert_close(run(keys).double(), keys.double().square().sum(1), rtol=1e-5, atol=0)
+def _of(expression: Callable[[Tensor], Tensor]) -> Implementation:
+    def prepare(data: Data) -> Callable[[], Tensor]:
+        return lambda: expression(data.keys)
+
+    return Implementation(prepare, capturable=True)
+
+
+IMPLEMENTATIONS = {
+    "knnext": _of(knnext.key_sqnorms),
+    "torch_float_square_sum": _of(lambda keys: keys.float().square().sum(1)),
+    "torch_vector_norm": _of(
+        lambda keys: torch.linalg.vector_norm(keys, dim=1, dtype=torch.float32).square()
+    ),
+}
+
+
+def test_key_sqnorms(shape: Shape, device: str, implementation: str, measure: Measure) -> None:
+    sets = make_data(shape, device)
+    data, chosen = sets[0], IMPLEMENTATIONS[implementation]
+    memory = Memory(device, chosen.own_memory)
+    runs = [chosen.prepare(each) for each in sets]
+    head = slice(0, 10_000)
+    want = data.keys[head].double().square().sum(1)
+    torch.testing.assert_close(runs[0]()[head].double(), want, rtol=1e-5, atol=0)
+    name = str(shape).split("-", 1)[1].replace("-k1-", "-")
+    facts = shape.facts()
     measure(
-        lambda: run(keys),
-        group=f"key_sqnorms {shape} {device}",
-        device=device,
-        flop=2.0 * keys.numel(),
-        bytes_moved=float(keys.nbytes),
-        shape=str(shape),
+        runs,
+        implementation=chosen,
+        work=Work(float(data.keys.nbytes + 4 * shape.entries), memory="read"),
+        group=f"key_sqnorms {name}",
+        op="key_sqnorms",
+        shape=name,
+        **{field: facts[field] for field in ("N", "D", "dtype")},
+        **memory.facts(runs[0]),
     )

@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable
 
 import torch
-from mixing_data import SHAPES, Data, make_data, scattered_softmax
+from cases import Implementation
+from measure import Measure, Memory, Work
+from mixing_data import SHAPES, Data, Shape, compiled, make_data, scattered_softmax
 from torch import Tensor
 
 import knnext
 
 __all__ = ["SHAPES"]
+CHECKED_ROWS = 8
 
 
 def mixture(data: Data, p_knn: Tensor) -> Tensor:
-    log_p_lm = torch.log_softmax(data.logits.float(), 1) + math.log1p(-data.lmbda)
+    log_p_lm = torch.log_softmax(data.logits.to(p_knn.dtype), 1) + math.log1p(-data.lmbda)
     return torch.logaddexp(log_p_lm, p_knn.log() + math.log(data.lmbda))
 
 
@@ -38,9 +41,9 @@ def in_probabilities(data: Data) -> Callable[[], Tensor]:
     return run
 
 
-def compiled(data: Data) -> Callable[[], Tensor]:
+def two_graphs(data: Data) -> Callable[[], Tensor]:
     """Two graphs: as one, torch 2.13's CPU compiler gives wrong values where neighbors are."""
-    scatter, mix = torch.compile(scattered_softmax), torch.compile(mixture)
+    scatter, mix = compiled(scattered_softmax), compiled(mixture)
     return lambda: mix(data, scatter(data))
 
 
@@ -50,19 +53,31 @@ def bare_log_softmax(data: Data) -> Callable[[], Tensor]:
 
 
 IMPLEMENTATIONS = {
-    "knnext": fused,
-    "torch_eager": eager,
-    "torch_probabilities": in_probabilities,
-    "torch_compiled": compiled,
-    "bare_log_softmax": bare_log_softmax,
+    "knnext": Implementation(fused, capturable=True),
+    "torch_eager": Implementation(eager, capturable=True),
+    "torch_probabilities": Implementation(in_probabilities, capturable=True),
+    "torch_compiled": Implementation(two_graphs, capturable=True),
+    "bare_log_softmax": Implementation(bare_log_softmax, exact=False, capturable=True),
 }
 
 
-def test_knn_interpolate(shape, device: str, implementation: str, measure) -> None:
-    data = make_data(shape, device)
-    run = IMPLEMENTATIONS[implementation](data)
-    if implementation != "bare_log_softmax":
-        torch.testing.assert_close(run(), fused(data)(), rtol=1e-4, atol=1e-4)
-    group = f"knn_interpolate {shape} {device}"
-    traffic = data.output_bytes + data.logits.nbytes
-    measure(run, group=group, device=device, bytes_moved=traffic, shape=str(shape))
+def test_knn_interpolate(shape: Shape, device: str, implementation: str, measure: Measure) -> None:
+    size = shape.queries * shape.vocab_size * (4 + shape.logits.itemsize)
+    sets = make_data(shape, device, size)
+    data, chosen = sets[0], IMPLEMENTATIONS[implementation]
+    memory = Memory(device, chosen.own_memory)
+    runs = [chosen.prepare(each) for each in sets]
+    if chosen.exact:
+        head = data.rows(CHECKED_ROWS)
+        want = mixture(head, scattered_softmax(head))
+        torch.testing.assert_close(runs[0]()[:CHECKED_ROWS].double(), want, rtol=1e-4, atol=1e-4)
+    measure(
+        runs,
+        implementation=chosen,
+        work=Work(float(size + data.neighbor_bytes)),
+        group=f"knn_interpolate {shape}",
+        op="knn_interpolate",
+        shape=str(shape),
+        **shape.facts(),
+        **memory.facts(runs[0]),
+    )

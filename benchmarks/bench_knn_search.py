@@ -1,70 +1,26 @@
-"""knn_search against FAISS flat, chunked torch mm + topk, and the bare product that bounds both."""
+"""knn_search against torch, FAISS and cuVS, and the bare product that bounds them all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 
+import cuvs_search
+import faiss_search
 import pytest
 import torch
-from torch import Tensor
+import torch_search
+from cases import Implementation
+from limits import seconds_of
+from measure import Measure, Memory, Work
+from search_data import Data, Result, assert_exact, make_data, recall
+from search_shapes import SHAPES, Shape
 
 import knnext
 
-Result = tuple[Tensor, Tensor]
+__all__ = ["SHAPES"]
 
-
-@dataclass(frozen=True)
-class Shape:
-    queries: int
-    entries: int
-    dim: int
-    k: int
-    dtype: torch.dtype = torch.float16
-    full: bool = False
-
-    def __str__(self) -> str:
-        return f"Q{self.queries}-N{self.entries}-D{self.dim}-k{self.k}-{self.dtype}".replace(
-            "torch.", ""
-        )
-
-
-SHAPES = [
-    Shape(1, 65536, 1024, 1024),
-    Shape(16, 65536, 1024, 1024),
-    Shape(256, 65536, 1024, 1024),
-    Shape(1024, 65536, 1024, 1024),
-    Shape(256, 65536, 1024, 1024, torch.bfloat16, full=True),
-    Shape(256, 65536, 1024, 1024, torch.float32, full=True),
-    Shape(256, 65536, 128, 1024, full=True),
-    Shape(2048, 400_000, 128, 1024, full=True),
-]
-
-
-@dataclass(frozen=True)
-class Data:
-    shape: Shape
-    device: str
-    queries: Tensor
-    keys: Tensor
-    sqnorms: Tensor
-
-    @property
-    def k(self) -> int:
-        return self.shape.k
-
-
-@lru_cache(maxsize=1)
-def make_data(shape: Shape, device: str) -> Data:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(rows: int) -> Tensor:
-        x = torch.randn(rows, shape.dim, device=device, generator=generator)
-        return x.to(shape.dtype)
-
-    keys = draw(shape.entries)
-    return Data(shape, device, draw(shape.queries), keys, knnext.key_sqnorms(keys))
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+CPU, CUDA = ("cpu",), ("cuda",)
 
 
 def search(data: Data) -> Callable[[], Result]:
@@ -72,108 +28,86 @@ def search(data: Data) -> Callable[[], Result]:
 
 
 def search_with_sqnorms(data: Data) -> Callable[[], Result]:
+    """Norms given, as a datastore's user would: they are computed once, not at each call."""
     return lambda: knnext.knn_search(data.queries, data.keys, data.k, key_sqnorms=data.sqnorms)
 
 
-def faiss_flat(data: Data) -> Callable[[], Result]:
-    """IndexFlatL2 on the same vectors in float32: twice the memory of half-precision keys."""
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed (knnext[faiss])")
-    if data.device == "cuda":
-        pytest.skip("only the CPU index is measured here; FAISS on the GPU is not a rival yet")
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexFlatL2(data.shape.dim)
-    index.add(data.keys.float().numpy())
-    queries = data.queries.float().numpy()
-
-    def run() -> Result:
-        distances, indices = index.search(queries, data.k)
-        return torch.from_numpy(distances), torch.from_numpy(indices)
-
-    return run
+def _faiss_gpu(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
+    return Implementation(prepare, exact=False, own_memory=True, devices=CUDA)
 
 
-def torch_chunked(data: Data, rows: int = 65536) -> Callable[[], Result]:
-    """What one writes without a library: product, topk, merge, chunk by chunk."""
-
-    def run() -> Result:
-        q = data.queries.float()
-        best: Result | None = None
-        for start in range(0, data.shape.entries, rows):
-            x = data.keys[start : start + rows].float()
-            norms = data.sqnorms[start : start + rows]
-            d = torch.addmm(norms[None], q, x.T, alpha=-2)
-            values, at = d.topk(min(data.k, x.shape[0]), largest=False)
-            at = at + start
-            if best is not None:
-                values, at = torch.cat([best[0], values], 1), torch.cat([best[1], at], 1)
-                values, order = values.topk(data.k, largest=False)
-                at = at.gather(1, order)
-            best = (values, at)
-        assert best is not None
-        return best[0] + q.square().sum(1, keepdim=True), best[1]
-
-    return run
+def _torch(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
+    return Implementation(prepare, exact=False, capturable=True)
 
 
-def bare_product(data: Data) -> Callable[[], None]:
-    """Conversion and fp32 GEMM alone, in chunks whose result fits the cache's reach: no selection,
-    so no answer."""
-    rows = max(1024, (64 << 20) // max(1, 4 * data.shape.queries))
-    out = torch.empty(data.shape.queries, rows, device=data.device)
-
-    def run() -> None:
-        q = data.queries.float()
-        for start in range(0, data.shape.entries, rows):
-            x = data.keys[start : start + rows].float()
-            torch.mm(q, x.T, out=out[:, : x.shape[0]])
-
-    return run
-
-
-IMPLEMENTATIONS: dict[str, Callable[[Data], Callable[[], Result | None]]] = {
-    "knnext": search,
-    "knnext_sqnorms": search_with_sqnorms,
-    "faiss_flat": faiss_flat,
-    "torch_chunked": torch_chunked,
-    "bare_product": bare_product,
+# The bare product comes first: the rest is set in relation to it.
+IMPLEMENTATIONS = {
+    "bare_product": Implementation(torch_search.bare_product, capturable=True),
+    "knnext": Implementation(search, capturable=True),
+    "knnext_sqnorms": Implementation(search_with_sqnorms, capturable=True),
+    "torch_chunked": _torch(torch_search.torch_chunked),
+    "torch_chunked_float32": Implementation(
+        torch_search.torch_chunked_float32, capturable=True, devices=CUDA
+    ),
+    "torch_compiled": Implementation(torch_search.torch_compiled, exact=False),
+    "cuvs_brute_force": _faiss_gpu(cuvs_search.brute_force),
+    "faiss_flat": Implementation(faiss_search.flat, devices=CPU),
+    "faiss_gpu_flat_float16": _faiss_gpu(faiss_search.gpu_flat(HALF)),
+    "faiss_gpu_flat_float32": _faiss_gpu(faiss_search.gpu_flat(SINGLE)),
+    "faiss_knn_gpu_float16": _faiss_gpu(faiss_search.knn_gpu(HALF)),
+    "faiss_knn_gpu_bfloat16": _faiss_gpu(faiss_search.knn_gpu(BRAIN)),
+    "faiss_knn_gpu_float32": _faiss_gpu(faiss_search.knn_gpu(SINGLE)),
+    "faiss_ivfpq": Implementation(faiss_search.ivfpq, exact=False, own_memory=True),
 }
 
-
-@lru_cache(maxsize=1)
-def exact_distances(shape: Shape, device: str) -> dict[int, Tensor]:
-    """Of the first and the last query, in float64, block by block."""
-    data = make_data(shape, device)
-    return {
-        row: torch.cat(
-            [
-                (x.double() - data.queries[row].double()).square().sum(1)
-                for x in data.keys.split(8192)
-            ]
-        )
-        for row in (0, shape.queries - 1)
-    }
+_product_seconds: dict[tuple[Shape, str], float] = {}
 
 
-def check(data: Data, result: Result | None) -> None:
-    """Distances of some queries against float64."""
-    if result is None:
-        return
-    for row, exact in exact_distances(data.shape, data.device).items():
-        want = exact.sort().values[: data.k]
-        torch.testing.assert_close(result[0][row].double(), want, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(exact[result[1][row]], want, rtol=1e-4, atol=1e-4)
+def product_seconds(data: Data) -> float:
+    """Of the bare product of this shape: from its own row, or measured now."""
+    at = (data.shape, data.device)
+    if at not in _product_seconds:
+        run = torch_search.bare_product(data)
+        _product_seconds[at] = seconds_of(run, data.device, repeats=3)
+    return _product_seconds[at]
 
 
-def test_knn_search(shape: Shape, device: str, implementation: str, measure) -> None:
-    data = make_data(shape, device)
-    run = IMPLEMENTATIONS[implementation](data)
-    check(data, run())
-    measure(
-        run,
-        group=f"knn_search {shape} {device}",
-        device=device,
-        flop=2.0 * shape.queries * shape.entries * shape.dim,
-        bytes_moved=float(data.keys.nbytes),
+def test_knn_search(shape: Shape, device: str, implementation: str, measure: Measure) -> None:
+    sets = make_data(shape, device)
+    data, chosen = sets[0], IMPLEMENTATIONS[implementation]
+    memory = Memory(device, chosen.own_memory)
+    runs = [_prepared(chosen, each) for each in sets]
+    result = runs[0]()
+    facts = {}
+    if result is not None:
+        facts["recall"] = recall(data, result)
+        if chosen.exact:
+            assert_exact(data, result)
+    del result
+    if measure.enabled and implementation != "bare_product":
+        facts["product_seconds"] = product_seconds(data)
+    seconds = measure(
+        runs,
+        implementation=chosen,
+        work=Work(data.bytes, data.shape.flop, "read", shape.dtype),
+        group=f"knn_search {data.shape}",
         rounds=5,
-        shape=str(shape),
+        op="knn_search",
+        shape=str(data.shape),
+        **data.shape.facts(),
+        **facts,
+        **memory.facts(runs[0]),
     )
+    if seconds is None:
+        return
+    if implementation == "bare_product":
+        _product_seconds[data.shape, device] = seconds
+    measure.benchmark.extra_info["share_of_gemm"] = product_seconds(data) / seconds
+
+
+def _prepared(chosen: Implementation, data: Data) -> Callable[[], Result | None]:
+    """A rival's compiler or library may fail on a shape; that is a fact about the rival."""
+    try:
+        return chosen.prepare(data)
+    except torch.cuda.OutOfMemoryError as error:
+        pytest.skip(f"out of memory: {str(error).splitlines()[0]}")

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from mixing_data import SHAPES, Data, make_data, scattered_softmax
+from cases import Implementation
+from measure import Measure, Memory, Work
+from mixing_data import (
+    SHAPES_WITHOUT_LOGITS,
+    Data,
+    Shape,
+    compiled,
+    make_data,
+    scattered_softmax,
+)
 from torch import Tensor
 
 import knnext
 
-__all__ = ["SHAPES"]
+SHAPES = SHAPES_WITHOUT_LOGITS
+CHECKED_ROWS = 8
 
 
 def fused(data: Data) -> Callable[[], Tensor]:
@@ -23,29 +33,40 @@ def eager(data: Data) -> Callable[[], Tensor]:
     return lambda: scattered_softmax(data)
 
 
-def compiled(data: Data) -> Callable[[], Tensor]:
-    run = torch.compile(scattered_softmax)
+def one_graph(data: Data) -> Callable[[], Tensor]:
+    run = compiled(scattered_softmax)
     return lambda: run(data)
 
 
-def bare_fill(data: Data) -> Callable[[], Tensor]:
+def bare_zeros(data: Data) -> Callable[[], Tensor]:
     """No op: the zeros alone."""
     sizes = (data.shape.queries, data.vocab_size)
     return lambda: torch.zeros(sizes, device=data.distances.device)
 
 
 IMPLEMENTATIONS = {
-    "knnext": fused,
-    "torch_eager": eager,
-    "torch_compiled": compiled,
-    "bare_zeros": bare_fill,
+    "knnext": Implementation(fused, capturable=True),
+    "torch_eager": Implementation(eager, capturable=True),
+    "torch_compiled": Implementation(one_graph, capturable=True),
+    "bare_zeros": Implementation(bare_zeros, exact=False, capturable=True),
 }
 
 
-def test_knn_softmax(shape, device: str, implementation: str, measure) -> None:
-    data = make_data(shape, device)
-    run = IMPLEMENTATIONS[implementation](data)
-    if implementation != "bare_zeros":
-        torch.testing.assert_close(run(), fused(data)(), rtol=1e-4, atol=1e-6)
-    group = f"knn_softmax {shape} {device}"
-    measure(run, group=group, device=device, bytes_moved=data.output_bytes, shape=str(shape))
+def test_knn_softmax(shape: Shape, device: str, implementation: str, measure: Measure) -> None:
+    sets = make_data(shape, device, 4 * shape.queries * shape.vocab_size)
+    data, chosen = sets[0], IMPLEMENTATIONS[implementation]
+    memory = Memory(device, chosen.own_memory)
+    runs = [chosen.prepare(each) for each in sets]
+    if chosen.exact:
+        want = scattered_softmax(data.rows(CHECKED_ROWS))
+        torch.testing.assert_close(runs[0]()[:CHECKED_ROWS].double(), want, rtol=1e-4, atol=1e-6)
+    measure(
+        runs,
+        implementation=chosen,
+        work=Work(float(data.output_bytes + data.neighbor_bytes)),
+        group=f"knn_softmax {shape}",
+        op="knn_softmax",
+        shape=str(shape),
+        **shape.facts(),
+        **memory.facts(runs[0]),
+    )

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from mixing_data import SHAPES, Data, make_data, scattered_softmax
+from cases import Implementation
+from measure import Measure, Memory, Work
+from mixing_data import (
+    SHAPES_WITHOUT_LOGITS,
+    Data,
+    Shape,
+    compiled,
+    make_data,
+    scattered_softmax,
+)
 from torch import Tensor
 
 import knnext
 
-__all__ = ["SHAPES"]
+SHAPES = SHAPES_WITHOUT_LOGITS
+CHECKED_ROWS = 8
 
 
 def fused(data: Data) -> Callable[[], Tensor]:
@@ -18,8 +28,12 @@ def fused(data: Data) -> Callable[[], Tensor]:
     return lambda: knnext.knn_target_log_prob(data.distances, *rest)
 
 
-def whole_row(data: Data) -> Callable[[], Tensor]:
-    return lambda: scattered_softmax(data).gather(1, data.targets[:, None]).log()[:, 0]
+def whole_row(data: Data) -> Tensor:
+    return scattered_softmax(data).gather(1, data.targets[:, None]).log()[:, 0]
+
+
+def whole_row_eager(data: Data) -> Callable[[], Tensor]:
+    return lambda: whole_row(data)
 
 
 def matching(data: Data) -> Tensor:
@@ -33,22 +47,36 @@ def matching_eager(data: Data) -> Callable[[], Tensor]:
 
 
 def matching_compiled(data: Data) -> Callable[[], Tensor]:
-    run = torch.compile(matching)
+    run = compiled(matching)
     return lambda: run(data)
 
 
 IMPLEMENTATIONS = {
-    "knnext": fused,
-    "torch_whole_row": whole_row,
-    "torch_masked": matching_eager,
-    "compiled_masked": matching_compiled,
+    "knnext": Implementation(fused, capturable=True),
+    "torch_whole_row": Implementation(whole_row_eager, capturable=True),
+    "torch_masked": Implementation(matching_eager, capturable=True),
+    "compiled_masked": Implementation(matching_compiled, capturable=True),
 }
 
 
-def test_knn_target_log_prob(shape, device: str, implementation: str, measure) -> None:
-    data = make_data(shape, device)
-    run = IMPLEMENTATIONS[implementation](data)
-    torch.testing.assert_close(run(), fused(data)(), rtol=1e-4, atol=1e-4)
-    group = f"knn_target_log_prob {shape} {device}"
-    traffic = data.distances.nbytes + data.tokens.nbytes
-    measure(run, group=group, device=device, bytes_moved=traffic, shape=str(shape))
+def test_knn_target_log_prob(
+    shape: Shape, device: str, implementation: str, measure: Measure
+) -> None:
+    # Distances as float32, tokens and targets as int64.
+    size = shape.queries * (12 * shape.k + 12)
+    sets = make_data(shape, device, size)
+    data, chosen = sets[0], IMPLEMENTATIONS[implementation]
+    memory = Memory(device, chosen.own_memory)
+    runs = [chosen.prepare(each) for each in sets]
+    want = whole_row(data.rows(CHECKED_ROWS))
+    torch.testing.assert_close(runs[0]()[:CHECKED_ROWS].double(), want, rtol=1e-4, atol=1e-4)
+    measure(
+        runs,
+        implementation=chosen,
+        work=Work(float(size), memory="read"),
+        group=f"knn_target_log_prob {shape}",
+        op="knn_target_log_prob",
+        shape=str(shape),
+        **shape.facts(),
+        **memory.facts(runs[0]),
+    )

@@ -3,116 +3,102 @@ on adjacent lines.
 
     make bench                                  # the shapes that matter most, on what is there
     pytest benchmarks --full                    # every shape
+    pytest benchmarks --benchmark-disable       # small shapes, run and checked, not timed
     pytest benchmarks -k 'knn_search and cpu' --benchmark-json=benchmarks/out/cpu.json
+    python benchmarks/report.py benchmarks/out/cpu.json
 
-A module offers SHAPES (dataclasses with a `full` field) and IMPLEMENTATIONS (name -> function of
-the data that prepares and returns what is timed, or calls `pytest.skip` with the reason). Each
-result is checked once before it is timed.
+Real keys come from `benchmarks/real_keys.py` or from any datastore (--datastore). Each result is
+checked once before it is timed; a rival that is not installed is skipped, and says so.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import real_keys
 import torch
+from cases import ESSENTIAL, available_devices, cases
+from gpu_timing import gpu_clock
+from measure import Measure, kernels, versions
 
-DEVICES = ("cpu", "cuda")
+_START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="also the shapes that take long")
+    group = parser.getgroup("knnext")
+    group.addoption("--full", action="store_true", help="also the shapes that take long")
+    group.addoption("--datastore", type=Path, help="a datastore's folder, for real keys")
+    group.addoption("--only", default="", help="implementations to run, by name, with commas")
+    group.addoption("--budget", type=float, help="seconds after which further rivals are left out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--datastore")
+    if folder is not None:
+        real_keys.use(folder)
+    if torch.cuda.is_available():
+        # Not the default stream: libraries take its handle, zero, for "none given".
+        torch.cuda.set_stream(torch.cuda.Stream())
+    elif os.environ.get("KNNEXT_REQUIRE_GPU") == "1":
+        raise pytest.UsageError("KNNEXT_REQUIRE_GPU=1, and torch sees no CUDA device")
+
+
+def pytest_report_header() -> str:
+    names = " and ".join(available_devices())
+    missing = "" if torch.cuda.is_available() else " (no CUDA device: its shapes are left out)"
+    return f"benchmarks on {names}{missing}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("--full")
-    if "shape" in metafunc.fixturenames:
-        shapes = [s for s in metafunc.module.SHAPES if full or not s.full]
-        metafunc.parametrize("shape", shapes, ids=str, scope="module")
-    if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES, scope="module")
-    if "implementation" in metafunc.fixturenames:
-        metafunc.parametrize("implementation", metafunc.module.IMPLEMENTATIONS)
+    if "implementation" not in metafunc.fixturenames:
+        return
+    config, module = metafunc.config, metafunc.module
+    chosen = list(
+        cases(
+            module.SHAPES,
+            module.IMPLEMENTATIONS,
+            full=config.getoption("--full"),
+            smoke=config.getoption("benchmark_disable"),
+            only=[name for name in config.getoption("--only").split(",") if name],
+        )
+    )
+    ids = [f"{device}-{shape}-{name}" for shape, device, name in chosen]
+    metafunc.parametrize("shape, device, implementation", chosen, ids=ids)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("device") == "cuda":
+            item.add_marker(pytest.mark.benchmark(timer=gpu_clock, disable_gc=True))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info.pop("node", None)  # says nothing about speed
+    machine_info.update(versions=versions(), threads=torch.get_num_threads())
+    if torch.cuda.is_available():
+        _, total = torch.cuda.mem_get_info()
+        machine_info.update(gpu=torch.cuda.get_device_name(), gpu_memory=total, kernels=kernels())
 
 
 @pytest.fixture(autouse=True)
-def _device_is_there(request: pytest.FixtureRequest) -> None:
-    wanted = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else ""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-
-
-def _median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[repeats // 2]
-
-
-@pytest.fixture(scope="session")
-def limits() -> dict[str, dict[str, float]]:
-    """What each device does at its best, measured here: GFLOP/s of torch.mm, GB/s of a read."""
-    return {d: _limits(d) for d in DEVICES if d == "cpu" or torch.cuda.is_available()}
-
-
-def _limits(device: str) -> dict[str, float]:
-    n = 2048 if device == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=torch.float32 if device == "cpu" else torch.float16)
-    big = torch.zeros((256 << 20) // 4, device=device)
-
-    def finished(run: Callable[[], Any]) -> Callable[[], None]:
-        def wait() -> None:
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        return wait
-
-    return {
-        "gflops": 2e-9 * n**3 / _median_seconds(finished(lambda: a @ a)),
-        "gbps": 1e-9 * big.nbytes / _median_seconds(finished(big.sum)),
-    }
+def _within_budget(request: pytest.FixtureRequest) -> None:
+    budget = request.config.getoption("--budget")
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get(
+        "implementation"
+    )
+    late = budget is not None and time.monotonic() - _START > budget
+    if name and late and not name.startswith(ESSENTIAL):
+        pytest.skip(f"the budget of {budget:g} s is spent; only knnext and the limits still run")
 
 
 @pytest.fixture
-def measure(benchmark: Any, limits: dict[str, dict[str, float]]) -> Callable[..., None]:
-    """Times `run`; writes work and bytes, rates, and the share of the nearer limit beside it."""
-
-    def _measure(
-        run: Callable[[], Any],
-        *,
-        group: str,
-        device: str,
-        flop: float = 0.0,
-        bytes_moved: float = 0.0,
-        rounds: int = 7,
-        **facts: Any,
-    ) -> None:
-        def finished() -> None:
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.group = group
-        benchmark.pedantic(finished, rounds=rounds, iterations=1, warmup_rounds=1)
-        if benchmark.disabled:  # --benchmark-disable: run and checked, not timed
-            return
-        median = benchmark.stats.stats.median
-        limit = limits[device]
-        least = max(1e-9 * flop / limit["gflops"], 1e-9 * bytes_moved / limit["gbps"])
-        benchmark.extra_info.update(
-            facts,
-            threads=torch.get_num_threads(),
-            gflops=1e-9 * flop / median,
-            gbps=1e-9 * bytes_moved / median,
-            share_of_limit=least / median,
-            limit_gflops=limit["gflops"],
-            limit_gbps=limit["gbps"],
-        )
-
-    return _measure
+def measure(benchmark: Any, device: str) -> Iterator[Measure]:
+    yield Measure(benchmark, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # FAISS and cuVS cannot use what torch keeps
