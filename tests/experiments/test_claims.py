@@ -1,0 +1,43 @@
+"""The rules by which figures agree with a claim."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from knnext.bootstrap import Interval
+from knnext.experiments.claims import holds, negligible, together
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "little"),
+    [
+        (0.02, 0.05, "agrees", "disagrees"),
+        (0.001, 0.009, "agrees", "agrees"),
+        (0.0, 0.009, "undecided", "agrees"),
+        (-0.02, 0.05, "undecided", "undecided"),
+        (-0.05, -0.02, "disagrees", "disagrees"),
+        (-0.05, -0.002, "disagrees", "undecided"),
+        (math.nan, math.nan, "undecided", "undecided"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval(low, high, better, little):
+    interval = Interval(low, high, 0.95)
+    assert holds(interval) == better
+    assert negligible(interval) == little
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        (["agrees", "agrees"], "agrees"),
+        (["undecided", "undecided"], "undecided"),
+        (["agrees", "undecided"], "agrees in part"),
+        (["agrees", "disagrees"], "agrees in part"),
+        (["disagrees", "undecided"], "disagrees"),
+        (["disagrees"], "disagrees"),
+    ],
+)
+def test_parts_of_a_claim_are_joined(parts, whole):
+    assert together(*parts) == whole
