@@ -44,7 +44,7 @@ void plan_on_device(KnnSearchParams& p, int device) {
       plan_cuda_search({p.num_queries, p.num_keys, p.dim, p.k, p.dtype == Dtype::kFloat ? 4 : 2,
                         attribute(cudaDevAttrComputeCapabilityMajor, device),
                         attribute(cudaDevAttrComputeCapabilityMinor, device), p.num_units,
-                        hopper_kernels(), rows_are_aligned(p)},
+                        hopper_kernels(), copy_engine_takes_rows(p)},
                        p.extras);
 }
 

@@ -187,6 +187,7 @@ class Search {
     scan.resident = plan_.resident;
     if (!step.dense && p_.switches.capacity > 0)
       scan.capacity = select.capacity = static_cast<unsigned>(p_.switches.capacity);
+    if (hopper_scan(scan, step)) return;
     set_tiles(scan, shape, divide_up(scan.num_queries, shape.query_tile));
     const int64_t items = int64_t{scan.query_tiles} * scan.key_tiles;
     const int64_t blocks = std::min<int64_t>(items, int64_t{p_.num_units} * plan_.blocks_per_unit);
@@ -194,6 +195,19 @@ class Search {
                              : p_.dtype == Dtype::kBFloat16 ? scan_bfloat16
                                                             : scan_float;
     launch_scan(shape, scan, static_cast<int>(blocks), plan_.shared_bytes, stream_);
+  }
+
+  // Launches the scan if one of Hopper's own kernels was chosen for it. Samples are not adjacent
+  // rows, and lists of every key need no threshold: those are portable.
+  bool hopper_scan([[maybe_unused]] const ScanParams& scan, const ScanStep& step) const {
+    if (step.dense || step.strides[0] != 1) return false;
+#ifdef KNNEXT_BUILT_SM90
+    if (plan_.kernel.kernel == ScanKernel::kSm90Owner) {
+      scan_sm90_owner(plan_.owner, p_.dtype, scan, p_.num_units, stream_);
+      return true;
+    }
+#endif
+    return false;
   }
 
   static void set_tiles(ScanParams& scan, const ScanShape& shape, int64_t query_tiles) {
@@ -301,6 +315,16 @@ bool rows_are_aligned(const KnnSearchParams& params) {
   };
   return aligned(params.queries, params.query_stride * bytes) &&
          aligned(params.keys, params.key_stride * bytes);
+}
+
+bool copy_engine_takes_rows(const KnnSearchParams& params) {
+  const int64_t bytes = params.dtype == Dtype::kFloat ? 4 : 2, row = params.dim * bytes;
+  // The stride of a single row means nothing.
+  const auto apart = [row, bytes](int64_t rows, int64_t stride) {
+    return rows <= 1 || (stride * bytes >= row && stride * bytes < int64_t{1} << 24);
+  };
+  return rows_are_aligned(params) && apart(params.num_queries, params.query_stride) &&
+         apart(params.num_keys, params.key_stride);
 }
 
 SearchSwitches read_search_switches() {

@@ -108,6 +108,8 @@ struct KnnSearchParams {
 CudaSearchExtras search_extras(const KnnSearchParams& params);
 // Rows of queries and keys start at multiples of 16 bytes.
 bool rows_are_aligned(const KnnSearchParams& params);
+// And Hopper's copy engine can read them: none lies over another (as after expand()).
+bool copy_engine_takes_rows(const KnnSearchParams& params);
 void knn_search_launch(const KnnSearchParams& params, cudaStream_t stream);
 
 // The tile kernels of each dtype (knn_search_half.cu and its like).
@@ -121,6 +123,10 @@ void fall_back_half(const ScanParams& params, int owners, size_t shared_bytes, c
 void fall_back_bfloat16(const ScanParams& params, int owners, size_t shared_bytes,
                         cudaStream_t stream);
 void fall_back_float(const ScanParams& params, int owners, size_t shared_bytes,
+                     cudaStream_t stream);
+
+// sm90_owner.cu: a scan of adjacent keys under thresholds, for the queries of one tile.
+void scan_sm90_owner(const Sm90OwnerShape& shape, Dtype dtype, ScanParams params, int num_units,
                      cudaStream_t stream);
 
 // knn_search_select.cu

@@ -1,0 +1,283 @@
+// The scan for up to 64 queries on Hopper: the queries stay in shared memory, and every key comes
+// by once, through the copy engine, into a ring of stages.
+//
+//            D ->  64 elements | 64 | ...                  shared memory, 227 KB
+//   queries  +-----------------+----+      resident  +---------------------------------+
+//   (8..64)  |  128 bytes      |    |  ------------> | blocks x (queries x 128 bytes)  |
+//            +-----------------+----+                +---------------------------------+
+//   keys     +-----------------+----+      ring      | stage 0: 128 keys x 128 bytes   |
+//   tile t   | 128 rows        |    |  ------------> | stage 1: ...        4 to 13     |
+//            +-----------------+----+                +---------------------------------+
+//   warps 0-3: keys 0..63 of the tile, warps 4-7: keys 64..127;  warp 8: one lane feeds the ring
+//
+//   keys are the rows of the product (m64), queries its columns (n8..n64):
+//   a thread holds 2 keys x queries/4; each distance is compared with its query's bound, held in
+//   registers; one vote of the warp a tile; candidates are gathered 32 to a warp in shared memory,
+//   and go to the queries' lists together, so that the atomics' way to L2 and back (about 700
+//   clocks) is paid once for 32 of them and not once a tile.
+//
+// The words, lists, counters and thresholds are the portable layer's, and so is what makes a failed
+// list good (fallback.cuh): counters run on past a list's end, verify_kernel sees it.
+//
+// Bytes moved: each key once, 2 D; its norm, 4; 8 and an atomic for each candidate, about 3,000 a
+// query at k = 1024; the queries once for each SM, from L2. What bounds it, at D = 1024:
+//
+//  - Memory. An SM is due 4.4 TB/s / 132 = 33 GB/s... of 16 KB stages one each 0.49 us, 870 clocks
+//    at 1.76 GHz. To keep that up over a latency of 1 us takes 34 KB under way; six stages (64
+//    queries) leave 80 KB beside the one being multiplied, twelve (8 queries) 176 KB.
+//  - The tensor cores need 256 of the 870 clocks for 64 queries (128 for 8: the keys' way out of
+//    shared memory). A warpgroup therefore finishes a stage before it begins the next and gives it
+//    back at once: a stage held back to overlap products would be 16 KB not under way.
+//  - Barriers: one wait, four products, one commit, one arrival a warp and stage: some 100 clocks
+//  of
+//    waiting in a row, in the shadow of the other warpgroup and of the 870.
+//  - The epilogue, an addition, an FMA and a comparison for each of queries/2 elements a thread:
+//    about 200 issue clocks a tile, while the ring goes on filling. At D = 64 a tile is one stage,
+//    and it is 200 of 870 clocks and not of 14,000.
+//  - The end: tiles of 128 keys go round the SMs, so the last round may be part empty: 1.4 % at
+//    N = 1e6 if it cost a full round; it costs less, as the SMs that have it share all of the
+//    memory. The beginning: each stage of the first tile waits for its share of the queries too, so
+//    that they arrive while the ring fills, not before it.
+//  - The sample (1/64 of the keys, each drawn by a hash) is not in reach of the copy engine's boxes
+//    and stays with the portable kernel, whose gather reaches about 60 %: 2.6 % of the scan's time.
+#pragma once
+
+#include "candidates.cuh"
+#include "sm90_ptx.cuh"
+
+namespace knnext {
+
+constexpr int kOwnerWarps = 8;  // that multiply
+constexpr int kOwnerKeyBytes = kOwnerKeyTile * kSm90RowBytes;
+static_assert(kOwnerThreads == 32 * (kOwnerWarps + 1));
+static_assert(kOwnerStagedBytes == kOwnerWarps * 32 * sizeof(Word));
+static_assert(kOwnerSlackBytes == kSwizzleSlack);
+
+struct OwnerMemory {
+  unsigned char *queries, *stages;
+  Word* staged;
+  Mbarrier *full, *empty;
+  int num_stages;
+
+  __device__ __forceinline__ OwnerMemory(unsigned char* memory, int query_bytes, int num_stages_)
+      : queries(swizzle_aligned(memory)),
+        stages(queries + query_bytes),
+        staged(reinterpret_cast<Word*>(stages + num_stages_ * kOwnerKeyBytes)),
+        full(reinterpret_cast<Mbarrier*>(staged + kOwnerWarps * 32)),
+        empty(full + num_stages_),
+        num_stages(num_stages_) {}
+};
+
+// Where in the ring, and in which of its rounds.
+struct RingPlace {
+  int stage = 0;
+  unsigned parity = 0;
+  __device__ __forceinline__ void advance(int num_stages) {
+    if (++stage == num_stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One thread feeds the ring with this block's tiles, and beside the first of them the queries.
+template <int queries>
+__device__ __forceinline__ void owner_feed(const TensorMap& query_map, const TensorMap& key_map,
+                                           const ScanParams& p, const OwnerMemory& m) {
+  constexpr int kQueryBytes = queries * kSm90RowBytes, kElements = kSm90RowBytes / 2;
+  const CachePolicy once = evict_first(), again = evict_last();
+  RingPlace at;
+  bool first = true;
+  for (int tile = blockIdx.x; tile < p.key_tiles; tile += gridDim.x) {
+    for (int block = 0; block < p.blocks; ++block) {
+      Mbarrier* full = &m.full[at.stage];
+      mbarrier_wait(&m.empty[at.stage], at.parity ^ 1);
+      mbarrier_expect(full, kOwnerKeyBytes + (first ? kQueryBytes : 0));
+      tensor_load(m.stages + at.stage * kOwnerKeyBytes, key_map, block * kElements,
+                  tile * kOwnerKeyTile, full, once);
+      if (first)
+        tensor_load(m.queries + block * kQueryBytes, query_map, block * kElements, 0, full, again);
+      at.advance(m.num_stages);
+    }
+    first = false;
+  }
+}
+
+// A warp's candidates on their way to the lists. The query stands in the eight bits that a row of a
+// chunk leaves free.
+static_assert(kMaxKeysPerChunk <= 1 << 24 && kOwnerMaxQueries <= 1 << 8);
+struct StagedWords {
+  Word* words;     // 32
+  unsigned count;  // the same in all lanes
+
+  __device__ __forceinline__ void flush(const ScanParams& p) {
+    __syncwarp();
+    const unsigned lane = threadIdx.x % 32;
+    if (lane < count) {
+      const Word tagged = words[lane];
+      const int query = static_cast<int>(tagged >> 24 & 0xFF);
+      const unsigned slot = atomicAdd(&p.counts[query], 1u);
+      if (slot < p.capacity) p.lists[query * p.list_words + slot] = tagged & ~(Word{0xFF} << 24);
+    }
+    __syncwarp();
+    count = 0;
+  }
+
+  // By all lanes of the warp; those that `keep` add their word.
+  __device__ __forceinline__ void add(const ScanParams& p, bool keep, Word word, int query) {
+    const unsigned votes = __ballot_sync(~0u, keep), added = __popc(votes);
+    if (count + added > 32) flush(p);
+    const unsigned place = count + __popc(votes & ((1u << threadIdx.x % 32) - 1));
+    if (keep) words[place] = word | static_cast<Word>(query) << 24;
+    count += added;
+  }
+};
+
+// x[i] of registers, by halving.
+template <int size>
+__device__ __forceinline__ float pick(const float (&x)[size], int i) {
+  if constexpr (size == 1) {
+    return x[0];
+  } else {
+    float half[size / 2];
+#pragma unroll
+    for (int j = 0; j < size / 2; ++j) half[j] = i & size / 2 ? x[j + size / 2] : x[j];
+    return pick(half, i);
+  }
+}
+
+// What a thread holds of a product: element e of `sums` belongs to key row_of(e) of the tile, one
+// of two, and to query query_of(e), whose norm and bound are column_of(e) of the thread's own.
+template <int queries>
+struct OwnerTile {
+  static constexpr int kElements = queries / 2, kColumns = queries / 4;
+  float sums[kElements];  // later: distances
+  float norms[kColumns], bounds[kColumns];
+
+  static __device__ __forceinline__ int column_of(int e) { return e / 4 * 2 + e % 2; }
+  static __device__ __forceinline__ int query_of(int e) {
+    return e / 4 * 8 + threadIdx.x % 4 * 2 + e % 2;
+  }
+  static __device__ __forceinline__ int row_of(int e) {
+    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 % 2 * 8;
+  }
+
+  __device__ __forceinline__ void load_queries(const ScanParams& p) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int query = query_of(c / 2 * 4 + c % 2);
+      const bool there = query < p.num_queries;
+      norms[c] = there && p.query_norms ? p.query_norms[query] : 0.0f;
+      bounds[c] = there ? p.bounds[query] : __uint_as_float(0x7FC00000u);
+    }
+  }
+
+  // Sums to distances; whether any of them may be a candidate.
+  __device__ __forceinline__ bool measure(const ScanParams& p, const float (&key_norms)[2]) {
+    bool any = false;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      sums[e] = tile_distance(p, sums[e], norms[column_of(e)], key_norms[e / 2 % 2]);
+      any |= sums[e] <= bounds[column_of(e)];
+    }
+    return any;
+  }
+
+  // Each lane's candidates, the lowest element first, one of each lane at a time.
+  __device__ __forceinline__ void stage(const ScanParams& p, int key_tile, StagedWords& staged) {
+    unsigned mask = 0;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e)
+      mask |= static_cast<unsigned>(sums[e] <= bounds[column_of(e)]) << e;
+    while (__any_sync(~0u, mask != 0)) {
+      const int e = max(__ffs(static_cast<int>(mask)) - 1, 0);
+      const int query = query_of(e), row = key_tile * kOwnerKeyTile + row_of(e);
+      const Word word = make_word(fmaxf(p.floor, pick(sums, e)), row);
+      // At the threshold's own distance rows up to its own pass, as in candidates.cuh.
+      const bool keep = mask != 0 && word <= p.thresholds[query];
+      mask &= mask - 1;
+      staged.add(p, keep, word, query);
+    }
+  }
+};
+
+// The norms of a warp's 16 keys in this block's tiles `tile` and the next, one to a lane; infinite
+// beyond the last key. They are asked for two tiles before they are used.
+__device__ __forceinline__ float owner_key_norm(const ScanParams& p, int tile) {
+  const int lane = threadIdx.x % 32;
+  const int64_t at_tile = tile + int64_t{lane / 16} * gridDim.x;
+  const int64_t row = at_tile * kOwnerKeyTile + threadIdx.x / 32 * 16 + lane % 16;
+  if (row >= p.num_rows) return __uint_as_float(0x7F800000u);
+  return p.key_norms ? __ldg(&p.key_norms[row]) : 0.0f;
+}
+
+template <class T, int queries>
+__device__ __forceinline__ void owner_multiply(OwnerTile<queries>& tile, const ScanParams& p,
+                                               const OwnerMemory& m, RingPlace& at) {
+  constexpr int kHalf = kOwnerKeyBytes / 2;
+  for (int block = 0; block < p.blocks; ++block) {
+    const auto a =
+        matrix_descriptor(m.stages + at.stage * kOwnerKeyBytes + threadIdx.x / 128 * kHalf);
+    const auto b = matrix_descriptor(m.queries + block * queries * kSm90RowBytes);
+    mbarrier_wait(&m.full[at.stage], at.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSm90RowBytes / 32; ++step)
+      wgmma<T, queries>(tile.sums, a + step * kDescriptorStep, b + step * kDescriptorStep,
+                        block > 0 || step > 0);
+    wgmma_commit();
+    wgmma_wait<0>(tile.sums);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&m.empty[at.stage]);
+    at.advance(m.num_stages);
+  }
+}
+
+template <class T, int queries>
+__device__ __forceinline__ void owner_consume(const ScanParams& p, const OwnerMemory& m) {
+  const int lane = threadIdx.x % 32, step = gridDim.x;
+  OwnerTile<queries> tile;
+  tile.load_queries(p);
+  StagedWords staged{m.staged + threadIdx.x / 32 * 32, 0};
+  RingPlace at;
+  float norms = 0.0f, next_norms = owner_key_norm(p, blockIdx.x);
+  int half = 0;  // of the lanes that hold this tile's norms
+  for (int key_tile = blockIdx.x; key_tile < p.key_tiles; key_tile += step) {
+    if (half == 0) {
+      norms = next_norms;
+      next_norms = owner_key_norm(p, key_tile + 2 * step);
+    }
+    owner_multiply<T, queries>(tile, p, m, at);
+    const int source = half + lane / 4;
+    const float key_norms[2] = {__shfl_sync(~0u, norms, source),
+                                __shfl_sync(~0u, norms, source + 8)};
+    half ^= 16;
+    const bool any = tile.measure(p, key_norms);
+    if (__any_sync(~0u, any)) tile.stage(p, key_tile, staged);
+  }
+  staged.flush(p);
+}
+
+template <class T, int queries>
+__global__ void __launch_bounds__(kOwnerThreads, 1)
+    sm90_owner_kernel(KNNEXT_KERNEL_MAP query_map, KNNEXT_KERNEL_MAP key_map, const ScanParams p,
+                      int num_stages) {
+  const OwnerMemory m(dynamic_shared(), p.blocks * queries * kSm90RowBytes, num_stages);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < num_stages; ++stage) {
+      mbarrier_init(&m.full[stage], 1);
+      mbarrier_init(&m.empty[stage], kOwnerWarps);
+    }
+    mbarrier_init_fence();
+  }
+  if (threadIdx.x == 32 * kOwnerWarps) {
+    prefetch_map(query_map);
+    prefetch_map(key_map);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32 * kOwnerWarps)
+    owner_consume<T, queries>(p, m);
+  else if (threadIdx.x == 32 * kOwnerWarps)
+    owner_feed<queries>(query_map, key_map, p, m);
+}
+
+}  // namespace knnext
