@@ -163,7 +163,7 @@ def _processor() -> str:
 
 def percent(log_gain: float) -> str:
     """A gain in log perplexity as a change of perplexity: 0.1 becomes `-9.5 %`."""
-    return f"{100 * math.expm1(-log_gain):+.1f} %"
+    return f"{100 * math.expm1(-log_gain) + 0.0:+.1f} %"
 
 
 def percent_interval(gain: float, low: float, high: float) -> str:
