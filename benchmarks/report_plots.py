@@ -1,0 +1,215 @@
+"""Pictures: time against Q, N, k or V, one line for each implementation, the limit drawn in.
+
+On a GPU the time itself; on a CPU time over knnext's at the same shape, since absolute times of
+whatever processor ran it are of no use to others. Both axes are logarithmic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report_rows import Row
+from report_tables import baseline, count, grouped
+
+_INK, _MUTED, _GRID = "#1f2933", "#52606d", "#e4e7eb"
+#: Colors that stay apart for color-blind eyes; one for each family, which its name's start tells.
+_FAMILIES = {
+    "knnext": "#0b7285",
+    "bare": "#9aa5b1",
+    "torch": "#d55e00",
+    "compiled": "#d55e00",
+    "faiss_ivfpq": "#cc79a7",
+    "faiss_knn": "#56b4e9",
+    "faiss": "#3b6fb6",
+    "cuvs": "#6a9a1f",
+}
+_HOPPER, _OTHER = "#5f3dc4", _MUTED
+_MARKS = "osD^vP"
+_STYLES = ("-", "--", ":", "-.")
+_NAMES = {"Q": "queries", "N": "entries", "k": "k", "V": "vocabulary size"}
+LIMIT = "limit"
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Lines over one axis; `fixed` holds the shape's other sizes."""
+
+    device: str
+    op: str
+    axis: str
+    fixed: tuple[tuple[str, Any], ...]
+    lines: list[Line]
+
+    @property
+    def file_name(self) -> str:
+        sizes = "-".join(
+            f"{axis}{value}" if axis in _NAMES or axis in "Dm" else str(value)
+            for axis, value in self.fixed
+        )
+        return f"{self.device}-{self.op}-by-{self.axis}-{sizes}.png"
+
+    @property
+    def title(self) -> str:
+        fixed = dict(self.fixed)
+        kind = {"lm": "real keys"}.get(fixed.pop("keys", ""), "")
+        dtype = fixed.pop("dtype", "")
+        parts = [f"{axis} = {count(value)}" for axis, value in fixed.items()]
+        return f"{self.op}: " + ", ".join([*parts, *filter(None, (dtype, kind))])
+
+
+def pictures(rows: Sequence[Row], axes: str = "QNkV") -> Iterator[Picture]:
+    """Every set of shapes that differ in one of the axes alone.
+
+    Of three values or more on a CPU; of four on a GPU, whose many shapes come together in threes by
+    chance.
+    """
+    for axis in axes:
+        families: dict[object, list[Row]] = {}
+        for row in rows:
+            if axis in row.facts and axis in dict(row.shape):
+                fixed = tuple((a, v) for a, v in row.shape if a != axis)
+                families.setdefault((row.device, row.op, fixed), []).append(row)
+        for (device, op, fixed), members in families.items():
+            if len({row[axis] for row in members}) >= (4 if device == "cuda" else 3):
+                yield Picture(device, op, axis, fixed, _lines(members, axis, device))
+
+
+def _lines(rows: Sequence[Row], axis: str, device: str) -> list[Line]:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for group in grouped(rows).values():
+        ours = baseline(group)
+        unit = 1e-3 if device == "cuda" else ours.seconds if ours else None
+        if unit is None:
+            continue
+        for row in group:
+            points.setdefault(_line_name(row), []).append((row[axis], row.seconds / unit))
+        least = _limit_seconds(group)
+        if least is not None:
+            points.setdefault(LIMIT, []).append((group[0][axis], least / unit))
+    return [Line(name, *map(list, zip(*sorted(p), strict=True))) for name, p in points.items()]
+
+
+def _line_name(row: Row) -> str:
+    return f"{row.implementation} (approximate)" if row.approximate else row.implementation
+
+
+def _limit_seconds(group: Sequence[Row]) -> float | None:
+    """The least time by the measured rates, which is the same seen from any row."""
+    ours = baseline(group) or group[0]
+    return ours["share_of_limit"] * ours.seconds if ours["share_of_limit"] else None
+
+
+def draw(picture: Picture, folder: Path) -> Path:
+    """Saves the picture and returns where; ImportError, with what to install, where it cannot."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('plots need matplotlib: pip install "knnext[bench]"') from None
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    looks = _looks([line.name for line in picture.lines])
+    for line in picture.lines:
+        axes.plot(line.x, line.y, label=line.name, **looks[line.name])
+    _dress(axes, picture)
+    path = folder / picture.file_name
+    figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
+    return path
+
+
+def _looks(names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
+    """Ours thick, the limit a thin black line without marks, each family of rivals one color."""
+    seen: dict[str, int] = {}
+    looks = {}
+    for name in names:
+        if name == LIMIT:
+            looks[name] = {"color": _INK, "lw": 1.2, "ls": (0, (1, 1)), "zorder": 1}
+            continue
+        color = _color(name)
+        nth = seen[color] = seen.get(color, -1) + 1
+        looks[name] = {
+            "color": color,
+            "marker": _MARKS[nth % len(_MARKS)],
+            "ms": 5,
+            "ls": _STYLES[nth % len(_STYLES)],
+            "lw": 2.4 if name.startswith("knnext") else 1.4,
+            "zorder": 4 if name.startswith("knnext") else 3,
+        }
+    return looks
+
+
+def _color(name: str) -> str:
+    if name.startswith("knnext") and name.endswith("(sm90)"):
+        return _HOPPER
+    return next((color for start, color in _FAMILIES.items() if name.startswith(start)), _OTHER)
+
+
+def _dress(axes: Any, picture: Picture) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    values = sorted({x for line in picture.lines for x in line.x})
+    axes.set_xticks(values, _labels(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
+    axes.tick_params(which="both", labelsize=8, colors=_MUTED)
+    axes.set_xlabel(_NAMES[picture.axis], color=_MUTED)
+    unit = "time, ms" if picture.device == "cuda" else "time / knnext's"
+    axes.set_ylabel(f"{unit} (lower is better)", color=_MUTED)
+    axes.set_title(picture.title, loc="left", fontsize=10, color=_INK)
+    axes.grid(which="major", color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    _legend(axes, picture)
+
+
+def _labels(values: Sequence[float]) -> list[str]:
+    """One for each value, empty where it would run into the one before."""
+    room = 0.07 * (math.log(values[-1]) - math.log(values[0]))
+    labels: list[str] = []
+    last = -math.inf
+    for x in values:
+        fits = math.log(x) - last >= room
+        labels.append(count(int(x)) if fits else "")
+        last = math.log(x) if fits else last
+    return labels
+
+
+def _minor_label(axes: Any):
+    """Twos and fives between powers of ten, where the axis spans less than two of these."""
+
+    def label(y: float, _: Any) -> str:
+        low, high = axes.get_ylim()
+        first = f"{y:e}"[0]
+        return f"{y:g}" if high / low < 100 and first in "25" else ""
+
+    return label
+
+
+def _legend(axes: Any, picture: Picture) -> None:
+    """Beside the lines, in the order in which these end at the right."""
+    handles, labels = axes.get_legend_handles_labels()
+    last = {line.name: (line.x[-1], line.y[-1]) for line in picture.lines}
+    order = sorted(range(len(labels)), key=lambda i: -last[labels[i]][1])
+    axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=8,
+        labelcolor=_INK,
+    )
