@@ -30,7 +30,7 @@ def negligible(interval: Interval, margin: float = MARGIN) -> Agreement:
 
 
 def together(*parts: Agreement) -> Agreement:
-    """Of a claim of several parts: what all say; in part, where some part agrees; else the worst."""
+    """Of several parts: what all say; in part, where one agrees at least; else that they do not."""
     if len(set(parts)) == 1:
         return parts[0]
     if "agrees" in parts or "agrees in part" in parts:
