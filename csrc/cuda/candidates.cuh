@@ -29,7 +29,7 @@ __device__ __forceinline__ unsigned candidate_mask(const ScanParams& p, const Ti
   unsigned mask = 0;
 #pragma unroll
   for (int c = 0; c < Tile::kColumns; ++c) {
-    const float key_norm = key_norms[Tile::column_of(c)];
+    const float key_norm = key_norms[tile.column_of(c)];
     const float distance = tile_distance(p, tile.at(r, c), norm, key_norm);
     mask |= static_cast<unsigned>(distance <= bound) << c;
   }
@@ -38,6 +38,13 @@ __device__ __forceinline__ unsigned candidate_mask(const ScanParams& p, const Ti
 
 // Ties with the threshold pass up to the threshold's own row: of many keys at one distance, only as
 // many enter as the sample promised.
+__device__ __forceinline__ bool is_tie(const ScanParams& p, float distance, float bound) {
+  return fmaxf(p.floor, distance) == bound;  // below its floor a distance is the floor
+}
+__device__ __forceinline__ bool is_late(int row, int last_tie) {
+  return static_cast<unsigned>(row) > static_cast<unsigned>(last_tie);
+}
+
 template <class Tile>
 __device__ __forceinline__ unsigned without_late_ties(const ScanParams& p, const Tile& tile, int r,
                                                       const float* key_norms, float norm,
@@ -45,18 +52,21 @@ __device__ __forceinline__ unsigned without_late_ties(const ScanParams& p, const
                                                       unsigned mask) {
 #pragma unroll
   for (int c = 0; c < Tile::kColumns; ++c) {
-    const int column = Tile::column_of(c);
+    const int column = tile.column_of(c);
     const float distance = tile_distance(p, tile.at(r, c), norm, key_norms[column]);
-    // Below its floor a distance is the floor.
-    const bool tie = fmaxf(p.floor, distance) == bound;
-    if (tie && static_cast<unsigned>(tile_key_row<Tile>(p, key_tile, column)) >
-                   static_cast<unsigned>(last_tie))
+    if (is_tie(p, distance, bound) && is_late(tile_key_row<Tile>(p, key_tile, column), last_tie))
       mask &= ~(1u << c);
   }
   return mask;
 }
 
-// Writes the words of the mask from `slot` on; what finds no room is dropped, and was counted.
+__device__ __forceinline__ void store_candidate(const ScanParams& p, Word* list, unsigned slot,
+                                                float distance, int row) {
+  // What finds no room is dropped, and was counted.
+  if (slot < p.capacity) list[slot] = make_word(fmaxf(p.floor, distance), row);
+}
+
+// Writes the words of the mask from `slot` on.
 template <class Tile>
 __device__ __forceinline__ void store_candidates(const ScanParams& p, const Tile& tile, int r,
                                                  const float* key_norms, float norm, int key_tile,
@@ -64,10 +74,9 @@ __device__ __forceinline__ void store_candidates(const ScanParams& p, const Tile
 #pragma unroll
   for (int c = 0; c < Tile::kColumns; ++c) {
     if (!(mask >> c & 1)) continue;
-    const int column = Tile::column_of(c);
+    const int column = tile.column_of(c);
     const float distance = tile_distance(p, tile.at(r, c), norm, key_norms[column]);
-    if (slot < p.capacity)
-      list[slot] = make_word(fmaxf(p.floor, distance), tile_key_row<Tile>(p, key_tile, column));
+    store_candidate(p, list, slot, distance, tile_key_row<Tile>(p, key_tile, column));
     ++slot;
   }
 }

@@ -70,7 +70,10 @@ __device__ __forceinline__ void mbarrier_expect(Mbarrier* barrier, unsigned byte
 #endif
 }
 
-// Arrives on the barrier that lies at the same place in block `rank` of the cluster.
+// Arrives on the barrier that lies at the same place in block `rank` of the cluster: says that this
+// warp's products have read a stage, which the other block's copies may now overwrite. It releases
+// to its own block only: at cluster scope it would wait, in each step, for every store on its way,
+// and there is none that the other block reads.
 __device__ __forceinline__ void mbarrier_arrive_cluster(Mbarrier* barrier,
                                                         unsigned rank KNNEXT_PLACE) {
 #ifdef KNNEXT_EMULATOR
@@ -79,37 +82,26 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(Mbarrier* barrier,
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
-          shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 #endif
 }
 
-// Waits until the phase of this parity has ended. `in_cluster` where other blocks arrive too.
-template <bool in_cluster = false>
+// Waits until the phase of this parity has ended. What copies brought is then seen by this thread.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity KNNEXT_PLACE) {
 #ifdef KNNEXT_EMULATOR
   emulate::mbarrier_wait(barrier, parity, place);
 #else
   unsigned done;
   do {
-    if constexpr (in_cluster)
-      asm volatile(
-          "{\n.reg .pred done;\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, done;\n}"
-          : "=r"(done)
-          : "r"(shared_address(barrier)), "r"(parity)
-          : "memory");
-    else
-      asm volatile(
-          "{\n.reg .pred done;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, done;\n}"
-          : "=r"(done)
-          : "r"(shared_address(barrier)), "r"(parity)
-          : "memory");
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
   } while (!done);
 #endif
 }
