@@ -14,14 +14,18 @@ namespace {
 struct Options {
   int64_t dtype, num_queries, num_keys, dim, k, inner_product, index_offset, num_init, refine;
   int64_t query_stride, key_stride;
-  int64_t shape, resident;               // shape 0: the plan's own; resident -1: the plan's own
+  int64_t shape, resident;  // shape 0: the plan's own, 4: Hopper's; resident -1: the plan's own
   int64_t chunk_keys, queries_per_pass;  // 0: the plan's own
   int64_t num_units, stride, second, rank, capacity, fail_all, owners, owner_words;
+  int64_t stages;      // of Hopper's kernels; 0: the plan's own
   int64_t num_failed;  // out: queries that took the path that cannot fail
 };
 
 void choose(const Options& o, CudaSearchPlan& plan) {
-  if (o.shape) {
+  if (o.shape == 4) {
+    plan.kernel.kernel = ScanKernel::kSm90Owner;
+    if (o.stages) plan.owner.stages = static_cast<int>(o.stages);
+  } else if (o.shape) {
     plan.shape = o.shape == 1 ? kScanFew : o.shape == 2 ? kScanSmall : kScanLarge;
     plan.resident = false;
   }

@@ -32,14 +32,15 @@ FLAGS = [
     "-Wextra",
     "-Wno-unknown-pragmas",  # of loop unrolling
     "-DKNNEXT_EMULATOR",
+    "-DKNNEXT_BUILT_SM90",
     f"-I{ROOT / 'csrc'}",
     f"-I{ROOT / 'tests'}",
 ]
 
 
 def sources() -> list[Path]:
-    """The kernels, the C functions that launch them, and the emulator. Hopper's own stay out."""
-    kernels = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if "sm90" not in p.name]
+    """The kernels, the C functions that launch them, and the emulator."""
+    kernels = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if "sm90_filter" not in p.name]
     plan = [*sorted((ROOT / "csrc").glob("plan*.cpp")), ROOT / "csrc/cpu/isa.cpp"]
     return [*sorted(HERE.glob("*.cpp")), *kernels, *plan]
 

@@ -243,6 +243,7 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
 
 #include "emulator/collectives.h"
 #include "emulator/half.h"
+#include "emulator/hopper.h"
 #include "emulator/matrix.h"
 
 namespace knnext {

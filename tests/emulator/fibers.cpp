@@ -32,6 +32,7 @@ struct Block {
   uint64_t serial = 0;
   std::string error;
   const std::function<void()>* body = nullptr;
+  std::vector<std::function<void()>> deeds;  // that are done later
 } block;
 
 constexpr size_t kSharedBytes = 228 * 1024;
@@ -143,6 +144,7 @@ void thread_main() {
 void make_ready(Thread* thread) {
   thread->state = Thread::kReady;
   thread->barrier = -1;
+  thread->event = nullptr;
   block.ready.push_back(thread);
 }
 
@@ -191,6 +193,16 @@ Thread* pick() {
   return thread;
 }
 
+// Does one of the deeds that wait; in order without a seed, and as late as can be.
+bool do_later_deed() {
+  if (block.deeds.empty()) return false;
+  const size_t at = settings.seed ? draw() % block.deeds.size() : 0;
+  const std::function<void()> deed = std::move(block.deeds[at]);
+  block.deeds.erase(block.deeds.begin() + static_cast<std::ptrdiff_t>(at));
+  deed();
+  return true;
+}
+
 void start_threads(unsigned count) {
   block.threads.assign(count, {});
   block.ready.clear();
@@ -224,9 +236,12 @@ void run_block() {
   block.shared_used = (block.dynamic_bytes + 127) / 128 * 128;
   block.serial = next_serial++;
   for (Barrier& b : block.barriers) b = {};
+  block.deeds.clear();
   order_release(&block);
   start_threads(block_dim.x * block_dim.y * block_dim.z);
   while (block.error.empty() && block.alive) {
+    if (settings.seed && draw() % 4 == 0) do_later_deed();
+    if (block.ready.empty() && do_later_deed()) continue;
     if (block.ready.empty()) {
       block.error = std::to_string(block.threads.size() - block.alive) + " of " +
                     std::to_string(block.threads.size()) +
@@ -235,6 +250,9 @@ void run_block() {
     }
     to_thread(pick());
   }
+  if (block.error.empty() && !block.deeds.empty())
+    block.error = "all threads have returned before " + std::to_string(block.deeds.size()) +
+                  " of their copies landed";
   order_acquire(&block);
   finish_threads();
 }
@@ -279,6 +297,7 @@ uint64_t draw() {
 }
 
 void fail(const std::string& message, Place place) {
+  if (!current) throw std::runtime_error(message + " [of a copy of " + describe(place) + "]");
   const Dim3 b = block_index, t = current->index;
   block.error = message + " [" + describe(place) + ", block (" + std::to_string(b.x) + ", " +
                 std::to_string(b.y) + ", " + std::to_string(b.z) + "), thread (" +
@@ -286,6 +305,27 @@ void fail(const std::string& message, Place place) {
                 ")]";
   to_scheduler();  // never resumed
   std::abort();
+}
+
+void wait_for(const char* name, const void* event, Place place) {
+  wait_here(name, place, nullptr);
+  current->event = event;
+  to_scheduler();
+  order_acquire(const_cast<void*>(event));
+}
+
+void wake(const void* event) {
+  order_release(const_cast<void*>(event));
+  for (Thread& t : block.threads)
+    if (t.state == Thread::kWaiting && t.event == event) make_ready(&t);
+}
+
+void later(std::function<void()> deed) {
+  block.deeds.push_back(std::move(deed));
+}
+
+uint64_t block_serial() {
+  return block.serial;
 }
 
 void give_way() {

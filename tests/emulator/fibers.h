@@ -41,6 +41,7 @@ struct Thread {
   Place place;
   unsigned mask = 0;
   int barrier = -1;
+  const void* event = nullptr;  // what wake() is to name
   void* data = nullptr;
   // cp.async: copies of the groups committed, oldest first, and of the open one.
   std::vector<std::vector<AsyncCopy>> groups;
@@ -75,7 +76,13 @@ void meet_warp(const char* name, unsigned mask, void* data, Finish finish, bool 
 // Meets `count` threads at barrier `id`; an arrival without waiting returns at once.
 void meet_barrier(const char* name, int id, unsigned count, bool wait, void* data, Finish finish,
                   Place place);
-void give_way();  // lets other threads run first, now and then
+// Sleeps until another thread, or something that lands, wakes what sleeps there.
+void wait_for(const char* name, const void* event, Place place);
+void wake(const void* event);
+// Does it when the scheduler draws it: at some time before the block's threads could only wait.
+void later(std::function<void()> deed);
+uint64_t block_serial();  // another for every block
+void give_way();          // lets other threads run first, now and then
 [[noreturn]] void fail(const std::string& message, Place place = Place::current());
 
 // Shared memory of the running block: poisoned when the block begins, and one place per site.
