@@ -1,0 +1,317 @@
+"""Is the datastore only a memory, such as an LM that knows its training text by heart would be?
+
+The base LM is trained further on a part of its text, dropout off, until it has learned that part
+by heart, and each epoch's checkpoint is mixed with the base LM. Beside it: datastores of the very
+same tokens, of all rows, and of the memorizing LM's own states.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnext.demo_config import write_json
+from knnext.experiments import figures, lm_training
+from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
+from knnext.experiments.correlation import Correlation, pearson, spearman
+from knnext.experiments.family import Setting
+from knnext.experiments.lab import EVALUATED, LM, Lab
+from knnext.experiments.mixture import DEFAULT_TEMPERATURES, LogP, by_name
+from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
+
+DESCRIPTION = Description(
+    name="memorization",
+    title="Memorization",
+    question="Does an LM that has memorized the training text help as the datastore does?",
+    claim="No: mixed with the base LM, an overfitted LM gives no improvement at any epoch.",
+    varies="the second component: an overfitted copy of the LM in place of W_ds; whose states",
+    paper=(
+        PaperFigure("no improvement by mixing, over some 233 epochs", "digest"),
+        PaperFigure("learning rate 1e-2 (NAG), all dropout 0, clipping at 100", "code"),
+    ),
+)
+
+_EPOCHS = (1, 2, 5, 10, 15, 20, 30, 40)
+_TOKENS, _BATCH, _RATE = 50_000, 4, 1e-3
+_NLL_TOKENS = 10_000
+_TEMPERATURES = DEFAULT_TEMPERATURES[6:28:2]
+_KNN = Setting()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One epoch: `train_nll` in nats per token of the memorized text, log p of both splits."""
+
+    epoch: int
+    train_nll: float
+    log_p: dict[str, Tensor]
+
+
+def run(lab: Lab) -> Findings:
+    """Memorize, mix every checkpoint, compare with the datastores."""
+    base = lab.lm()
+    part = part_lab(lab)
+    settings = _settings(lab, part)
+    folder = lab.cache.get("memorized", settings, lambda f: _memorize(lab, part, settings, f))
+    checkpoints = _load(folder, settings["epochs"])
+    knn = {
+        "datastore of the same tokens": part.component(_KNN),
+        "datastore of all rows": lab.component(_KNN),
+        "datastore of all rows, memorizing LM's states": lab.component(
+            _KNN, lm=_memorized_lm(folder, base, settings)
+        ),
+    }
+    unigram = by_name(lab.splits(), {s: _unigram(lab, s) for s in EVALUATED})
+    return Analysis(lab).findings(checkpoints, knn, unigram, part)
+
+
+def part_lab(lab: Lab) -> Lab:
+    """The same lab with a datastore of the memorized tokens alone."""
+    tokens = lab.preset.option("memorization.tokens", min(_TOKENS, lab.preset.entries // 8))
+    preset = replace(lab.preset, entries=tokens)
+    return Lab(preset, lab.folder, lab.say, lab.device)
+
+
+def _settings(lab: Lab, part: Lab) -> dict[str, Any]:
+    option = lab.preset.option
+    return {
+        "lm": lab.lm().settings,
+        "tokens": part.preset.entries,
+        "epochs": list(option("memorization.epochs", _EPOCHS)),
+        "batch_size": option("memorization.batch_size", _BATCH),
+        "learning_rate": option("memorization.learning_rate", _RATE),
+        "seed": option("memorization.seed", 0),
+        "evaluated": [lab.preset.valid_tokens, lab.preset.test_tokens, lab.preset.document_tokens],
+    }
+
+
+def _memorize(lab: Lab, part: Lab, settings: Mapping[str, Any], folder: Path) -> None:
+    """Train a copy of the LM; each epoch that is asked for leaves its figures and its weights, so
+    that an interrupted training goes on from there."""
+    model = copy.deepcopy(lab.lm().model).eval()  # eval: every dropout is off
+    tokens = lm_training.stream(part.text("store"))
+    block = lm_training.block_size_of(lab, model)
+    generator = torch.Generator().manual_seed(settings["seed"])
+    optimizer = lm_training.new_optimizer(model, settings["learning_rate"], 0.0)
+    done = _resume(folder, model, optimizer, generator)
+    epochs = settings["epochs"]
+    with lab.step(f"memorize {len(tokens):,} tokens for {epochs[-1] - done} epochs"):
+        for epoch in range(done + 1, epochs[-1] + 1):
+            starts = next(lm_training.passes(len(tokens), block, generator))
+            loss = lm_training.next_token_loss(tokens)
+            for chosen in starts.split(settings["batch_size"]):
+                lm_training.step(model, optimizer, tokens, chosen, block, loss)
+            if epoch in epochs:
+                _save(lab, part, model, folder, epoch)
+                state = (model.state_dict(), optimizer.state_dict(), generator.get_state(), epoch)
+                torch.save(state, folder / "state.part")
+                (folder / "state.part").replace(folder / "state.pt")
+
+
+def _resume(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> int:
+    """Epochs that an earlier attempt finished, its state loaded."""
+    path = folder / "state.pt"
+    if not path.exists():
+        return 0
+    weights, moments, random, epoch = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    generator.set_state(random)
+    return int(epoch)
+
+
+def _save(lab: Lab, part: Lab, model: Any, folder: Path, epoch: int) -> None:
+    log_p = {n: one.numpy() for n, one in lm_training.score_splits(lab, model).items()}
+    text = part.text("store")
+    head = replace(text, tokens=text.tokens[: _NLL_TOKENS + 1])
+    nll = -float(lm_training.score_text(lab, model, head).mean())
+    np.savez(folder / f"epoch-{epoch}.npz", allow_pickle=False, **log_p)
+    write_json(folder / f"epoch-{epoch}.json", {"train_nll": nll})
+
+
+def _load(folder: Path, epochs: Sequence[int]) -> list[Checkpoint]:
+    found = []
+    for epoch in epochs:
+        with np.load(folder / f"epoch-{epoch}.npz", allow_pickle=False) as archive:
+            log_p = {name: torch.from_numpy(archive[name]) for name in archive.files}
+        record = json.loads((folder / f"epoch-{epoch}.json").read_text(encoding="utf-8"))
+        found.append(Checkpoint(epoch, record["train_nll"], log_p))
+    return found
+
+
+def _memorized_lm(folder: Path, base: LM, settings: dict[str, Any]) -> LM:
+    """The LM of the last epoch."""
+    model = copy.deepcopy(base.model)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(state[0])
+    return LM(model.eval(), base.tokenizer, {"memorized": settings}, settings["seed"])
+
+
+def _unigram(lab: Lab, split: str) -> Tensor:
+    """(n,) log p of the targets by their counts in the training text, one added to each."""
+    vocab_size = lab.padding_token
+    counts = lm_training.stream(lab.text("train")).long().bincount(minlength=vocab_size) + 1.0
+    return (counts / counts.sum()).double().log()[lab.split(split).targets]
+
+
+class Analysis:
+    """Mixtures and correlations of checkpoints and datastores with one base LM."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.resamples = lab, lab.preset.resamples
+        self.valid, self.test = lab.splits()
+        self.reference = torch.empty(0)
+
+    def findings(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        knn: Mapping[str, LogP],
+        unigram: LogP,
+        part: Lab,
+    ) -> Findings:
+        """The table: every epoch, the datastores, and a unigram LM as a control."""
+        stores = {name: self.fit(one, _TEMPERATURES) for name, one in knn.items()}
+        whole = knn["datastore of all rows"]
+        best_t = stores["datastore of all rows"].mixture.temperature
+        self.reference = whole("test", best_t).exp() - self.test.log_p_lm.exp()
+        rows, fits = [], []
+        for one in checkpoints:
+            component = by_name((self.valid, self.test), one.log_p)
+            fits.append(self.fit(component, (1.0,)))
+            rows.append(
+                self.row("memorizing LM", fits[-1], one.log_p["test"], one.epoch, one.train_nll)
+            )
+        for name, fitted in stores.items():
+            log_p = knn[name]("test", fitted.mixture.temperature)
+            rows.append(self.row(name, fitted, log_p))
+        rows.append(self.row("unigram LM", self.fit(unigram, (1.0,)), unigram("test", 1.0)))
+        chosen = min(range(len(fits)), key=lambda i: fits[i].valid_nll)
+        same = stores["datastore of the same tokens"]
+        tokens = len(part.text("store").tokens)
+        return self._conclude(rows, checkpoints, fits, chosen, same, tokens)
+
+    def fit(self, component: LogP, temperatures: Sequence[float]) -> Fitted:
+        """Fitted on valid, measured on test."""
+        return fit_component(
+            self.valid, self.test, component, temperatures, resamples=self.resamples
+        )
+
+    def row(
+        self,
+        name: str,
+        fitted: Fitted,
+        log_p: Tensor,
+        epoch: int | None = None,
+        train_nll: float | None = None,
+    ) -> dict[str, Any]:
+        """One component's row of the table."""
+        m = fitted.mixture
+        linear, ranked = self.correlations(log_p)
+        return {
+            "component": name,
+            "epoch": epoch,
+            "train nll": train_nll,
+            "alone": m.alone,
+            "lmbda": m.lmbda,
+            "perplexity": m.mixture,
+            "change": str(Gain(m.gain, m.interval)),
+            "paper's way": m.paper["mixture"],
+            "Pearson": str(linear),
+            "Spearman": str(ranked),
+        }
+
+    def correlations(self, log_p: Tensor) -> tuple[Correlation, Correlation]:
+        """Of p - p_lm with the datastore's, over the targets of test."""
+        difference, ids = log_p.exp() - self.test.log_p_lm.exp(), self.test.document_ids
+        return (
+            pearson(difference, self.reference, ids, resamples=self.resamples),
+            spearman(difference, self.reference, ids, resamples=self.resamples),
+        )
+
+    def _conclude(
+        self,
+        rows: list[dict[str, Any]],
+        checkpoints: Sequence[Checkpoint],
+        fits: Sequence[Fitted],
+        chosen: int,
+        same: Fitted,
+        tokens: int,
+    ) -> Findings:
+        best, last = fits[chosen], checkpoints[-1]
+        gain = advantage(self.test, best.log_p, self.test.log_p_lm, self.resamples)
+        datastore = advantage(self.test, same.log_p, self.test.log_p_lm, self.resamples)
+        lead = advantage(self.test, same.log_p, best.log_p, self.resamples)
+        final = self.correlations(last.log_p["test"])[0]
+        words = (
+            f"Trained on {tokens:,} tokens for {last.epoch} epochs, to {last.train_nll:.2f} nats "
+            f"on them, the LM changes the mixture's perplexity by {gain} at its best epoch "
+            f"({checkpoints[chosen].epoch}, chosen on valid); a datastore of the same tokens by "
+            f"{datastore}. Its help correlates with the whole datastore's by {final} at the end."
+        )
+        series = {
+            "epochs": [one.epoch for one in checkpoints],
+            "train nll": [one.train_nll for one in checkpoints],
+            "alone": [fit.mixture.alone for fit in fits],
+            "mixture": [fit.mixture.mixture for fit in fits],
+            "base": best.mixture.base,
+            "datastore of the same tokens": same.mixture.mixture,
+            "tokens": tokens,
+        }
+        details = {
+            "setting of the datastores": _KNN.to_dict(),
+            "seeds": "one: it decides the order of the blocks only, the weights are the base LM's",
+            "gain": gain.to_dict(),
+            "lead of the datastore of the same tokens": lead.to_dict(),
+            "unigram LM": "p - p_lm of any component holds -p_lm, which alone correlates",
+        }
+        return Findings(rows, agreement(gain, lead), words, str(gain), series, details)
+
+
+def agreement(gain: Gain, lead: Gain) -> Agreement:
+    """No gain agrees; a gain below that of a datastore of the same tokens agrees in part."""
+    if not gain.interval.low > 0:
+        return "agrees"
+    return "agrees in part" if lead.interval.low > 0 else "disagrees"
+
+
+def plot(result: dict[str, Any], axes: Any) -> None:
+    """Perplexity by epoch, alone and mixed."""
+    s = result["series"]
+    figures.line(axes, s["epochs"], s["alone"], "memorizing LM alone")
+    figures.line(axes, s["epochs"], s["mixture"], "mixed with the base LM", 1)
+    figures.reference_line(axes, s["base"], "base LM")
+    axes.axhline(
+        s["datastore of the same tokens"],
+        color=figures.COLORS[2],
+        linewidth=1.4,
+        linestyle=":",
+        label="base LM with a datastore of the same tokens",
+    )
+    for epoch, nll, alone in zip(s["epochs"], s["train nll"], s["alone"], strict=True):
+        if alone is not None:
+            axes.annotate(
+                f"{nll:.1f}",
+                (epoch, alone),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=figures.MUTED,
+            )
+    axes.set_yscale("log")
+    figures.dress(
+        axes,
+        title=f"An LM that memorizes {s['tokens']:,} tokens (small: its nats on them)",
+        xlabel="epochs of training on them",
+        ylabel="perplexity per token on test",
+    )
