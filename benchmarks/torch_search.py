@@ -35,7 +35,7 @@ def nearest_in_chunk(queries: Tensor, keys: Tensor, sqnorms: Tensor, k: int) -> 
 
 
 def nearest_in_chunk_float32(queries: Tensor, keys: Tensor, sqnorms: Tensor, k: int) -> Result:
-    if queries.is_cuda and queries.dtype != torch.float32:
+    if queries.dtype != torch.float32:
         product = torch.mm(queries, keys.T, out_dtype=torch.float32)
         scores = torch.sub(sqnorms, product, alpha=2)
     else:
