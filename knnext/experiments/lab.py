@@ -371,11 +371,18 @@ class Lab:
                 corpus=self.preset.corpus,
             )
 
-    def faiss(self, store: Datastore, factory: str | None = None, *, seed: int = 1) -> FaissIndex:
+    def faiss(
+        self,
+        store: Datastore,
+        factory: str | None = None,
+        *,
+        train_size: int | None = None,
+        seed: int = 1,
+    ) -> FaissIndex:
         """The FAISS index of a datastore, by default of the preset's recipe."""
         from knnext.index import FaissIndex
 
-        train_size = self.preset.train_size
+        train_size = train_size or self.preset.train_size
         if factory is None:
             factory = self.preset.factory
         if factory is None:
@@ -408,6 +415,7 @@ class Lab:
         k: int | None = None,
         nprobe: int | None = None,
         factory: str | None = None,
+        train_size: int | None = None,
         keep_indices: bool = False,
         lm: LM | None = None,
     ) -> StreamScores:
@@ -416,7 +424,7 @@ class Lab:
         Args:
             setting: with `w_ds="datastore"`; its temperature plays no part.
             split: `"valid"` or `"test"`.
-            k, nprobe, factory: by default the preset's.
+            k, nprobe, factory, train_size: by default the preset's.
             keep_indices: keep row numbers (8 bytes a neighbor more).
             lm: whose states; by default the LM of seed 0.
         """
@@ -439,12 +447,12 @@ class Lab:
             "faiss": [nprobe or self.preset.nprobe, factory or self.preset.factory]
             if faiss
             else [],
-            "train_size": self.preset.train_size if faiss else None,
+            "train_size": train_size or self.preset.train_size if faiss else None,
             "indices": keep_indices,
         }
 
         def make(folder: Path) -> None:
-            index = self.faiss(store, factory) if faiss else None
+            index = self.faiss(store, factory, train_size=train_size) if faiss else None
             what = f"{setting.mask} mask, {setting.score} score"
             with self.step(f"search {split} in {len(store):,} rows ({what}, {setting.metric})"):
                 arrays = self._state_arrays(split, setting.h_ds, lm)
