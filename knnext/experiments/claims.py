@@ -20,6 +20,13 @@ def holds(interval: Interval) -> Agreement:
     return "agrees" if interval.low > 0 else "disagrees"
 
 
+def exceeds(interval: Interval, margin: float = MARGIN) -> Agreement:
+    """Of "this is much better than that": by more than the margin, by less, or it is not known."""
+    if not _known(interval) or interval.low <= margin <= interval.high:
+        return "undecided"
+    return "agrees" if interval.low > margin else "disagrees"
+
+
 def negligible(interval: Interval, margin: float = MARGIN) -> Agreement:
     """Of "this matters little": the interval lies within the margin, outside it, or across it."""
     if not _known(interval):

@@ -2,35 +2,32 @@
 
 Every member is reported twice. With t = 1, as the paper did: but t is a scale, and inner products
 are of another scale than squared distances, and states of one layer longer than those of another.
-At t = 1 members differ by their scale too. With t fitted on valid that is taken out, and the
-verdict goes by this.
+At t = 1 members differ by their scale too. With t fitted on valid that is taken out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from typing import Any
 
 from torch import Tensor
 
-from knnext.bootstrap import Interval
-from knnext.experiments.claims import holds, negligible, together
+from knnext.experiments.claims import exceeds, negligible, together
+from knnext.experiments.contrast import Gain, advantage
 from knnext.experiments.family import Setting
 from knnext.experiments.lab import Lab
-from knnext.experiments.mixture import (
-    DEFAULT_TEMPERATURES,
-    FLOOR,
-    LogP,
-    Mixture,
-    Split,
-    difference,
-    mix,
+from knnext.experiments.mixture import DEFAULT_TEMPERATURES, FLOOR, LogP, Mixture, Split, mix
+from knnext.experiments.results import (
+    Agreement,
+    Description,
+    Findings,
+    PaperFigure,
+    percent_interval,
 )
-from knnext.experiments.results import Description, Findings, PaperFigure, percent_interval
 from knnext.scores import mix_log_probs
 
 DESCRIPTION = Description(
@@ -41,6 +38,7 @@ DESCRIPTION = Description(
     "inner products differ little.",
     varies="h_ds (att, ffn) and the product (l2, ip); true and FAISS neighbors; t fitted and t = 1",
     paper=(
+        PaperFigure("norms drawn up to 7 for att and up to 75 for ffn states; t = 1", "code"),
         PaperFigure("base 21.755; one kNN-LM 19.175 at lmbda 0.263 (valid, per word)", "code"),
         PaperFigure("att l2: 19.174 at lmbda 0.271, oracle 14.230", "recalled"),
         PaperFigure("att ip: 19.095 at lmbda 0.266, oracle 14.077", "recalled"),
@@ -52,6 +50,7 @@ DESCRIPTION = Description(
 STATES, METRICS = ("att", "ffn"), ("l2", "ip")
 SEARCHES = (("exact", "real"), ("faiss", "real"), ("faiss", "faiss"))
 FITTED, ONE = "fitted", "t = 1"
+ATT, L2 = "att over ffn", "l2 over ip"
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,17 @@ class Member:
     figures: Mixture
     alone: Tensor
     mixed: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two members that differ in one setting; `fixed` is the other, `t` whether it was fitted."""
+
+    pair: str
+    fixed: str
+    mask: str
+    score: str
+    t: str
 
 
 def run(lab: Lab) -> Findings:
@@ -113,7 +123,7 @@ def row(m: Member, test: Split, parameters: int, grid: Sequence[float]) -> dict[
         "targets found": float(m.alone.isfinite().double().mean()),
         "mixture": f.mixture,
         "oracle": f.oracle,
-        "change": percent_interval(f.gain, f.interval.low, f.interval.high),
+        "change": change(f),
         "extra parameters": parameters,
         "kNN only with floor, log10 per word": floored,
         "paper's way: t": paper["temperature"],
@@ -128,61 +138,69 @@ def at_end(figures: Mixture, grid: Sequence[float]) -> bool:
     return figures.lmbda > 0 and figures.temperature in (grid[0], grid[-1])
 
 
-def compare(members: Sequence[Member], test: Split, resamples: int) -> list[dict[str, Any]]:
+def compare(members: Sequence[Member], test: Split, resamples: int) -> dict[Pair, Gain]:
     """Paired gains of att over ffn for each metric, and of l2 over ip for each state."""
     by = {(m.setting, m.how): m.mixed for m in members}
-    pairs = []
+    pairs = {}
     for (mask, score), how in product(SEARCHES, (FITTED, ONE)):
-        wanted = [("att over ffn", x, ("att", x), ("ffn", x)) for x in METRICS]
-        wanted += [("l2 over ip", s, (s, "l2"), (s, "ip")) for s in STATES]
-        for name, fixed, better, worse in wanted:
-            a, b = (
+        wanted = [(ATT, metric, ("att", metric), ("ffn", metric)) for metric in METRICS]
+        wanted += [(L2, state, (state, "l2"), (state, "ip")) for state in STATES]
+        for name, fixed, *both in wanted:
+            better, worse = (
                 by[Setting(h_ds=state, metric=metric, mask=mask, score=score), how]
-                for state, metric in (better, worse)
+                for state, metric in both
             )
-            interval = difference(test, a, b, resamples)
-            pair = {"pair": name, "with": fixed, "mask": mask, "score": score, "t is": how}
-            gain = {"gain": float((a - b).mean()), "low": interval.low, "high": interval.high}
-            pairs.append({**pair, **gain})
+            pair = Pair(name, fixed, mask, score, how)
+            pairs[pair] = advantage(test, better, worse, resamples)
     return pairs
 
 
 def conclude(
-    rows: list[dict[str, Any]], members: Sequence[Member], pairs: Sequence[dict[str, Any]]
+    rows: list[dict[str, Any]], members: Sequence[Member], pairs: dict[Pair, Gain]
 ) -> Findings:
-    """Agrees in whole where att beats ffn under both metrics and, for att, l2 and ip lie within
-    1 % of each other: true neighbors, real scores, t fitted."""
-    fitted, one = (
-        {(p["pair"], p["with"]): p for p in pairs if p["mask"] == "exact" and p["t is"] == how}
-        for how in (FITTED, ONE)
-    )
-    state = together(*(holds(_interval(fitted["att over ffn", x])) for x in METRICS))
-    distance = negligible(_interval(fitted["l2 over ip", "att"]))
+    """Three parts, of true neighbors and real scores: att beats ffn by more than 1 % of perplexity
+    under both metrics at t = 1; it does with t fitted; for att and t fitted, l2 and ip lie within
+    1 % of each other."""
+
+    def found(name: str, fixed: str, how: str) -> Gain:
+        return pairs[Pair(name, fixed, "exact", "real", how)]
+
+    one, fitted = ([found(ATT, metric, how) for metric in METRICS] for how in (ONE, FITTED))
+    distance = found(L2, "att", FITTED)
+    parts: dict[str, Agreement] = {
+        "att matters at t = 1": together(*(exceeds(g.interval) for g in one)),
+        "att matters with t fitted": together(*(exceeds(g.interval) for g in fitted)),
+        "l2 and ip differ little for att": negligible(distance.interval),
+    }
     exact = [m for m in members if m.setting.mask == "exact" and m.how == FITTED]
-    listed = ", ".join(
-        f"{m.setting.h_ds} {m.setting.metric} {_shown(m.figures.to_dict())}" for m in exact
+    changes = ", ".join(
+        f"{m.setting.h_ds} {m.setting.metric} {change(m.figures)} (t {m.figures.temperature:.3g})"
+        for m in exact
     )
     words = (
-        f"With t fitted, perplexity changes by {listed}. att instead of ffn: "
-        f"{_shown(fitted['att over ffn', 'l2'])} (l2) and {_shown(fitted['att over ffn', 'ip'])} "
-        f"(ip); l2 instead of ip for att: {_shown(fitted['l2 over ip', 'att'])}. At t = 1 these "
-        f"are {_shown(one['att over ffn', 'l2'])}, {_shown(one['att over ffn', 'ip'])} and "
-        f"{_shown(one['l2 over ip', 'att'])}: t is a scale, so t = 1 compares scales too."
+        f"att instead of ffn changes perplexity by {one[0]} (l2) and {one[1]} (ip) at t = 1, and "
+        f"by {fitted[0]} and {fitted[1]} with t fitted: t is a scale, and t = 1 compares scales "
+        f"too. l2 instead of ip, for att: {found(L2, 'att', ONE)} at t = 1, {distance} fitted. "
+        f"Against the LM, fitted: {changes}."
     )
     return Findings(
         rows=rows,
-        agreement=together(state, distance),
+        agreement=together(*parts.values()),
         words=words,
-        headline=f"att instead of ffn: {_shown(fitted['att over ffn', 'l2'])} (l2)",
+        headline=f"att instead of ffn (l2): {one[0]} at t = 1, {fitted[0]} with t fitted",
         details={
-            "pairs": list(pairs),
-            "parts": {"att beats ffn": state, "l2 and ip differ little for att": distance},
+            "parts": parts,
+            "pairs": [{**asdict(pair), **gain.to_dict()} for pair, gain in pairs.items()],
             "members": [
-                {"setting": m.setting.to_dict(), "t is": m.how, **m.figures.to_dict()}
-                for m in members
+                {"setting": m.setting.to_dict(), "t": m.how, **m.figures.to_dict()} for m in members
             ],
         },
     )
+
+
+def change(figures: Mixture) -> str:
+    """The change of perplexity that a component brings, with its interval."""
+    return percent_interval(figures.gain, figures.interval.low, figures.interval.high)
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
@@ -201,7 +219,7 @@ def plot(result: dict[str, Any], axes: Any) -> None:
         style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": "none"}
         for m in members:
             setting, interval = m["setting"], m["interval"]
-            if (setting["mask"], setting["score"], m["t is"]) != (mask, score, how):
+            if (setting["mask"], setting["score"], m["t"]) != (mask, score, how):
                 continue
             place = len(labels) - labels.index(f"{setting['h_ds']}, {setting['metric']}")
             y = place - 0.17 * (number - 1.5)
@@ -211,14 +229,9 @@ def plot(result: dict[str, Any], axes: Any) -> None:
                 ends = [100 * math.expm1(-interval[end]) for end in ("low", "high")]
                 axes.plot(ends, [y, y], color=COLORS[number], linewidth=1.2)
     axes.axvline(0, color=MUTED, linewidth=1.0, linestyle="--")
-    dress(axes, title=result["title"], xlabel="change of perplexity in % (test)", ylabel="")
+    xlabel = "change of perplexity in % (test), with 95 % intervals"
+    dress(axes, title=result["title"], xlabel=xlabel, ylabel="", legend=False)
+    axes.legend(
+        frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.14)
+    )
     axes.set_yticks(range(len(labels), 0, -1), labels, color=INK)
-
-
-def _interval(pair: dict[str, Any]) -> Interval:
-    return Interval(pair["low"], pair["high"], 0.95)
-
-
-def _shown(figures: dict[str, Any]) -> str:
-    interval = figures.get("interval", figures)
-    return percent_interval(figures["gain"], interval["low"], interval["high"])

@@ -7,24 +7,25 @@ import math
 import pytest
 
 from knnext.bootstrap import Interval
-from knnext.experiments.claims import holds, negligible, together
+from knnext.experiments.claims import exceeds, holds, negligible, together
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "better", "little"),
+    ("low", "high", "better", "much", "little"),
     [
-        (0.02, 0.05, "agrees", "disagrees"),
-        (0.001, 0.009, "agrees", "agrees"),
-        (0.0, 0.009, "undecided", "agrees"),
-        (-0.02, 0.05, "undecided", "undecided"),
-        (-0.05, -0.02, "disagrees", "disagrees"),
-        (-0.05, -0.002, "disagrees", "undecided"),
-        (math.nan, math.nan, "undecided", "undecided"),
+        (0.02, 0.05, "agrees", "agrees", "disagrees"),
+        (0.001, 0.009, "agrees", "disagrees", "agrees"),
+        (0.0, 0.009, "undecided", "disagrees", "agrees"),
+        (-0.02, 0.05, "undecided", "undecided", "undecided"),
+        (-0.05, -0.02, "disagrees", "disagrees", "disagrees"),
+        (-0.05, -0.002, "disagrees", "disagrees", "undecided"),
+        (math.nan, math.nan, "undecided", "undecided", "undecided"),
     ],
 )
-def test_a_verdict_follows_from_the_interval(low, high, better, little):
+def test_a_verdict_follows_from_the_interval(low, high, better, much, little):
     interval = Interval(low, high, 0.95)
     assert holds(interval) == better
+    assert exceeds(interval) == much
     assert negligible(interval) == little
 
 
