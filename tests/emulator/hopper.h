@@ -244,9 +244,12 @@ inline void wgmma_wait(size_t pending, Place place = Place::current()) {
     for (const Product& p : own.groups.front()) multiply(p, own.sums[p.sums], place);
     own.groups.erase(own.groups.begin());
   }
-  if (!own.groups.empty()) return;  // which sums are done is not told apart
-  for (auto& [sums, values] : own.sums) std::copy(values.begin(), values.end(), sums);
-  own.sums.clear();
+  if (own.groups.empty()) {  // else: which sums are done is not told apart
+    for (auto& [sums, values] : own.sums) std::copy(values.begin(), values.end(), sums);
+    own.sums.clear();
+  }
+  // `.sync.aligned`: no lane goes on before the warp's product is done.
+  meet_warp("wgmma_wait", ~0u, nullptr, nullptr, false, place);
 }
 
 }  // namespace emulate
