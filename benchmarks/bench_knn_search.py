@@ -57,7 +57,9 @@ IMPLEMENTATIONS = {
     "faiss_knn_gpu_float16": _faiss_gpu(faiss_search.knn_gpu(HALF)),
     "faiss_knn_gpu_bfloat16": _faiss_gpu(faiss_search.knn_gpu(BRAIN)),
     "faiss_knn_gpu_float32": _faiss_gpu(faiss_search.knn_gpu(SINGLE)),
-    "faiss_ivfpq": Implementation(faiss_search.ivfpq, exact=False, own_memory=True),
+    "faiss_ivfpq": Implementation(
+        faiss_search.ivfpq, exact=False, own_memory=True, when=lambda shape: shape.approximate
+    ),
 }
 
 _product_seconds: dict[tuple[Shape, str], float] = {}

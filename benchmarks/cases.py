@@ -25,6 +25,7 @@ class Implementation:
     exact: the result is held to float64; if not, only its recall is reported.
     capturable: only enqueues work, so a CUDA graph can hold it.
     own_memory: allocates past torch, so that its memory is read from the device.
+    when: the shapes that it is measured at.
     """
 
     prepare: Callable[[Any], Callable[[], Any]]
@@ -32,6 +33,10 @@ class Implementation:
     capturable: bool = False
     own_memory: bool = False
     devices: tuple[str, ...] = DEVICES
+    when: Callable[[Any], bool] = lambda shape: True
+
+    def takes(self, shape: Any, device: str) -> bool:
+        return device in self.devices and self.when(shape)
 
 
 def profile(device: str, *, full: bool, smoke: bool) -> str:
@@ -54,7 +59,7 @@ def cases(
     for device in available_devices():
         for shape in shapes[profile(device, full=full, smoke=smoke)]:
             for name, implementation in implementations.items():
-                if device in implementation.devices and (not only or name in only):
+                if implementation.takes(shape, device) and (not only or name in only):
                     yield shape, device, name
 
 

@@ -3,35 +3,53 @@
 #
 #     benchmarks/gpu_run.sh [FOLDER]      # logs and JSON go there; default $OUT, else benchmarks/out/gpu
 #
-# Builds for the GPU at hand, runs the tests marked gpu, compute-sanitizer over a short list where it
-# is installed, and the benchmarks. Each step is bounded in time; a failing one is reported at the
-# end, in summary.txt and by the exit status, and does not stop the rest. Set PYTHON to choose the
-# interpreter; MINUTES (default 9) stretches or shortens all limits alike.
+# In this order: build for the GPU at hand, the tests marked gpu, once more with Hopper's own kernels,
+# compute-sanitizer over a short list, limits and rivals, Hopper's kernels, the report. Each step is
+# bounded in time, and all of them by the run's; a failing one is reported at the end, in summary.txt
+# and by the exit status, and does not stop the rest.
+#
+#   PYTHON=python3      the interpreter
+#   MINUTES=9           stretches or shortens all limits alike
+#   FAISS_GPU=.gpu      a folder with FAISS for GPUs: faiss-gpu.tar.xz, or that unpacked. It holds
+#                       activate.sh, which is sourced for the benchmarks and sets PYTHONPATH
+#   DATASTORE=FOLDER    real keys; otherwise some are made, if transformers is installed
+#   NULL_EPILOGUE=1     also build without the scan's epilogue and compare kernel times (3 minutes more)
 set -u
 cd "$(dirname "$0")/.." || exit 2
+root=$PWD
 out=${1:-${OUT:-benchmarks/out/gpu}}
 python=${PYTHON:-python3}
 minutes=${MINUTES:-9}
+faiss=${FAISS_GPU:-.gpu}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 : >"$out/summary.txt"
 failures=0
+deadline=$((SECONDS + minutes * 60))
 export PYTHONUNBUFFERED=1 KNNEXT_REQUIRE_GPU=1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
 
-# step NAME SECONDS COMMAND...: seconds are of a nine-minute run.
+# step NAME SECONDS RESERVED COMMAND...: at most SECONDS of a nine-minute run, and so that RESERVED
+# seconds stay for the steps behind it. SIGINT lets pytest write what it has measured.
 step() {
-  local name=$1 limit=$(($2 * minutes / 9)) start=$SECONDS status=0
-  shift 2
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
-  local verdict=ok
+  local name=$1 limit=$(($2 * minutes / 9)) left=$((deadline - SECONDS - $3 * minutes / 9))
+  local start=$SECONDS status=0 verdict=ok
+  shift 3
+  [ "$limit" -gt "$left" ] && limit=$left
+  if [ "$limit" -lt 5 ]; then
+    say "$(printf '%-14s %-20s' "$name" "NO TIME LEFT")"
+    failures=$((failures + 1))
+    return
+  fi
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
   if [ "$status" -ne 0 ]; then
     verdict="FAILED ($status)"
-    [ "$status" -ge 124 ] && verdict="OUT OF TIME (${limit}s)"
+    [ $((SECONDS - start)) -ge "$limit" ] && verdict="OUT OF TIME (${limit}s)"
     failures=$((failures + 1))
   fi
-  say "$(printf '%-12s %-20s %4ds  %s' "$name" "$verdict" $((SECONDS - start)) \
+  say "$(printf '%-14s %-20s %4ds  %s' "$name" "$verdict" $((SECONDS - start)) \
     "$(grep -aE '(passed|failed|error|skipped|ERROR SUMMARY)' "$out/$name.log" | tail -n 1 | cut -c1-120)")"
 }
 
@@ -59,27 +77,91 @@ capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/nul
 [ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability:-8.0}}
 
+gpu_tests() {
+  "$python" -m pytest -q -m gpu -p no:cacheprovider --timeout=120 --junitxml="$out/$1.xml" "${@:2}"
+}
+
 sanitize() {
-  local tool=$1
   # PyTorch's caching allocator hides reads past a tensor's end from memcheck.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
     --target-processes application-only --kernel-name-exclude 'kernel_substring=at::' \
     "$python" -m pytest -q -x -p no:cacheprovider --timeout=600 tests/gpu/test_gpu_search.py \
     -k "test_forced_failures_change_nothing or test_strided_and_unaligned_rows or test_empty_and_short"
 }
-export -f sanitize machine
-export python
+
+# Its libraries serve the benchmarks only: tests run beside what is installed.
+activate_faiss() {
+  [ -f "$faiss_site/activate.sh" ] || return 0
+  set +u
+  . "$faiss_site/activate.sh"
+  "$python" -c 'import torch, faiss; print("faiss", faiss.__version__, "on", faiss.get_num_gpus(), "GPUs")'
+}
+
+benchmarks() {
+  local name=$1
+  shift
+  activate_faiss
+  "$python" -m pytest -q benchmarks -k cuda -p no:cacheprovider --benchmark-json="$out/$name.json" \
+    ${DATASTORE:+--datastore="$DATASTORE"} "$@"
+}
+
+report() {
+  local files=()
+  for name in bench bench_sm90; do [ -s "$out/$name.json" ] && files+=("$out/$name.json"); done
+  [ ${#files[@]} -gt 0 ] || { echo "error: no benchmark left its JSON"; return 1; }
+  "$python" benchmarks/report.py "${files[@]}" --page "$out/README.md" --pictures "$out/pictures"
+}
+
+kernel_times() {  # FOLDER NAME: of the package in that folder
+  PYTHONPATH=$1 "$python" "$root/benchmarks/kernel_times.py" --json "$out/$2.json"
+}
+
+null_epilogue() {
+  local copy
+  copy=$(mktemp -d) || return
+  cp -r csrc knnext setup.py pyproject.toml README.md LICENSE "$copy" && rm -rf "$copy"/knnext/lib
+  (cd "$copy" && NVCC_APPEND_FLAGS=-DKNNEXT_NULL_EPILOGUE KNNEXT_CUDA=1 NVCC_THREADS=2 \
+    "$python" setup.py build_ext --inplace) && kernel_times "$copy" kernels_null
+  local status=$?
+  rm -rf "$copy"
+  return $status
+}
+export -f machine gpu_tests sanitize activate_faiss benchmarks report kernel_times null_epilogue
+export python out root
+
+faiss_site=$faiss
+if [ -f "$faiss/faiss-gpu.tar.xz" ]; then
+  faiss_site=$(mktemp -d)
+  trap 'rm -rf "$faiss_site"' EXIT
+  tar xf "$faiss/faiss-gpu.tar.xz" -C "$faiss_site"
+fi
+faiss_site=$(cd "$faiss_site" 2>/dev/null && pwd)
+export faiss_site
 
 say "knnext on $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1), $(date -u +%FT%TZ), $(git rev-parse --short HEAD 2>/dev/null)"
-step machine 20 bash -c machine
-step build 130 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
-step tests 170 env KNNEXT_FUZZ_SECONDS=$((40 * minutes / 9)) "$python" -m pytest -q -m gpu \
-  -p no:cacheprovider --timeout=120 --junitxml="$out/tests.xml" tests
-step bench 110 "$python" -m pytest -q benchmarks -k cuda --benchmark-json="$out/bench.json"
+[ -f "$faiss_site/activate.sh" ] || say "no FAISS for GPUs in ${faiss}: what is installed counts"
+step machine 20 0 bash -c machine
+step build 140 0 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
+export KNNEXT_FUZZ_SECONDS=$((20 * minutes / 9))
+step tests 140 210 bash -c 'gpu_tests tests tests'
+step tests_sm90 60 210 env KNNEXT_SM90=1 bash -c 'gpu_tests tests_sm90 tests/gpu/test_gpu_search.py'
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck initcheck; do step "$tool" 35 bash -c "sanitize $tool"; done
+  for tool in memcheck racecheck initcheck; do step "$tool" 25 190 bash -c "sanitize $tool"; done
 else
   say "compute-sanitizer is not installed: its steps were left out"
+fi
+if [ -z "${DATASTORE:-}" ] && "$python" -c 'import transformers' 2>/dev/null; then
+  step real_keys 30 180 "$python" benchmarks/real_keys.py --steps 1500
+fi
+step bench 200 65 bash -c "benchmarks bench --budget=$((100 * minutes / 9))"
+step bench_sm90 60 15 env KNNEXT_SM90=1 bash -c \
+  'benchmarks bench_sm90 --only=bare_product,knnext,knnext_sqnorms -k "cuda and knn_search"'
+step report 30 0 bash -c report
+if [ "${NULL_EPILOGUE:-0}" = 1 ]; then
+  deadline=$((SECONDS + 240))
+  export KNNEXT_SM90=1
+  step kernels 60 0 bash -c 'kernel_times "$root" kernels'
+  step kernels_null 240 0 bash -c null_epilogue
 fi
 say "$failures step(s) failed; everything is in $out"
 exit $((failures > 0))

@@ -28,7 +28,7 @@ SPIN_UP_SECONDS = 2.0  # once a session: an idle GPU runs at a fraction of its c
 WARM_UP_SECONDS = 0.1
 ROUND_SECONDS = 2e-3  # events resolve half a microsecond: a round of this is good to 0.1 %
 GRAPH_BELOW = 1e-3
-MEASURED_SECONDS = 0.5
+MEASURED_SECONDS = 0.25
 MAX_CALLS = 4096
 LONG_SECONDS = 0.5
 #: A cache that a device does not tell of counts as large as an H100's.
@@ -62,7 +62,7 @@ def calls_per_round(seconds: float, sets: int) -> int:
 
 
 def rounds_for(round_seconds: float) -> int:
-    """Half a second's worth, from 5 to 50; two where one round takes a second or more."""
+    """A quarter of a second's worth, from 5 to 50; two where one round takes a second or more."""
     if round_seconds >= 2 * LONG_SECONDS:
         return 2
     return min(50, max(5, round(MEASURED_SECONDS / max(round_seconds, 1e-6))))

@@ -23,7 +23,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @dataclass(frozen=True)
 class Shape:
     """`keys` is "gaussian" or "lm": the hidden states of a language model (`real_keys`), at most
-    `entries` of them and of whatever dim they are."""
+    `entries` of them and of whatever dim they are. `approximate`: an approximate index is measured
+    too; it takes longer to build than all other rivals take to run."""
 
     queries: int
     entries: int
@@ -31,6 +32,7 @@ class Shape:
     k: int
     dtype: torch.dtype = torch.float16
     keys: str = "gaussian"
+    approximate: bool = True
 
     def __str__(self) -> str:
         text = f"Q{self.queries}-N{self.entries}-D{self.dim}-k{self.k}-{dtype_name(self.dtype)}"
@@ -60,8 +62,8 @@ def sweep(base: Shape, field: str, values: Iterable[Any]) -> list[Shape]:
 
 
 def unique(*lists: Iterable[Shape]) -> list[Shape]:
-    """In order, so that shapes with the same keys stay neighbors where they were."""
-    return list(dict.fromkeys(shape for shapes in lists for shape in shapes))
+    """Each once, in order, so that shapes with the same keys stay neighbors where they were."""
+    return list({str(shape): shape for shapes in lists for shape in shapes}.values())
 
 
 def _stars(small: Shape, large: Shape, entries: Iterable[int]) -> list[Shape]:
@@ -86,23 +88,26 @@ SMOKE = [
 ]
 
 _CPU = Shape(256, 65536, 1024, 1024)
+_NARROW = Shape(64, 100_000, 128, 1024, approximate=False)
 CPU = unique(
     sweep(_CPU, "queries", (1, 16, 256, 1024)),
-    sweep(Shape(64, 100_000, 128, 1024), "k", (16, 256, 1024, 4096)),
-    sweep(Shape(64, 100_000, 128, 1024), "entries", (25_000, 100_000, 400_000)),
+    sweep(_NARROW, "k", (16, 256, 1024, 4096)),
+    sweep(_NARROW, "entries", (25_000, 100_000, 400_000)),
     [Shape(256, 1_000_000, 128, 1024, keys="lm")],
 )
 FULL_CPU = unique(CPU, _stars(replace(_CPU, queries=16), _CPU, (16384, 65536, 262_144)))
 
 # The order is that of importance: a run that is cut short has the targets' shapes.
 _GPU = Shape(4096, 1_000_000, 1024, 1024)
-_LARGE = Shape(64, 10_000_000, 1024, 1024)
+_LARGE = Shape(64, 10_000_000, 1024, 1024, approximate=False)
+_OTHER = replace(_GPU, approximate=False)
 CUDA = unique(
-    sweep(_GPU, "queries", (4096, 1024, 64, 128, 192)),
+    sweep(_GPU, "queries", (4096, 64, 192, 1024)),
     sweep(_LARGE, "queries", (64, 16, 1)),
-    [Shape(4096, 1_000_000, 128, 1024, keys="lm"), replace(_GPU, dtype=torch.bfloat16)],
-    [replace(_GPU, k=2048), replace(_GPU, dim=256), replace(_GPU, queries=16384)],
-    [Shape(64, 100_000, 1024, 1024)],
+    [Shape(4096, 1_000_000, 128, 1024, keys="lm")],
+    [replace(_OTHER, k=2048), replace(_OTHER, queries=16384)],
+    [replace(_OTHER, dtype=torch.bfloat16), replace(_OTHER, dim=256)],
+    [Shape(64, 100_000, 1024, 1024, approximate=False)],
 )
 FULL_CUDA = unique(
     CUDA, [replace(_LARGE, queries=8)], _stars(replace(_GPU, queries=64), _GPU, ENTRIES)

@@ -1,8 +1,8 @@
-"""A pytest plugin that lets the benchmarks take a CPU for a GPU, to run their CUDA branches anywhere.
+"""A pytest plugin that lets the benchmarks take a CPU for a GPU: their CUDA branches run anywhere.
 
-Tensors asked for on "cuda" lie on the CPU; events, graphs, streams and memory figures are made up; of
-FAISS's GPU interface and of cuVS there is as much as the benchmarks call. Every pair of events is
-one millisecond apart, so the times are known and say nothing.
+Tensors asked for on "cuda" lie on the CPU; events, graphs, streams and memory figures are made up;
+of FAISS's GPU interface and of cuVS there is as much as the benchmarks call. Every pair of events
+is one millisecond apart, so the times are known and say nothing.
 
     pytest -p pretended_cuda benchmarks
 """
@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import faiss
-import faiss.contrib.torch_utils  # noqa: F401  # tensors for arrays, as on a GPU
+import faiss.contrib.torch_utils  # tensors for arrays, as on a GPU
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -89,7 +89,9 @@ def knn_gpu(resources: Any, queries: torch.Tensor, keys: torch.Tensor, k: int) -
     return tuple(map(torch.from_numpy, faiss.knn(queries.float().numpy(), keys.float().numpy(), k)))
 
 
-def cuvs_search(index: Any, queries: Any, k: int, *, neighbors: Any, distances: Any, resources: Any):
+def cuvs_search(
+    index: Any, queries: Any, k: int, *, neighbors: Any, distances: Any, resources: Any
+):
     found = knn_gpu(resources, queries, index, k)
     distances.copy_(found[0])
     neighbors.copy_(found[1])

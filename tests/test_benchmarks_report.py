@@ -1,0 +1,177 @@
+"""benchmarks/report.py: the committed page, and a small made-up run on a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_modules import BENCHMARKS, report
+from report_plots import LIMIT, pictures
+from report_rows import read
+from report_tables import duration, number, size
+from report_targets import verdicts
+
+COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
+PNG = b"\x89PNG"
+LIMITS = {"limit_read_gbps": 4000.0, "limit_copy_gbps": 4000.0, "limit_tflops": 500.0}
+
+
+def entry(implementation: str, queries: int, milliseconds: float, **facts: Any) -> dict[str, Any]:
+    """A search as pytest-benchmark writes it; the bare product takes 10 ms for 4096 queries."""
+    shape = {"Q": queries, "N": 1_000_000, "D": 1024, "k": 1024, "dtype": "float16"}
+    seconds = 1e-3 * milliseconds
+    extra = {
+        "op": "knn_search",
+        "kernels": "portable",
+        "keys": "gaussian",
+        "gbps": 2.048 / seconds,
+        "tflops": 2.048e-3 * queries / seconds,
+        "share_of_limit": 1e-3 / seconds,
+        "share_of_gemm": 1e-2 * queries / 4096 / seconds,
+        "recall": 1.0,
+        "peak_memory": 123_000_000,
+    }
+    return {
+        "group": f"knn_search Q{queries} cuda",
+        "params": {"implementation": implementation, "device": "cuda"},
+        "stats": {"median": seconds, "min": seconds, "max": seconds, "rounds": 5},
+        "extra_info": extra | LIMITS | shape | facts,
+    }
+
+
+def write_run(path: Path, entries: list[dict[str, Any]]) -> Path:
+    info = {"node": "a-host", "cpu": {"brand_raw": "A CPU"}, "threads": 8, "gpu": "A GPU"}
+    content = {
+        "machine_info": info | {"versions": {"torch": "9.9"}},
+        "datetime": "2031-02-03T04:05:06",
+        "benchmarks": entries,
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    rivals = {"torch_chunked": 60.0, "faiss_knn_gpu_float16": 90.0, "faiss_gpu_flat_float16": 75.0}
+    entries = [
+        entry("bare_product", 4096, 10.0, recall=None),
+        entry("knnext", 4096, 25.0),
+        entry("knnext_sqnorms", 4096, 20.0),
+        entry("faiss_ivfpq", 4096, 2.0, recall=0.61),
+        *(entry(name, 4096, ms) for name, ms in rivals.items()),
+    ]
+    for queries in (64, 256, 1024):
+        entries += [entry("knnext", queries, 5.0), entry("torch_chunked", queries, 15.0)]
+    return write_run(tmp_path / "portable.json", entries)
+
+
+def test_the_committed_page_is_what_the_committed_runs_give() -> None:
+    sources, rows = report.gather(COMMITTED)
+    plots = sorted(f"results/{path.name}" for path in (BENCHMARKS / "results").glob("*.png"))
+    assert plots == sorted(f"results/{picture.file_name}" for picture in pictures(rows))
+    order = [f"results/{picture.file_name}" for picture in pictures(rows)]
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert page == report.render(sources, rows, order), "run benchmarks/report.py results/*.json"
+
+
+def test_cpu_rows_are_ratios_and_never_times(tmp_path: Path) -> None:
+    path = BENCHMARKS / "results" / "cpu-2026-11-22.json"
+    page, *drawn = report.write([path], tmp_path / "README.md", tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\d (ms|µs|s) \|", text)
+    faiss = next(line for line in text.splitlines() if "faiss_flat" in line)
+    assert "| 2.68 |" in faiss, "20.55 over 7.662 ms at Q = 1"
+    assert "Nothing has been measured on a GPU yet" in text
+    assert drawn and all(path.read_bytes().startswith(PNG) for path in drawn)
+
+
+def test_a_gpu_run_has_times_memory_recall_and_targets(run: Path, tmp_path: Path) -> None:
+    page, *_ = report.write([run], tmp_path / "README.md", tmp_path)
+    text = page.read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if "**knnext_sqnorms**" in line)
+    assert all(cell in line for cell in ("| 0.80 |", "20.0 ms", "50 %", "1.0000", "123 MB"))
+    approximate = next(line for line in text.splitlines() if "faiss_ivfpq" in line)
+    assert "0.6100" in approximate and " T |" not in approximate, "it does not do that work"
+    assert "Measured limits: reads 4,000 GB/s" in text and "A GPU, torch 9.9." in text
+    assert "| at least 35 % of the bare product | portable | 1 | yes | 50.0 % |" in text
+    assert "| at least 3x the speed of FAISS GPU flat | portable | 1 | yes | 3.75x |" in text
+    assert "a-host" not in text
+
+
+def test_targets_are_missed_where_they_are_missed(tmp_path: Path) -> None:
+    entries = [
+        entry("bare_product", 4096, 10.0),
+        entry("knnext_sqnorms", 4096, 11.6, kernels="sm90"),
+        entry("torch_chunked", 4096, 30.0),
+        entry("cuvs_brute_force", 4096, 35.0),
+        entry("faiss_gpu_flat_float16", 4096, 50.0),
+        entry("faiss_knn_gpu_float16", 4096, 90.0),
+    ]
+    _, rows = report.gather([write_run(tmp_path / "run.json", entries)])
+    found = {(v.target.what, v.target.kernels): v for v in verdicts(rows)}
+    assert {kernels for _, kernels in found} == {"hopper"}
+    values = {what: (round(v.value, 2), v.met) for (what, _), v in found.items()}
+    assert values == {
+        "the bare product's time": (1.16, False),
+        "the speed of FAISS GPU flat": (4.31, False),
+        "the speed of cuVS": (3.02, True),
+        "the speed of chunked torch": (2.59, False),
+        "the speed of the fastest flat rival": (2.59, True),
+    }
+
+
+def test_both_kernels_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
+    again = [
+        entry("bare_product", 4096, 11.0, kernels="sm90"),
+        entry("knnext_sqnorms", 4096, 12.0, kernels="sm90"),
+    ]
+    second = write_run(tmp_path / "sm90.json", again)
+    _, rows = report.gather([run, second])
+    times = {row.implementation: row.seconds for row in rows if row["Q"] == 4096}
+    assert times["knnext_sqnorms"] == 0.020 and times["knnext_sqnorms (sm90)"] == 0.012
+    assert times["bare_product"] == 0.010, "of two rows of one name the first file's counts"
+
+
+def test_pictures_hold_every_rival_and_the_limit(run: Path) -> None:
+    _, rows = report.gather([run])
+    (picture,) = pictures(rows)
+    lines = {line.name: line for line in picture.lines}
+    assert picture.axis == "Q" and picture.device == "cuda"
+    assert {"knnext", "torch_chunked", "faiss_ivfpq (approximate)", LIMIT} <= set(lines)
+    assert lines["knnext"].x == [64, 256, 1024, 4096] and lines["knnext"].y[-1] == 25.0
+    assert lines[LIMIT].y == pytest.approx([1.0] * 4), "milliseconds, from any row's share"
+
+
+def test_the_short_form_gives_the_same_rows_and_no_host(run: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps(report.short_form(run, "pytest benchmarks")))
+    assert "a-host" not in short.read_text()
+    source, rows = read(short)
+    assert source.machine["gpu"] == "A GPU" and source.date == "2031-02-03"
+    for ours, theirs in zip(rows, read(run)[1], strict=True):
+        assert (ours.group, ours.implementation) == (theirs.group, theirs.implementation)
+        assert ours.seconds == pytest.approx(theirs.seconds, rel=1e-3)
+        assert ours["share_of_gemm"] == pytest.approx(theirs["share_of_gemm"], rel=1e-3)
+
+
+def test_what_is_no_benchmark_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"results": []}')
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(path), "--page", str(tmp_path / "page.md")])
+    assert stopped.value.code == 2
+    assert "other.json is no benchmark JSON" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_numbers_read_well() -> None:
+    assert [number(x) for x in (0.00123, 0.0456, 0.789, 3.14159, 42.05, 1234.5)] == [
+        *("0.0012", "0.046", "0.79", "3.14", "42.0", "1,234"),
+    ]
+    assert [duration(x) for x in (2.5, 0.0123, 4.5e-6)] == ["2.50 s", "12.3 ms", "4.50 µs"]
+    assert [size(x) for x in (2.5e9, 3.0e6, 4000)] == ["2.50 GB", "3.00 MB", "4 kB"]

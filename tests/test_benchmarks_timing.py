@@ -1,0 +1,163 @@
+"""How the benchmarks time a GPU: rotation, rounds, and a clock that only the device moves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmark_modules import ROOT
+from gpu_timing import (
+    MAX_CALLS,
+    ROUND_SECONDS,
+    GpuSampler,
+    calls_per_round,
+    gpu_clock,
+    rotations,
+    rounds_for,
+)
+
+L2 = 50 << 20
+
+
+class Device:
+    """A device that takes `seconds` for each call that it is given; events read its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.now, self.calls, self.capturing = seconds, 0.0, 0, False
+
+    def call(self) -> None:
+        self.calls += 1
+        self.now += 0.0 if self.capturing else self.seconds
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = device.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        class Graph:
+            def replay(self) -> None:
+                device.now += self.held * device.seconds
+
+        @contextmanager
+        def graph(target: Any) -> Iterator[None]:
+            before, device.capturing = device.calls, True
+            yield
+            target.held, device.capturing = device.calls - before, False
+
+        for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": graph}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr("gpu_timing.spin_up", lambda: None)
+
+
+def test_buffers_rotate_past_twice_the_cache() -> None:
+    for size in (1000, 1 << 20, 60 << 20, 5 << 30):
+        sets = rotations(size, L2, most=1 << 20)
+        assert sets * size >= 2 * L2
+        assert (sets - 1) * size < 2 * L2
+    assert rotations(0.0, L2) == 1024, "a bound holds where a call moves next to nothing"
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 1e-4, 5e-3, 3.0])
+@pytest.mark.parametrize("sets", [1, 7, 750])
+def test_a_round_is_whole_turns_of_the_buffers(seconds: float, sets: int) -> None:
+    calls = calls_per_round(seconds, sets)
+    assert calls % sets == 0 and sets <= calls <= max(sets, MAX_CALLS)
+    assert calls * seconds >= ROUND_SECONDS or calls + sets > MAX_CALLS
+
+
+def test_rounds_shrink_with_their_length() -> None:
+    counts = [rounds_for(seconds) for seconds in (1e-5, 2e-3, 2e-2, 0.3, 1.5)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 50 and counts[-1] == 2
+
+
+@pytest.mark.parametrize(
+    "seconds, capturable, timing",
+    [(5e-5, True, "graph"), (5e-5, False, "events"), (4e-3, True, "events"), (2.0, True, "events")],
+)
+def test_clock_moves_by_one_call_a_round(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, capturable: bool, timing: str
+) -> None:
+    device = Device(seconds)
+    device.install(monkeypatch)
+    sampler = GpuSampler([device.call] * 3, capturable).prepare()
+    assert sampler.timing == timing
+    before = gpu_clock()
+    sampler.round()
+    assert gpu_clock() - before == pytest.approx(seconds, rel=1e-6)
+    assert sampler.seconds() == pytest.approx(seconds, rel=1e-6)
+
+
+def test_sets_of_buffers_take_turns_and_results_live_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(1e-3)
+    device.install(monkeypatch)
+    seen: list[int] = []
+
+    def run(number: int) -> Any:
+        def call() -> int:
+            device.call()
+            seen.append(number)
+            return number
+
+        return call
+
+    sampler = GpuSampler([run(i) for i in range(4)]).prepare()
+    seen.clear()
+    sampler.round()
+    assert len(seen) == sampler.calls and set(seen) == set(range(4))
+    assert all((b - a) % 4 == 1 for a, b in pairwise(seen))
+    assert sorted(sampler._results) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_every_cuda_branch_on_a_pretended_gpu(tmp_path: Path) -> None:
+    """All rivals run, are checked, and what pytest-benchmark holds is the events' time."""
+    pytest.importorskip("faiss")
+    target = tmp_path / "bench.json"
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "pretended_cuda", "-p", "no:cacheprovider"),
+        *("benchmarks", "-k", "cuda and not ivfpq", f"--benchmark-json={target}"),
+    ]
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "KNNEXT_SM90": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    entries = json.loads(target.read_text())["benchmarks"]
+    for entry in entries:
+        facts = entry["extra_info"]
+        assert entry["stats"]["median"] == pytest.approx(1e-3 / facts["calls"])
+        assert facts["kernels"] == "sm90" and facts["device_name"] == "a pretended GPU"
+        assert facts["calls"] % facts["rotations"] == 0
+        assert {"bytes", "flop", "gbps", "tflops", "share_of_limit", "peak_memory"} <= set(facts)
+        assert {"share_of_read", "share_of_copy", "versions", "timing"} <= set(facts)
+    search = {e["params"]["implementation"]: e for e in entries if "knn_search" in e["group"]}
+    assert {"bare_product", "knnext_sqnorms", "torch_chunked", "torch_compiled"} <= set(search)
+    assert {"cuvs_brute_force", "faiss_gpu_flat_float16", "faiss_knn_gpu_bfloat16"} <= set(search)
+    assert search["knnext"]["extra_info"]["timing"] == "graph"
+    assert search["knnext"]["extra_info"]["recall"] == 1.0
+    assert search["cuvs_brute_force"]["extra_info"]["timing"] == "events"
+    assert search["faiss_gpu_flat_float16"]["extra_info"]["peak_memory_by"] == "device"
+    assert all("share_of_gemm" in entry["extra_info"] for entry in search.values())
