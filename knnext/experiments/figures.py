@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,11 @@ def dress(axes: Any, *, title: str, xlabel: str, ylabel: str, legend: bool = Tru
         spine.set_color(GRID)
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def percent_change(log_gain: float) -> float:
+    """A gain in log perplexity as a change of perplexity in percent: 0.1 becomes -9.5."""
+    return 100 * math.expm1(-log_gain)
 
 
 def line(

@@ -66,6 +66,7 @@ class Arm:
         nprobe: lists visited; 0 for exact search.
         places: (n,) zero rows among the neighbors of each target.
         probability: mean p_knn of the zero rows' value at each temperature.
+        square: median |q|^2 of the queries.
         ratio: (n,) |q|^2 as a multiple of the distance of the last neighbor kept.
         empty: share of places without a neighbor.
     """
@@ -75,6 +76,7 @@ class Arm:
     fitted: Fitted
     places: Tensor
     probability: dict[float, float]
+    square: float
     ratio: Tensor
     empty: float
 
@@ -114,13 +116,15 @@ def run(lab: Lab) -> Findings:
         for nprobe in _nprobes(lab, mask, score)
     ]
     contrasts = compare(arms, lab.split("test"), lab.preset.resamples)
-    main = [c for c in contrasts if c.score == "faiss" and c.nprobe == lab.preset.nprobe]
+    main = [c for c in contrasts if c.nprobe == lab.preset.nprobe]
     return Findings(
         rows=[_row(lab, arm, contrasts) for arm in arms],
         agreement=together(*(holds(c.without.interval) for c in main)),
         words=_words(lab, arms, main),
         headline="explained by the rows: "
-        + "; ".join(f"{c.explained} at {c.fraction:.3g}" for c in main),
+        + "; ".join(
+            f"{c.explained} at {100 * c.fraction:.3g} %" for c in main if c.score == "faiss"
+        ),
         series={
             "curves": [_curve(a) for a in arms if a.nprobe in (0, lab.preset.nprobe)],
             "contrasts": [c.to_dict() for c in contrasts],
@@ -185,7 +189,7 @@ def _arm(lab: Lab, setting: Setting, nprobe: int) -> Arm:
         valid, test, lambda n, t: found[n].log_p_knn(t), grid, resamples=lab.preset.resamples
     )
     scores, token = found["test"], lab.padding_token
-    queries = lab.states("test").keys.to(lab.store().dtype).float()
+    squares = lab.states("test").keys.to(lab.store().dtype).float().square().sum(1)
     last = scores.distances.masked_fill(scores.tokens < 0, 0).amax(1)
     return Arm(
         setting,
@@ -193,7 +197,8 @@ def _arm(lab: Lab, setting: Setting, nprobe: int) -> Arm:
         fitted,
         places_taken(scores, token),
         probability_taken(scores, token, grid),
-        queries.square().sum(1) / last,
+        float(squares.median()),
+        squares / last,
         float((scores.tokens < 0).double().mean()),
     )
 
@@ -223,6 +228,7 @@ def _row(lab: Lab, arm: Arm, contrasts: Sequence[Contrast]) -> dict[str, Any]:
         "queries that meet one": float((arm.places > 0).double().mean()),
         "their probability at t": arm.probability[f.temperature],
         "median |q|^2 / last distance": float(arm.ratio.median()),
+        "median |q|^2 / t": arm.square / f.temperature,
         "places left empty": arm.empty,
         "paper's way: t": f.paper["temperature"],
         "paper's way: lmbda": f.paper["lmbda"],
@@ -245,23 +251,37 @@ def _curve(arm: Arm) -> dict[str, Any]:
 
 
 def _words(lab: Lab, arms: Sequence[Arm], main: Sequence[Contrast]) -> str:
-    """The plain answer, one sentence a datastore size."""
+    """The plain answer, for each size of the datastore."""
     exact = {_key(a)[:2]: a for a in arms if a.setting.mask == "exact"}
-    return " ".join(_sentence(c, exact[c.fraction, True], lab.preset.k) for c in main)
+    found = []
+    for fraction in sorted({c.fraction for c in main}):
+        by = {c.score: c for c in main if c.fraction == fraction}
+        found.append(_comparison(fraction, by["faiss"], by["real"]))
+        found.append(_shares(exact[fraction, True], lab.preset.k))
+    return " ".join(found)
 
 
-def _sentence(c: Contrast, exact: Arm, k: int) -> str:
+def _comparison(fraction: float, faiss: Contrast, real: Contrast) -> str:
     share = (
-        "no advantage there is certain, so there is nothing to explain"
-        if c.share is None
-        else f"that is {c.share:.0%} of it"
+        "no advantage is certain even with them, so there is none to explain"
+        if faiss.share is None
+        else f"{faiss.share:.0%} of the advantage"
     )
-    t = exact.fitted.mixture.temperature
     return (
-        f"At {c.fraction:.3g} of the datastore, FAISS instead of exact search changes perplexity "
-        f"by {c.with_rows} with the zero rows and by {c.without} without: the rows explain "
-        f"{c.explained} ({share}). They are in the top {k} of "
-        f"{float((exact.places > 0).double().mean()):.0%} of the queries of exact search, take "
-        f"{float(exact.places.double().mean()) / k:.1%} of its places and "
-        f"{exact.probability[t]:.1%} of its probability at its t = {t:.3g}."
+        f"At {100 * fraction:.3g} % of the datastore FAISS instead of exact search changes "
+        f"perplexity by {faiss.with_rows} with the zero rows and by {faiss.without} without; the "
+        f"rows explain a change of {faiss.explained} ({share}). With real scores: "
+        f"{real.with_rows}, {real.without}, and {real.explained}."
+    )
+
+
+def _shares(exact: Arm, k: int) -> str:
+    t, grid = exact.fitted.mixture.temperature, list(exact.probability)
+    hotter = min(grid, key=lambda other: abs(other - 3 * t))
+    return (
+        f"Exact search keeps zero rows in its top {k} for "
+        f"{float((exact.places > 0).double().mean()):.0%} of the queries. They take "
+        f"{float(exact.places.double().mean()) / k:.1%} of all places, but "
+        f"{exact.probability[t]:.2%} of the probability at the fitted t = {t:.3g}, and "
+        f"{exact.probability[hotter]:.2%} at t = {hotter:.3g}."
     )

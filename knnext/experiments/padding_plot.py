@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+from knnext.experiments.figures import (
+    COLORS,
+    INK,
+    MUTED,
+    dress,
+    line,
+    percent_change,
+    reference_line,
+)
 
 _WIDTH, _HEIGHT = 11.0, 8.6
 
@@ -22,10 +31,6 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     _origins(panels[1, 1], series["origins"])
 
 
-def _percent(log_gain: float) -> float:
-    return 100 * math.expm1(-log_gain)
-
-
 def _name(mask: str, score: str) -> str:
     if mask == "exact":
         return "exact"
@@ -34,8 +39,6 @@ def _name(mask: str, score: str) -> str:
 
 def _curves(axes: Any, curves: list[dict[str, Any]], fraction: float) -> None:
     """Perplexity by temperature; zero rows dashed."""
-    from knnext.experiments.figures import dress, line, reference_line
-
     numbers = {"exact": 0, "FAISS": 1, "FAISS, real score": 2}
     for curve in curves:
         name = _name(curve["mask"], curve["score"])
@@ -54,8 +57,6 @@ def _curves(axes: Any, curves: list[dict[str, Any]], fraction: float) -> None:
 
 def _advantages(axes: Any, contrasts: list[dict[str, Any]]) -> None:
     """FAISS instead of exact search: change of perplexity, with and without zero rows."""
-    from knnext.experiments.figures import COLORS, MUTED, dress
-
     labels = []
     for place, c in enumerate(reversed(contrasts)):
         score = "real score" if c["score"] == "real" else "FAISS score"
@@ -64,10 +65,14 @@ def _advantages(axes: Any, contrasts: list[dict[str, Any]]) -> None:
             gain = c[name]
             y = place + shift
             axes.plot(
-                [_percent(gain["value"])], [y], "os"[number], color=COLORS[number], markersize=5
+                [percent_change(gain["value"])],
+                [y],
+                "os"[number],
+                color=COLORS[number],
+                markersize=5,
             )
             if gain["low"] is not None:
-                ends = [_percent(gain["low"]), _percent(gain["high"])]
+                ends = [percent_change(gain["low"]), percent_change(gain["high"])]
                 axes.plot(ends, [y, y], color=COLORS[number], linewidth=1.6)
     axes.plot([], [], "s-", color=COLORS[1], label="with zero rows")
     axes.plot([], [], "o-", color=COLORS[0], label="without")
@@ -83,8 +88,6 @@ def _advantages(axes: Any, contrasts: list[dict[str, Any]]) -> None:
 
 def _depths(axes: Any, depths: dict[str, Any]) -> None:
     """Share of places taken by k / N, for keys as they are and moved."""
-    from knnext.experiments.figures import COLORS, MUTED, dress
-
     moved = 0
     for curve in depths["curves"]:
         label = f"{curve['h_ds']}, mean share {curve['mean_share']:.2f}"
@@ -112,22 +115,20 @@ def _depths(axes: Any, depths: dict[str, Any]) -> None:
 
 def _origins(axes: Any, origins: list[dict[str, Any]]) -> None:
     """What zero rows cost exact search by where the origin lies."""
-    from knnext.experiments.figures import COLORS, INK, MUTED, dress
-
     fractions = sorted({o["fraction"] for o in origins})
     for number, fraction in enumerate(fractions):
         points = sorted(
             (o for o in origins if o["fraction"] == fraction), key=lambda o: o["mean_share"]
         )
         x = [o["mean_share"] for o in points]
-        y = [_percent(o["gain"]["value"]) for o in points]
+        y = [percent_change(o["gain"]["value"]) for o in points]
         color = COLORS[number]
         axes.plot(x, y, "o-", color=color, label=f"{100 * fraction:.3g} % of the datastore")
         if points[0]["gain"]["low"] is not None:
-            ends = [[_percent(o["gain"][e]) for o in points] for e in ("low", "high")]
+            ends = [[percent_change(o["gain"][e]) for o in points] for e in ("low", "high")]
             axes.fill_between(x, *ends, color=color, alpha=0.15, linewidth=0)
         asis = next(o for o in points if not o["moved"])
-        axes.plot([asis["mean_share"]], [_percent(asis["gain"]["value"])], "*", color=INK)
+        axes.plot([asis["mean_share"]], [percent_change(asis["gain"]["value"])], "*", color=INK)
     axes.plot([], [], "*", color=INK, linestyle="none", label="our keys as they are")
     axes.axhline(0, color=MUTED, linewidth=1.0)
     dress(

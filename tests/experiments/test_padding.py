@@ -35,6 +35,7 @@ def arm(split, setting, nprobe, shift):
         Fitted(report(split, log_p, 1.0), log_p, 0.0, {1.0: 1.0}),
         torch.zeros(COUNT),
         {},
+        1.0,
         torch.ones(COUNT),
         0.0,
     )
