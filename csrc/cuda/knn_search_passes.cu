@@ -2,6 +2,7 @@
 // picture of it stands in knn_search.cu; bytes moved are those of the kernels (scan.cuh,
 // select.cuh).
 #include "search.h"
+#include "sm90_filter.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -197,12 +198,18 @@ class Search {
     launch_scan(shape, scan, static_cast<int>(blocks), plan_.shared_bytes, stream_);
   }
 
-  // Launches the scan if one of Hopper's own kernels was chosen for it. Samples are not adjacent
-  // rows, and lists of every key need no threshold: those are portable.
+  // Launches the scan if one of Hopper's own kernels was chosen for it. Lists of every key need no
+  // threshold: those are portable. The owner kernel takes adjacent rows only, no sample.
   bool hopper_scan([[maybe_unused]] const ScanParams& scan, const ScanStep& step) const {
-    if (step.dense || step.strides[0] != 1) return false;
+    if (step.dense) return false;
 #ifdef KNNEXT_BUILT_SM90
-    if (plan_.kernel.kernel == ScanKernel::kSm90Owner) {
+    const ScanKernel chosen = plan_.kernel.kernel;
+    if (chosen == ScanKernel::kSm90Filter && sm90_filter_takes(scan, p_.dtype, p_.dim)) {
+      const int cluster = static_cast<int>(p_.switches.cluster);
+      sm90_filter_launch(scan, p_.dtype, p_.dim, p_.num_units, cluster, stream_);
+      return true;
+    }
+    if (chosen == ScanKernel::kSm90Owner && step.strides[0] == 1) {
       scan_sm90_owner(plan_.owner, p_.dtype, scan, p_.num_units, stream_);
       return true;
     }
@@ -340,6 +347,7 @@ SearchSwitches read_search_switches() {
   switches.rank = number("rank");
   switches.capacity = number("capacity");
   switches.fail_all = number("fail") != 0;
+  switches.cluster = number("cluster");
   return switches;
 }
 

@@ -77,10 +77,11 @@ struct SelectParams {
 // Test-only switches, read at every call from KNNEXT_TEST_SEARCH, e.g. "rank=1,capacity=64,fail=1":
 // a sample of one key in `stride`, however few the keys, and of it one in `second`; the threshold's
 // rank in the sample (too low: too tight); lists that hold too little; every query through the path
-// that cannot fail.
+// that cannot fail; clusters of one block, or of two.
 struct SearchSwitches {
   int64_t stride = 0, second = 0, rank = 0, capacity = 0;
   bool fail_all = false;
+  int64_t cluster = 0;  // blocks that share key tiles in kernel sm90_filter; 0: its own choice
 };
 SearchSwitches read_search_switches();
 

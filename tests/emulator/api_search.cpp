@@ -14,10 +14,11 @@ namespace {
 struct Options {
   int64_t dtype, num_queries, num_keys, dim, k, inner_product, index_offset, num_init, refine;
   int64_t query_stride, key_stride;
-  int64_t shape, resident;  // shape 0: the plan's own, 4: Hopper's; resident -1: the plan's own
+  int64_t shape, resident;  // shape 0: the plan's own, 4, 5: Hopper's; resident -1: the plan's own
   int64_t chunk_keys, queries_per_pass;  // 0: the plan's own
   int64_t num_units, stride, second, rank, capacity, fail_all, owners, owner_words;
-  int64_t stages;      // of Hopper's kernels; 0: the plan's own
+  int64_t stages;      // of kernel sm90_owner; 0: the plan's own
+  int64_t cluster;     // of kernel sm90_filter; 0: its own choice
   int64_t num_failed;  // out: queries that took the path that cannot fail
 };
 
@@ -25,6 +26,8 @@ void choose(const Options& o, CudaSearchPlan& plan) {
   if (o.shape == 4) {
     plan.kernel.kernel = ScanKernel::kSm90Owner;
     if (o.stages) plan.owner.stages = static_cast<int>(o.stages);
+  } else if (o.shape == 5) {
+    plan.kernel.kernel = ScanKernel::kSm90Filter;
   } else if (o.shape) {
     plan.shape = o.shape == 1 ? kScanFew : o.shape == 2 ? kScanSmall : kScanLarge;
     plan.resident = false;
@@ -67,7 +70,7 @@ EMULATED emulate_knn_search(uint64_t seed, Options* o, const void* queries, cons
     p.distances = distances;
     p.indices = indices;
     p.num_units = static_cast<int>(o->num_units);
-    p.switches = {o->stride, o->second, o->rank, o->capacity, o->fail_all != 0};
+    p.switches = {o->stride, o->second, o->rank, o->capacity, o->fail_all != 0, o->cluster};
     p.extras = search_extras(p);
     if (o->chunk_keys)
       p.extras.merge_columns = std::max(p.extras.merge_columns, 2 * p.k + p.num_init);

@@ -40,7 +40,7 @@ FLAGS = [
 
 def sources() -> list[Path]:
     """The kernels, the C functions that launch them, and the emulator."""
-    kernels = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if "sm90_filter" not in p.name]
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     plan = [*sorted((ROOT / "csrc").glob("plan*.cpp")), ROOT / "csrc/cpu/isa.cpp"]
     return [*sorted(HERE.glob("*.cpp")), *kernels, *plan]
 

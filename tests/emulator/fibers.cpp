@@ -24,19 +24,38 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr unsigned kMaxThreads = 1024;
 
 struct Block {
+  Dim3 index;
   std::vector<Thread> threads;
-  std::vector<Thread*> ready;
   unsigned alive = 0;
   Barrier barriers[kBarriers];
-  size_t shared_used = 0, dynamic_bytes = 0;
+  size_t shared_used = 0;
+};
+
+struct Deed {  // done later, on behalf of a block
+  unsigned block;
+  std::function<void()> act;
+};
+
+// The blocks that run together: one, where the launch asks for no more.
+struct Cluster {
+  Block blocks[kMaxCluster];
+  unsigned size = 1, alive = 0, met = 0;
+  std::vector<Thread*> ready;
+  std::vector<Deed> deeds;
+  size_t dynamic_bytes = 0;
   uint64_t serial = 0;
   std::string error;
   const std::function<void()>* body = nullptr;
-  std::vector<std::function<void()>> deeds;  // that are done later
-} block;
+} cluster;
+
+unsigned running = 0;  // block of the cluster
+
+Block& own() {
+  return cluster.blocks[running];
+}
 
 constexpr size_t kSharedBytes = 228 * 1024;
-alignas(1024) unsigned char shared_bytes[kSharedBytes];
+alignas(1024) unsigned char shared_bytes[kMaxCluster][kSharedBytes];
 
 uint64_t random_state = 1;
 void* scheduler_saved = nullptr;
@@ -109,8 +128,14 @@ void to_scheduler() {
   switch_context(&current->saved, scheduler_saved);
 }
 
+void run_in(unsigned block) {
+  running = block;
+  block_index = own().index;
+}
+
 void to_thread(Thread* thread) {
   current = thread;
+  run_in(thread->block);
 #if defined(EMULATE_TSAN)
   __tsan_switch_to_fiber(thread->sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
@@ -132,11 +157,12 @@ void order_acquire([[maybe_unused]] void* meeting) {
 }
 
 void thread_main() {
-  order_acquire(&block);
-  (*block.body)();
-  order_release(&block);
+  order_acquire(&cluster);
+  (*cluster.body)();
+  order_release(&cluster);
   current->state = Thread::kDone;
-  --block.alive;
+  --own().alive;
+  --cluster.alive;
   to_scheduler();
   std::abort();
 }
@@ -145,7 +171,7 @@ void make_ready(Thread* thread) {
   thread->state = Thread::kReady;
   thread->barrier = -1;
   thread->event = nullptr;
-  block.ready.push_back(thread);
+  cluster.ready.push_back(thread);
 }
 
 void wait_here(const char* name, Place place, void* data) {
@@ -162,17 +188,18 @@ std::string describe(Place place) {
 }
 
 std::string where_threads_wait() {
-  std::map<std::string, std::vector<unsigned>> groups;
-  for (const Thread& t : block.threads)
-    if (t.state == Thread::kWaiting)
-      groups[std::string(t.waits_for) + " at " + describe(t.place)].push_back(t.rank);
+  std::map<std::string, std::vector<const Thread*>> groups;
+  for (unsigned b = 0; b < cluster.size; ++b)
+    for (const Thread& t : cluster.blocks[b].threads)
+      if (t.state == Thread::kWaiting)
+        groups[std::string(t.waits_for) + " at " + describe(t.place)].push_back(&t);
   std::string text;
-  for (auto& [place, ranks] : groups)
-    text += "; " + std::to_string(ranks.size()) + " wait in " + place + " (first: thread " +
-            std::to_string(ranks.front()) + ", mask " +
+  for (auto& [place, threads] : groups)
+    text += "; " + std::to_string(threads.size()) + " wait in " + place + " (first: thread " +
+            std::to_string(threads.front()->rank) + ", mask " +
             [&] {
               char hex[16];
-              std::snprintf(hex, sizeof hex, "%08x", block.threads[ranks.front()].mask);
+              std::snprintf(hex, sizeof hex, "%08x", threads.front()->mask);
               return std::string(hex);
             }() +
             ")";
@@ -180,80 +207,96 @@ std::string where_threads_wait() {
 }
 
 Thread* pick() {
+  auto& ready = cluster.ready;
   size_t at = 0;
   if (settings.seed)
-    at = draw() % block.ready.size();
+    at = draw() % ready.size();
   else
-    at = std::min_element(block.ready.begin(), block.ready.end(),
-                          [](Thread* a, Thread* b) { return a->rank < b->rank; }) -
-         block.ready.begin();
-  Thread* thread = block.ready[at];
-  block.ready[at] = block.ready.back();
-  block.ready.pop_back();
+    at = std::min_element(ready.begin(), ready.end(),
+                          [](Thread* a, Thread* b) {
+                            return a->block < b->block ||
+                                   (a->block == b->block && a->rank < b->rank);
+                          }) -
+         ready.begin();
+  Thread* thread = ready[at];
+  ready[at] = ready.back();
+  ready.pop_back();
   return thread;
 }
 
 // Does one of the deeds that wait; in order without a seed, and as late as can be.
 bool do_later_deed() {
-  if (block.deeds.empty()) return false;
-  const size_t at = settings.seed ? draw() % block.deeds.size() : 0;
-  const std::function<void()> deed = std::move(block.deeds[at]);
-  block.deeds.erase(block.deeds.begin() + static_cast<std::ptrdiff_t>(at));
-  deed();
+  if (cluster.deeds.empty()) return false;
+  const size_t at = settings.seed ? draw() % cluster.deeds.size() : 0;
+  const Deed deed = std::move(cluster.deeds[at]);
+  cluster.deeds.erase(cluster.deeds.begin() + static_cast<std::ptrdiff_t>(at));
+  run_in(deed.block);
+  deed.act();
   return true;
 }
 
-void start_threads(unsigned count) {
-  block.threads.assign(count, {});
-  block.ready.clear();
+void start_threads(unsigned block, unsigned count) {
+  auto& threads = cluster.blocks[block].threads;
+  threads.assign(count, {});
   for (unsigned rank = 0; rank < count; ++rank) {
-    Thread& t = block.threads[rank];
-    if (!stacks[rank]) {
-      stacks[rank] = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (stacks[rank] == MAP_FAILED) throw std::runtime_error("no memory for a fiber's stack");
+    Thread& t = threads[rank];
+    void*& stack = stacks[block * count + rank];
+    if (!stack) {
+      stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (stack == MAP_FAILED) throw std::runtime_error("no memory for a fiber's stack");
     }
     t.rank = rank;
+    t.block = block;
     t.index = {rank % block_dim.x, rank / block_dim.x % block_dim.y,
                rank / block_dim.x / block_dim.y};
-    t.saved = new_context(stacks[rank]);
+    t.saved = new_context(stack);
 #if defined(EMULATE_TSAN)
     t.sanitizer = __tsan_create_fiber(0);
 #endif
-    block.ready.push_back(&t);
+    cluster.ready.push_back(&t);
   }
-  block.alive = count;
+  cluster.blocks[block].alive = count;
+  cluster.alive += count;
 }
 
 void finish_threads() {
 #if defined(EMULATE_TSAN)
-  for (Thread& t : block.threads) __tsan_destroy_fiber(t.sanitizer);
+  for (unsigned b = 0; b < cluster.size; ++b)
+    for (Thread& t : cluster.blocks[b].threads) __tsan_destroy_fiber(t.sanitizer);
 #endif
 }
 
-void run_block() {
-  std::memset(shared_bytes, kPoison, std::max(block.shared_used, block.dynamic_bytes));
-  block.shared_used = (block.dynamic_bytes + 127) / 128 * 128;
-  block.serial = next_serial++;
-  for (Barrier& b : block.barriers) b = {};
-  block.deeds.clear();
-  order_release(&block);
-  start_threads(block_dim.x * block_dim.y * block_dim.z);
-  while (block.error.empty() && block.alive) {
+void prepare_block(unsigned block) {
+  Block& b = cluster.blocks[block];
+  std::memset(shared_bytes[block], kPoison, std::max(b.shared_used, cluster.dynamic_bytes));
+  b.shared_used = (cluster.dynamic_bytes + 127) / 128 * 128;
+  for (Barrier& barrier : b.barriers) barrier = {};
+  start_threads(block, block_dim.x * block_dim.y * block_dim.z);
+}
+
+void run_cluster() {
+  cluster.serial = next_serial++;
+  cluster.deeds.clear();
+  cluster.ready.clear();
+  cluster.alive = cluster.met = 0;
+  order_release(&cluster);
+  for (unsigned block = 0; block < cluster.size; ++block) prepare_block(block);
+  const unsigned all = cluster.alive;
+  while (cluster.error.empty() && cluster.alive) {
     if (settings.seed && draw() % 4 == 0) do_later_deed();
-    if (block.ready.empty() && do_later_deed()) continue;
-    if (block.ready.empty()) {
-      block.error = std::to_string(block.threads.size() - block.alive) + " of " +
-                    std::to_string(block.threads.size()) +
-                    " threads have returned and the others wait for ever" + where_threads_wait();
+    if (cluster.ready.empty() && do_later_deed()) continue;
+    if (cluster.ready.empty()) {
+      cluster.error = std::to_string(all - cluster.alive) + " of " + std::to_string(all) +
+                      " threads have returned and the others wait for ever" + where_threads_wait();
       break;
     }
     to_thread(pick());
   }
-  if (block.error.empty() && !block.deeds.empty())
-    block.error = "all threads have returned before " + std::to_string(block.deeds.size()) +
-                  " of their copies landed";
-  order_acquire(&block);
+  if (cluster.error.empty() && !cluster.deeds.empty())
+    cluster.error = "all threads have returned before " + std::to_string(cluster.deeds.size()) +
+                    " of their copies landed";
+  order_acquire(&cluster);
   finish_threads();
 }
 
@@ -277,10 +320,13 @@ void release(const std::vector<Thread*>& members) {
   }
 }
 
-void check_launch(Dim3 grid, Dim3 threads) {
+void check_launch(Dim3 grid, Dim3 threads, unsigned blocks) {
   const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
   if (count < 1 || count > kMaxThreads || threads.z > 64)
     throw std::runtime_error("a block of " + std::to_string(count) + " threads cannot be launched");
+  if (blocks < 1 || blocks > kMaxCluster || grid.x % blocks || count * blocks > kMaxThreads)
+    throw std::runtime_error("clusters of " + std::to_string(blocks) +
+                             " such blocks cannot be launched");
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("a grid of (" + std::to_string(grid.x) + ", " +
                              std::to_string(grid.y) + ", " + std::to_string(grid.z) +
@@ -299,10 +345,10 @@ uint64_t draw() {
 void fail(const std::string& message, Place place) {
   if (!current) throw std::runtime_error(message + " [of a copy of " + describe(place) + "]");
   const Dim3 b = block_index, t = current->index;
-  block.error = message + " [" + describe(place) + ", block (" + std::to_string(b.x) + ", " +
-                std::to_string(b.y) + ", " + std::to_string(b.z) + "), thread (" +
-                std::to_string(t.x) + ", " + std::to_string(t.y) + ", " + std::to_string(t.z) +
-                ")]";
+  cluster.error = message + " [" + describe(place) + ", block (" + std::to_string(b.x) + ", " +
+                  std::to_string(b.y) + ", " + std::to_string(b.z) + "), thread (" +
+                  std::to_string(t.x) + ", " + std::to_string(t.y) + ", " + std::to_string(t.z) +
+                  ")]";
   to_scheduler();  // never resumed
   std::abort();
 }
@@ -316,26 +362,51 @@ void wait_for(const char* name, const void* event, Place place) {
 
 void wake(const void* event) {
   order_release(const_cast<void*>(event));
-  for (Thread& t : block.threads)
-    if (t.state == Thread::kWaiting && t.event == event) make_ready(&t);
+  for (unsigned b = 0; b < cluster.size; ++b)
+    for (Thread& t : cluster.blocks[b].threads)
+      if (t.state == Thread::kWaiting && t.event == event) make_ready(&t);
 }
 
-void later(std::function<void()> deed) {
-  block.deeds.push_back(std::move(deed));
+void later(std::function<void()> deed, int block) {
+  cluster.deeds.push_back({block < 0 ? running : static_cast<unsigned>(block), std::move(deed)});
 }
 
 uint64_t block_serial() {
-  return block.serial;
+  return cluster.serial;
+}
+
+unsigned cluster_rank() {
+  return running;
+}
+
+void* of_block(void* shared, unsigned rank, Place place) {
+  if (rank >= cluster.size) fail("no such block in the cluster", place);
+  if (!cluster.blocks[rank].alive)
+    fail("a block of the cluster has returned, and its shared memory with it", place);
+  const auto offset = static_cast<unsigned char*>(shared) - shared_bytes[running];
+  return shared_bytes[rank] + offset;
+}
+
+void cluster_sync(Place place) {
+  order_release(&cluster.met);
+  if (++cluster.met == cluster.size * block_dim.x * block_dim.y * block_dim.z) {
+    cluster.met = 0;
+    wake(&cluster.met);
+  } else {
+    wait_for("cluster_sync", &cluster.met, place);
+  }
+  order_acquire(&cluster.met);
 }
 
 void give_way() {
   if (!settings.seed || !settings.interleave || draw() % settings.interleave) return;
-  block.ready.push_back(current);
+  cluster.ready.push_back(current);
   to_scheduler();
 }
 
 void meet_warp(const char* name, unsigned mask, void* data, Finish finish, bool orders,
                Place place) {
+  Block& block = own();
   const unsigned lane = current->rank % 32, first = current->rank - lane;
   wait_here(name, place, data);
   current->mask = mask;
@@ -364,6 +435,7 @@ void meet_warp(const char* name, unsigned mask, void* data, Finish finish, bool 
 
 void meet_barrier(const char* name, int id, unsigned count, bool wait, void* data, Finish finish,
                   Place place) {
+  Block& block = own();
   if (id < 0 || id >= static_cast<int>(kBarriers)) fail("no such barrier", place);
   const bool whole = count == block.threads.size();
   if (count % 32 && !whole) fail("a barrier counts whole warps", place);
@@ -394,22 +466,24 @@ void meet_barrier(const char* name, int id, unsigned count, bool wait, void* dat
 }
 
 void* shared_memory(SharedSite& site, size_t bytes, size_t alignment) {
-  if (site.block == block.serial) return site.memory;
-  size_t at = (block.shared_used + alignment - 1) / alignment * alignment;
+  if (site.block == cluster.serial) return site.memory;
+  if (cluster.size > 1) fail("static shared memory is not emulated in clusters");
+  size_t at = (own().shared_used + alignment - 1) / alignment * alignment;
   if (at + bytes > settings.shared_limit)
     fail("the block needs more than " + std::to_string(settings.shared_limit) +
          " bytes of shared memory");
-  block.shared_used = at + bytes;
-  site = {block.serial, shared_bytes + at};
+  own().shared_used = at + bytes;
+  site = {cluster.serial, shared_bytes[running] + at};
   return site.memory;
 }
 
 void* dynamic_shared_memory() {
-  return shared_bytes;
+  return shared_bytes[running];
 }
 
-void run_grid(Dim3 grid, Dim3 threads, size_t dynamic_bytes, const std::function<void()>& body) {
-  check_launch(grid, threads);
+void run_grid(Dim3 grid, Dim3 threads, size_t dynamic_bytes, const std::function<void()>& body,
+              unsigned blocks) {
+  check_launch(grid, threads, blocks);
   if (dynamic_bytes > settings.shared_limit)
     throw std::runtime_error("a kernel asked for " + std::to_string(dynamic_bytes) +
                              " bytes of shared memory");
@@ -417,22 +491,26 @@ void run_grid(Dim3 grid, Dim3 threads, size_t dynamic_bytes, const std::function
   scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
   random_state = settings.seed * 0x9E3779B97F4A7C15ull + 1;
-  block.shared_used = kSharedBytes;
-  block.dynamic_bytes = dynamic_bytes;
-  block.body = &body;
-  block.error.clear();
+  for (Block& block : cluster.blocks) block.shared_used = kSharedBytes;
+  cluster.size = blocks;
+  cluster.dynamic_bytes = dynamic_bytes;
+  cluster.body = &body;
+  cluster.error.clear();
   grid_dim = grid;
   block_dim = threads;
-  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z / blocks;
   std::vector<uint64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   for (uint64_t i = count; settings.seed && i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
-  for (uint64_t linear : order) {
-    block_index = {static_cast<unsigned>(linear % grid.x),
-                   static_cast<unsigned>(linear / grid.x % grid.y),
-                   static_cast<unsigned>(linear / grid.x / grid.y)};
-    run_block();
-    if (!block.error.empty()) throw std::runtime_error(block.error);
+  for (uint64_t first : order) {
+    for (unsigned b = 0; b < blocks; ++b) {
+      const uint64_t linear = first * blocks + b;
+      cluster.blocks[b].index = {static_cast<unsigned>(linear % grid.x),
+                                 static_cast<unsigned>(linear / grid.x % grid.y),
+                                 static_cast<unsigned>(linear / grid.x / grid.y)};
+    }
+    run_cluster();
+    if (!cluster.error.empty()) throw std::runtime_error(cluster.error);
   }
 }
 

@@ -1,8 +1,8 @@
 // A CUDA block on one OS thread: every CUDA thread is a fiber that runs until it meets the others
-// at a barrier or a warp collective. Blocks run one after the other, in an order drawn by the seed,
-// and so do the fibers of a block between two meetings: a kernel whose result depends on the order
-// gives itself away under another seed, and one that waits for a thread that never comes is
-// reported with the source lines where its threads stand.
+// at a barrier or a warp collective. Blocks (clusters, where a launch asks for them) run one after
+// the other, in an order drawn by the seed, and so do the fibers of a block between two meetings: a
+// kernel whose result depends on the order gives itself away under another seed, and one that waits
+// for a thread that never comes is reported with the source lines where its threads stand.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,8 @@ struct AsyncCopy {
 struct Thread {
   enum State { kReady, kWaiting, kDone };
   Dim3 index;
-  unsigned rank = 0;  // in the block; warp = rank / 32, lane = rank % 32
+  unsigned rank = 0;   // in the block; warp = rank / 32, lane = rank % 32
+  unsigned block = 0;  // in the cluster
   State state = kReady;
   // Where and for whom it waits.
   const char* waits_for = "";
@@ -66,7 +67,7 @@ inline Settings settings;
 inline Thread* current = nullptr;  // the running thread
 inline Dim3 block_index, block_dim, grid_dim;
 
-constexpr unsigned kBarriers = 16;
+constexpr unsigned kBarriers = 16, kMaxCluster = 2;
 constexpr unsigned char kPoison = 0xFF;  // NaN as a float, -1 as an integer
 
 // Meets the lanes of `mask` in this thread's warp. `data` points into the caller's stack. Only a
@@ -79,10 +80,15 @@ void meet_barrier(const char* name, int id, unsigned count, bool wait, void* dat
 // Sleeps until another thread, or something that lands, wakes what sleeps there.
 void wait_for(const char* name, const void* event, Place place);
 void wake(const void* event);
-// Does it when the scheduler draws it: at some time before the block's threads could only wait.
-void later(std::function<void()> deed);
-uint64_t block_serial();  // another for every block
-void give_way();          // lets other threads run first, now and then
+// Does it when the scheduler draws it: at some time before the block's threads could only wait; on
+// behalf of block `block` of the cluster, or of the running one.
+void later(std::function<void()> deed, int block = -1);
+uint64_t block_serial();  // another for every block, or cluster of blocks
+unsigned cluster_rank();
+// Where `shared` lies in block `rank` of the cluster.
+void* of_block(void* shared, unsigned rank, Place place = Place::current());
+void cluster_sync(Place place = Place::current());
+void give_way();  // lets other threads run first, now and then
 [[noreturn]] void fail(const std::string& message, Place place = Place::current());
 
 // Shared memory of the running block: poisoned when the block begins, and one place per site.
@@ -93,8 +99,10 @@ struct SharedSite {
 void* shared_memory(SharedSite& site, size_t bytes, size_t alignment);
 void* dynamic_shared_memory();
 
-// Runs every block of the grid. Throws std::runtime_error with what went wrong.
-void run_grid(Dim3 grid, Dim3 block, size_t dynamic_bytes, const std::function<void()>& body);
+// Runs every block of the grid, `cluster` adjacent ones at a time. Throws std::runtime_error with
+// what went wrong.
+void run_grid(Dim3 grid, Dim3 block, size_t dynamic_bytes, const std::function<void()>& body,
+              unsigned cluster = 1);
 
 // The random numbers behind every choice of order.
 uint64_t draw();

@@ -101,16 +101,22 @@ inline void tensor_land(unsigned char* to, const TensorMap& map, std::array<int,
 
 inline void tensor_load(void* to, const TensorMap& map, std::array<int, 3> at, void* barrier,
                         unsigned ranks, uint64_t, Place place = Place::current()) {
-  if (ranks) fail("multicast is not emulated", place);
   if (shared_offset(to) % 1024) fail("a swizzled box must begin at 1,024 bytes", place);
   if (map.box[0] != 64) fail("a swizzled box is 64 elements wide", place);
   const unsigned bytes = 128 * map.box[1] * (map.rank == 3 ? map.box[2] : 1);
   if (shared_offset(to) + bytes > settings.shared_limit) fail("a box beyond shared memory", place);
-  std::memset(to, kPoison, bytes);
-  later([=] {
-    tensor_land(static_cast<unsigned char*>(to), map, at);
-    land(barrier, bytes, place);
-  });
+  for (unsigned rank = 0; rank < kMaxCluster; ++rank) {
+    if (ranks ? !(ranks >> rank & 1) : rank != cluster_rank()) continue;
+    auto* target = static_cast<unsigned char*>(of_block(to, rank, place));
+    void* reached = of_block(barrier, rank, place);
+    std::memset(target, kPoison, bytes);
+    later(
+        [=] {
+          tensor_land(target, map, at);
+          land(reached, bytes, place);
+        },
+        static_cast<int>(rank));
+  }
 }
 
 inline void bulk_load(void* to, const void* from, unsigned bytes, void* barrier,
@@ -123,22 +129,6 @@ inline void bulk_load(void* to, const void* from, unsigned bytes, void* barrier,
     std::memcpy(to, from, bytes);
     land(barrier, bytes, place);
   });
-}
-
-// Clusters: of one block only, as yet.
-
-inline unsigned cluster_rank() {
-  return 0;
-}
-
-template <class T>
-T* of_block(T* barrier, unsigned rank, Place place = Place::current()) {
-  if (rank) fail("no such block in the cluster", place);
-  return barrier;
-}
-
-inline void cluster_sync(Place place = Place::current()) {
-  meet_barrier("cluster_sync", 0, block_threads(), true, nullptr, nullptr, place);
 }
 
 // Products

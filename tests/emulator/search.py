@@ -13,7 +13,7 @@ from knnext import reference
 
 INF = float("inf")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-SHAPES = {"auto": 0, "few": 1, "small": 2, "large": 3, "owner": 4}
+SHAPES = {"auto": 0, "few": 1, "small": 2, "large": 3, "owner": 4, "filter": 5}
 FIELDS = [
     "dtype",
     "num_queries",
@@ -39,6 +39,7 @@ FIELDS = [
     "owners",
     "owner_words",
     "stages",
+    "cluster",
     "num_failed",
 ]
 
