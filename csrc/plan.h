@@ -8,8 +8,9 @@
 
 namespace knnext {
 
-// Hopper's own kernels: absent from the build, not switched on (KNNEXT_SM90=1 does), or allowed.
-enum class Sm90 { kNotBuilt, kOff, kOn };
+// Hopper's own kernels: absent from the build, or by the environment variable KNNEXT_SM90 off
+// (unset), on where they should win (1), or used however few the keys (all: for tests).
+enum class Sm90 { kNotBuilt, kOff, kOn, kEverywhere };
 
 struct SearchProblem {
   int64_t num_queries = 0, num_keys = 0, dim = 0, k = 0;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <iterator>
 
 namespace knnext {
@@ -30,7 +29,7 @@ constexpr ScanCrossover kCrossovers[] = {
 
 bool holds(const ScanCrossover& row, const SearchProblem& problem) {
   if (problem.num_queries < row.min_queries || problem.num_queries > row.max_queries) return false;
-  if (problem.num_keys < row.min_keys) return false;
+  if (problem.num_keys < row.min_keys && problem.sm90 != Sm90::kEverywhere) return false;
   if (row.kernel != ScanKernel::kSm90Owner) return true;
   return plan_sm90_owner(problem.num_queries, problem.dim * problem.element_bytes).stages > 0;
 }
@@ -69,8 +68,8 @@ ScanKernelChoice choose_scan_kernel(const SearchProblem& problem) {
       std::find_if(std::begin(kCrossovers), std::end(kCrossovers) - 1,
                    [&](const ScanCrossover& candidate) { return holds(candidate, problem); });
   const std::string because = std::string(row->basis) + ": " + row->reason;
-  if (row->kernel == ScanKernel::kPortable || problem.sm90 == Sm90::kOn)
-    return {row->kernel, because};
+  const bool may = problem.sm90 == Sm90::kOn || problem.sm90 == Sm90::kEverywhere;
+  if (row->kernel == ScanKernel::kPortable || may) return {row->kernel, because};
   const char* missing = problem.sm90 == Sm90::kOff ? "KNNEXT_SM90=1" : "a build for 9.0a";
   return {ScanKernel::kPortable, std::string("with ") + missing + " it would be " +
                                      name_of(row->kernel) + " (" + because + ")"};
@@ -96,9 +95,13 @@ Sm90OwnerShape plan_sm90_owner(int64_t num_queries, int64_t dim_bytes) {
   return shape;
 }
 
-bool sm90_switched_on() {
+Sm90 sm90_switch(const std::string& text) {
+  return text == "all" ? Sm90::kEverywhere : text == "1" ? Sm90::kOn : Sm90::kOff;
+}
+
+Sm90 sm90_switch() {
   const char* text = std::getenv("KNNEXT_SM90");
-  return text && std::strcmp(text, "1") == 0;
+  return sm90_switch(text ? text : "");
 }
 
 }  // namespace knnext

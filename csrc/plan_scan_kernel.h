@@ -54,7 +54,8 @@ const char* name_of(ScanKernel kernel);
 const ScanCrossover* scan_crossovers(int& count);
 ScanKernelChoice choose_scan_kernel(const SearchProblem& problem);
 
-// Environment variable KNNEXT_SM90 is 1: Hopper's own kernels may be chosen.
-bool sm90_switched_on();
+// What the environment variable KNNEXT_SM90 says, or would say, in a build that has the kernels.
+Sm90 sm90_switch();
+Sm90 sm90_switch(const std::string& text);
 
 }  // namespace knnext

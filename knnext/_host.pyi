@@ -28,7 +28,7 @@ class SearchPlan:
         element_bytes: int = 2,
         capability: tuple[int, int] = (0, 0),
         num_units: int = 1,
-        sm90: bool | None = None,
+        sm90: str | None = None,
         aligned: bool = True,
     ) -> None: ...
 
@@ -48,6 +48,6 @@ def plan_cuda(
     num_units: int = 132,
     merge_columns: int = 0,
     key_norms: bool = True,
-    sm90: bool | None = None,
+    sm90: str | None = None,
     aligned: bool = True,
 ) -> dict[str, Any]: ...

@@ -137,7 +137,7 @@ def test_the_shape_follows_the_number_of_queries():
 
 
 def scans_with(**problem: Any) -> str:
-    sizes = {"queries": 16, "entries": 10**6, "dim": 1024, "k": 1024, "sm90": True} | problem
+    sizes = {"queries": 16, "entries": 10**6, "dim": 1024, "k": 1024, "sm90": "1"} | problem
     return plan_cuda(**sizes)["kernel"]
 
 
@@ -156,7 +156,7 @@ def test_the_table_of_crossovers_is_complete_and_says_where_it_comes_from():
 @pytest.mark.parametrize("queries", [1, 8, 9, 64])
 def test_few_queries_stay_in_shared_memory_and_read_each_key_once(queries: int):
     assert scans_with(queries=queries) == "sm90_owner"
-    plan = plan_cuda(queries=queries, entries=10**6, dim=1024, k=1024, sm90=True)
+    plan = plan_cuda(queries=queries, entries=10**6, dim=1024, k=1024, sm90="1")
     assert plan["num_passes"] == 1 and plan["because"].startswith("predicted: ")
 
 
@@ -170,6 +170,8 @@ def test_few_keys_go_the_plain_way():
     assert scans_with(entries=16384) == "sm90_owner"
     assert scans_with(entries=65535, queries=300) == "portable"
     assert scans_with(entries=65536, queries=300) == "sm90_filter"
+    assert scans_with(entries=16383, sm90="all") == "sm90_owner"
+    assert scans_with(entries=65535, queries=300, sm90="all") == "sm90_filter"
     assert scans_with(entries=0) == scans_with(queries=0) == "portable"
 
 
@@ -184,7 +186,7 @@ def test_queries_too_wide_to_stay_are_not_split():
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        ({"sm90": False}, "with KNNEXT_SM90=1 it would be sm90_"),
+        ({"sm90": "0"}, "with KNNEXT_SM90=1 it would be sm90_"),
         ({"element_bytes": 4}, "float16 and bfloat16"),
         ({"dim": 1001}, "dim % 8 == 0"),
         ({"aligned": False}, "multiples of 16 bytes"),
@@ -195,7 +197,7 @@ def test_queries_too_wide_to_stay_are_not_split():
 def test_what_hopper_kernels_cannot_do_is_portable_and_said(
     queries: int, problem: dict[str, Any], reason: str
 ):
-    sizes = {"entries": 10**6, "dim": 1024, "k": 1024, "sm90": True} | problem
+    sizes = {"entries": 10**6, "dim": 1024, "k": 1024, "sm90": "1"} | problem
     plan = plan_cuda(queries=queries, **sizes)
     assert plan["kernel"] == "portable"
     assert reason in plan["because"]
@@ -214,7 +216,7 @@ def test_the_switch_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_owner_kernel_fits_and_keeps_enough_keys_under_way():
     for queries, dim in itertools.product([1, 8, 9, 16, 17, 32, 33, 64], range(8, 12000, 8)):
-        plan = plan_cuda(queries=queries, entries=10**6, dim=dim, k=16, sm90=True)
+        plan = plan_cuda(queries=queries, entries=10**6, dim=dim, k=16, sm90="1")
         tile, stages = plan["owner_query_tile"], plan["owner_stages"]
         assert tile >= queries and (tile == 8 or tile < 2 * queries)
         if plan["kernel"] != "sm90_owner":
@@ -225,8 +227,8 @@ def test_the_owner_kernel_fits_and_keeps_enough_keys_under_way():
         # Candidates, two barriers a stage, and room to align the tiles.
         needed = rows + 2048 + 16 * stages + 896
         assert needed <= plan["owner_shared_bytes"] <= plan["shared_limit"]
-    assert plan_cuda(queries=64, entries=10**6, dim=1024, k=16, sm90=True)["owner_stages"] == 6
-    assert plan_cuda(queries=1, entries=10**6, dim=1024, k=16, sm90=True)["owner_stages"] == 12
+    assert plan_cuda(queries=64, entries=10**6, dim=1024, k=16, sm90="1")["owner_stages"] == 6
+    assert plan_cuda(queries=1, entries=10**6, dim=1024, k=16, sm90="1")["owner_stages"] == 12
 
 
 def test_large_searches_take_few_passes():
@@ -253,7 +255,7 @@ def test_the_public_plan_names_the_kernel_and_why(
     queries: int, kernel: str, tiles: tuple[int, int, int]
 ):
     sizes = {"queries": queries, "entries": 10**6, "dim": 1024, "k": 1024}
-    plan = SearchPlan(**sizes, capability=(9, 0), num_units=132, sm90=True)
+    plan = SearchPlan(**sizes, capability=(9, 0), num_units=132, sm90="1")
     assert plan.kernel == kernel and plan.because.startswith("predicted: ")
     assert (plan.query_tile, plan.key_tile, plan.dim_tile) == tiles
     assert SearchPlan(**sizes).because == ""

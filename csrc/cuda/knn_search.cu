@@ -30,7 +30,7 @@ int attribute(cudaDeviceAttr which, int device) {
 
 Sm90 hopper_kernels() {
 #ifdef KNNEXT_BUILT_SM90
-  return sm90_switched_on() ? Sm90::kOn : Sm90::kOff;
+  return sm90_switch();
 #else
   return Sm90::kNotBuilt;
 #endif

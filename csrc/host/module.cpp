@@ -32,15 +32,14 @@ std::string plan_text(const knnext::SearchPlan& plan) {
          ", workspace_bytes=" + std::to_string(plan.workspace_bytes) + ")";
 }
 
-// What the process may choose from, or what a test says.
-knnext::Sm90 hopper(std::optional<bool> wish) {
+// What a test says, or what the process may choose from.
+knnext::Sm90 hopper(const std::optional<std::string>& wish) {
+  if (wish) return knnext::sm90_switch(*wish);
 #ifdef KNNEXT_BUILT_SM90
-  const bool built = true;
+  return knnext::sm90_switch();
 #else
-  const bool built = false;
+  return knnext::Sm90::kNotBuilt;
 #endif
-  if (wish ? *wish : built && knnext::sm90_switched_on()) return knnext::Sm90::kOn;
-  return wish || built ? knnext::Sm90::kOff : knnext::Sm90::kNotBuilt;
 }
 
 py::list scan_crossovers() {
@@ -57,7 +56,7 @@ py::list scan_crossovers() {
 
 py::dict plan_cuda(int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
                    std::pair<int, int> capability, int num_units, int64_t merge_columns,
-                   bool key_norms, std::optional<bool> sm90, bool aligned) {
+                   bool key_norms, std::optional<std::string> sm90, bool aligned) {
   const knnext::CudaSearchExtras extras{merge_columns, 0, key_norms};
   const knnext::CudaSearchPlan plan =
       knnext::plan_cuda_search({queries, entries, dim, k, element_bytes, capability.first,
@@ -93,20 +92,20 @@ void bind_plan(py::module_& m) {
       .def_readonly("capacity", &ThresholdSample::capacity)
       .def_readonly("expected", &ThresholdSample::expected);
   py::class_<SearchPlan>(m, "SearchPlan")
-      .def(
-          py::init([](int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
-                      std::pair<int, int> capability, int num_units, std::optional<bool> sm90,
-                      bool aligned) {
-            return knnext::plan_search({queries, entries, dim, k, element_bytes, capability.first,
-                                        capability.second, num_units, hopper(sm90), aligned});
-          }),
-          py::kw_only(), "queries"_a, "entries"_a, "dim"_a, "k"_a, "element_bytes"_a = 2,
-          "capability"_a = std::pair<int, int>(0, 0), "num_units"_a = 1, "sm90"_a = py::none(),
-          "aligned"_a = true,
-          "How a search would run. capability is the GPU's, (0, 0) for the CPU; num_units its\n"
-          "multiprocessors, or the CPU's threads; sm90 whether Hopper's own kernels may be chosen\n"
-          "(None: as built, and as KNNEXT_SM90 says); aligned whether rows start at multiples of\n"
-          "16 bytes.")
+      .def(py::init([](int64_t queries, int64_t entries, int64_t dim, int64_t k, int element_bytes,
+                       std::pair<int, int> capability, int num_units,
+                       std::optional<std::string> sm90, bool aligned) {
+             return knnext::plan_search({queries, entries, dim, k, element_bytes, capability.first,
+                                         capability.second, num_units, hopper(sm90), aligned});
+           }),
+           py::kw_only(), "queries"_a, "entries"_a, "dim"_a, "k"_a, "element_bytes"_a = 2,
+           "capability"_a = std::pair<int, int>(0, 0), "num_units"_a = 1, "sm90"_a = py::none(),
+           "aligned"_a = true,
+           "How a search would run. capability is the GPU's, (0, 0) for the CPU; num_units its\n"
+           "multiprocessors, or the CPU's threads; sm90 what KNNEXT_SM90 says, \"0\", \"1\" or\n"
+           "\"all\" (None: the variable itself, where the kernels were built); aligned whether "
+           "rows\n"
+           "start at multiples of 16 bytes.")
       .def_readonly("kernel", &SearchPlan::kernel)
       .def_readonly("because", &SearchPlan::because)
       .def_readonly("query_tile", &SearchPlan::query_tile)

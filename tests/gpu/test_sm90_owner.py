@@ -1,0 +1,209 @@
+"""The Hopper scan for few queries on a Hopper GPU: it runs where the plan says so, and gives what
+the float64 reference and the portable kernels give. tests/gpu/test_gpu_search.py runs over it too,
+with KNNEXT_SM90=all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import knnext
+from knnext import reference
+from knnext.testing import assert_equal_results, assert_search
+
+pytestmark = pytest.mark.gpu
+HALVES = [torch.float16, torch.bfloat16]
+METRICS = ["l2", "ip"]
+FORCED = {
+    "as planned": "",
+    "too tight": "stride=16,rank=1",
+    "no room": "stride=16,rank=90,capacity=20",
+    "all fail": "stride=16,rank=90,fail=1",
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    from knnext._host import build_info
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    if "9.0a" not in build_info()["cuda_archs"]:
+        pytest.skip("the build has no code for 9.0a")
+    monkeypatch.setenv("KNNEXT_SM90", "all")
+
+
+def integers(*size: int, dtype: torch.dtype = torch.float16, high: int = 4) -> Tensor:
+    return torch.randint(-high, high + 1, size, device="cuda").to(dtype)
+
+
+def gaussian(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(size, device="cuda").to(dtype)
+
+
+def assert_exact(queries: Tensor, keys: Tensor, k: int, metric: str = "l2", **kwargs: Any) -> None:
+    got = knnext.knn_search(queries, keys, k, metric, **kwargs)
+    want = reference.knn_search(queries, keys, k, metric, compute_dtype=torch.float64, **kwargs)
+    assert_equal_results(got, want)
+
+
+def kernels_of(run: Callable[[], Any]) -> set[str]:
+    """Names of the CUDA kernels that a call launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    return {event.key for event in seen.key_averages()}
+
+
+def failed_queries() -> int:
+    library = Path(knnext.__file__).parent / "lib/libknnext_cuda.so"
+    count = ctypes.CDLL(str(library)).knnext_failed_queries
+    count.restype = ctypes.c_ulonglong
+    torch.cuda.synchronize()
+    return count()
+
+
+def test_it_runs_where_the_plan_says(monkeypatch) -> None:
+    from knnext._host import SearchPlan
+
+    for switch, q, n, dim in (
+        ("1", 8, 20_000, 64),
+        ("1", 8, 16_000, 64),
+        ("1", 64, 20_000, 1280),
+        ("1", 64, 20_000, 1288),
+        ("all", 8, 9000, 64),
+        ("0", 8, 20_000, 64),
+        ("1", 8, 20_000, 65),
+    ):
+        monkeypatch.setenv("KNNEXT_SM90", switch)
+        plan = SearchPlan(queries=q, entries=n, dim=dim, k=50, capability=(9, 0), num_units=132)
+        queries, keys = integers(q, dim), integers(n, dim)
+        names = kernels_of(lambda q=queries, x=keys: knnext.knn_search(q, x, 50))
+        ran = any("sm90_owner_kernel" in name for name in names)
+        assert ran == (plan.kernel == "cuda_sm90_owner"), (switch, q, n, dim, plan.kernel, names)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("q", [1, 7, 8, 9, 16, 17, 32, 33, 63, 64])
+def test_every_number_of_queries(q: int, dtype: torch.dtype, metric: str) -> None:
+    for n in (8193, 20_000, 70_001):
+        assert_exact(integers(q, 72, dtype=dtype), integers(n, 72, dtype=dtype), 65, metric)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dim", [8, 56, 64, 72, 128, 200, 768, 1024, 1280, 1600, 4096])
+def test_every_dimension(dim: int, dtype: torch.dtype) -> None:
+    for q in (3, 16, 64):
+        queries, keys = integers(q, dim, dtype=dtype), integers(20_000, dim, dtype=dtype)
+        for metric in METRICS:
+            assert_exact(queries, keys, 100, metric)
+
+
+@pytest.mark.parametrize("n", [16_384 + d for d in (-1, 0, 1, 127, 128, 129)])
+def test_sizes_around_a_tile(n: int) -> None:
+    assert_exact(integers(20, 40), integers(n, 40), 300)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dim", [64, 1024])
+def test_real_numbers(dim: int, dtype: torch.dtype, metric: str) -> None:
+    queries, keys = gaussian(40, dim, dtype=dtype), gaussian(60_000, dim, dtype=dtype)
+    got = knnext.knn_search(queries, keys, 128, metric)
+    assert_search(got, queries, keys, 128, metric, kind="tensor_core")
+
+
+@pytest.mark.parametrize("forced", FORCED)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_forced_failures_change_nothing(forced: str, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setenv("KNNEXT_TEST_SEARCH", FORCED[forced])
+    for metric in METRICS:
+        before = failed_queries()
+        assert_exact(integers(40, 40, dtype=dtype), integers(40_000, 40, dtype=dtype), 500, metric)
+        assert failed_queries() - before == (0 if forced == "as planned" else 40)
+
+
+@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
+def test_orders_that_fill_lists(order: str) -> None:
+    keys, queries = integers(200_000, 16, high=20), integers(40, 16)
+    by_distance = keys.float().square().sum(1).argsort(stable=True)
+    if order == "near to far":
+        keys = keys[by_distance]
+    elif order == "far to near":
+        keys = keys[by_distance.flip(0)]
+    elif order == "equal":
+        keys[:] = 3
+    elif order == "cluster":
+        keys[1000:190_000] = integers(1, 16)
+    else:
+        keys = keys[:500].repeat(400, 1)
+    before = failed_queries()
+    assert_exact(queries, keys, 1024)
+    assert failed_queries() == before
+
+
+def test_rows_apart_and_expanded() -> None:
+    wide = integers(30_000, 104)
+    for columns in (slice(8, 72), slice(3, 67)):
+        assert_exact(wide[:20, columns], wide[:, columns], 50)
+    assert_exact(wide[100:101, 8:72], wide[:, 16:80], 50)
+    assert_exact(wide[:1, :64].expand(5, 64), wide[:, :64], 50)
+
+
+@pytest.mark.parametrize("q", [1, 64])
+def test_a_hundred_runs_give_the_same_bits(q: int) -> None:
+    queries, keys = gaussian(q, 256), gaussian(100_000, 256)
+    first = knnext.knn_search(queries, keys, 500)
+    for _ in range(100):
+        assert_equal_results(knnext.knn_search(queries, keys, 500), first)
+
+
+def test_identical_keys_tie_by_index_wherever_they_lie() -> None:
+    queries, keys = gaussian(50, 768), gaussian(30_000, 768)
+    places = torch.tensor([0, 77, 128, 9999, 20_000, 29_999], device="cuda")
+    keys[places] = queries[:1] + 0.01
+    for q in (queries[:3], queries):
+        distances, indices = knnext.knn_search(q, keys, 6)
+        assert torch.equal(indices[0], places) and (distances[0] == distances[0, 0]).all()
+
+
+def test_a_graph_replays_on_new_data() -> None:
+    queries, keys = integers(30, 64), integers(40_000, 64)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        knnext.knn_search(queries, keys, 90)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = knnext.knn_search(queries, keys, 90)
+    for _ in range(3):
+        queries.copy_(integers(30, 64))
+        keys.copy_(integers(40_000, 64))
+        graph.replay()
+        want = reference.knn_search(queries, keys, 90, compute_dtype=torch.float64)
+        assert_equal_results(got, want)
+
+
+def test_a_side_stream_is_kept_to() -> None:
+    queries, keys = integers(64, 64), integers(50_000, 64)
+    want = knnext.knn_search(queries, keys, 100)
+    torch.cuda.synchronize()
+    for _ in range(5):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            late = torch.zeros_like(keys)
+            torch.cuda._sleep(20_000_000)
+            late.copy_(keys)
+            got = knnext.knn_search(queries, late, 100)
+        side.synchronize()
+        assert_equal_results(got, want)
