@@ -37,12 +37,13 @@ step() {
   local name=$1 limit=$(($2 * minutes / 9)) left=$((deadline - SECONDS - $3 * minutes / 9))
   local start=$SECONDS status=0 verdict=ok
   shift 3
-  [ "$limit" -gt "$left" ] && limit=$left
-  if [ "$limit" -lt 5 ]; then
+  if [ "$left" -lt 5 ]; then
     say "$(printf '%-14s %-20s' "$name" "NO TIME LEFT")"
     failures=$((failures + 1))
     return
   fi
+  [ "$limit" -gt "$left" ] && limit=$left
+  [ "$limit" -lt 1 ] && limit=1
   timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
   if [ "$status" -ne 0 ]; then
     verdict="FAILED ($status)"

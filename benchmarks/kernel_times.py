@@ -58,7 +58,8 @@ def summed(events: Any, calls: int) -> list[dict[str, Any]]:
 
 def short_name(signature: str) -> str:
     """The kernel's name with its template arguments and without namespaces and parameters."""
-    name = re.sub(r"\b(?:knnext|at|native|cub|detail|\(anonymous namespace\))::", "", signature)
+    name = signature.replace("(anonymous namespace)::", "")
+    name = re.sub(r"\b(?:knnext|at|native|cub|detail)::", "", name)
     return re.sub(r"^(?:void|static) ", "", name).partition("(")[0][:90]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from benchmark_modules import BENCHMARKS, report
+from benchmark_runs import entry, write_run
+from kernel_times import short_name, summed
 from report_plots import LIMIT, pictures
 from report_rows import read
 from report_tables import duration, number, size
@@ -16,41 +18,6 @@ from report_targets import verdicts
 
 COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
 PNG = b"\x89PNG"
-LIMITS = {"limit_read_gbps": 4000.0, "limit_copy_gbps": 4000.0, "limit_tflops": 500.0}
-
-
-def entry(implementation: str, queries: int, milliseconds: float, **facts: Any) -> dict[str, Any]:
-    """A search as pytest-benchmark writes it; the bare product takes 10 ms for 4096 queries."""
-    shape = {"Q": queries, "N": 1_000_000, "D": 1024, "k": 1024, "dtype": "float16"}
-    seconds = 1e-3 * milliseconds
-    extra = {
-        "op": "knn_search",
-        "kernels": "portable",
-        "keys": "gaussian",
-        "gbps": 2.048 / seconds,
-        "tflops": 2.048e-3 * queries / seconds,
-        "share_of_limit": 1e-3 / seconds,
-        "share_of_gemm": 1e-2 * queries / 4096 / seconds,
-        "recall": 1.0,
-        "peak_memory": 123_000_000,
-    }
-    return {
-        "group": f"knn_search Q{queries} cuda",
-        "params": {"implementation": implementation, "device": "cuda"},
-        "stats": {"median": seconds, "min": seconds, "max": seconds, "rounds": 5},
-        "extra_info": extra | LIMITS | shape | facts,
-    }
-
-
-def write_run(path: Path, entries: list[dict[str, Any]]) -> Path:
-    info = {"node": "a-host", "cpu": {"brand_raw": "A CPU"}, "threads": 8, "gpu": "A GPU"}
-    content = {
-        "machine_info": info | {"versions": {"torch": "9.9"}},
-        "datetime": "2031-02-03T04:05:06",
-        "benchmarks": entries,
-    }
-    path.write_text(json.dumps(content))
-    return path
 
 
 @pytest.fixture
@@ -175,3 +142,15 @@ def test_numbers_read_well() -> None:
     ]
     assert [duration(x) for x in (2.5, 0.0123, 4.5e-6)] == ["2.50 s", "12.3 ms", "4.50 µs"]
     assert [size(x) for x in (2.5e9, 3.0e6, 4000)] == ["2.50 GB", "3.00 MB", "4 kB"]
+
+
+def test_kernel_times_are_of_one_search_and_named_shortly() -> None:
+    scan = "void knnext::(anonymous namespace)::scan<__half, 128, 256>(knnext::ScanParams)"
+    assert short_name(scan) == "scan<__half, 128, 256>"
+    events = [
+        SimpleNamespace(key="void knnext::select(Params)", count=3, device_time_total=30.0),
+        SimpleNamespace(key=scan, count=6, device_time_total=900.0),
+        SimpleNamespace(key="cudaLaunchKernel", count=9, device_time_total=0),
+    ]
+    found = [(t["kernel"], t["launches"], t["microseconds"]) for t in summed(events, calls=3)]
+    assert found == [("scan<__half, 128, 256>", 2, 300.0), ("select", 1, 10.0)]

@@ -1,0 +1,134 @@
+"""benchmarks/gpu_run.sh without a GPU: the order of its steps, what each is given, what it leaves.
+
+Stand-ins take the place of the compiler, the driver's tools and the interpreter, which notes how it
+was called; the report alone is made by the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from benchmark_modules import BENCHMARKS, ROOT
+from benchmark_runs import entry, write_run
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+
+INTERPRETER = """#!/usr/bin/env bash
+echo "sm90=${KNNEXT_SM90:-} faiss=${FAISS_ACTIVATED:-} null=${NVCC_APPEND_FLAGS:-} $*" >>"$STUB/log"
+case "$*" in
+  -) cat >/dev/null ;;
+  *"import transformers"*) exit 1 ;;
+  *setup.py*) [ ! -e "$STUB/broken-build" ] || { echo "error: no such header"; exit 7; } ;;
+  *report.py*) exec "$REAL_PYTHON" "$@" ;;
+  *bench_sm90*) cp "$STUB/sm90.json" "$(sed 's/.*--benchmark-json=//; s/ .*//' <<<"$*")" ;;
+  *--benchmark-json=*)
+    [ ! -e "$STUB/slow" ] || sleep 60
+    cp "$STUB/portable.json" "$(sed 's/.*--benchmark-json=//; s/ .*//' <<<"$*")" ;;
+  *) echo "3 passed" ;;
+esac
+"""
+SMI = """#!/usr/bin/env bash
+case "$*" in *compute_cap*) echo 9.0 ;; *) echo "Stub GPU" ;; esac
+"""
+SANITIZER = """#!/usr/bin/env bash
+while [[ $1 != "$PYTHON" ]]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    programs = {"nvidia-smi": SMI, "nvcc": "#!/bin/sh\n", "compute-sanitizer": SANITIZER}
+    for name, text in (programs | {"python-stub": INTERPRETER}).items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    portable = [entry("bare_product", 4096, 10.0), entry("knnext_sqnorms", 4096, 20.0)]
+    hopper = [entry("knnext_sqnorms", 4096, 11.0, kernels="sm90")]
+    write_run(tmp_path / "portable.json", portable)
+    write_run(tmp_path / "sm90.json", hopper)
+    return tmp_path
+
+
+def run(stub: Path, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """What the script said, and how the interpreter was called."""
+    environment = os.environ | {
+        "PATH": f"{stub}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": str(stub / "python-stub"),
+        "REAL_PYTHON": sys.executable,
+        "STUB": str(stub),
+        "FAISS_GPU": str(stub / "faiss"),
+    }
+    environment.pop("KNNEXT_SM90", None)
+    command = ["bash", str(BENCHMARKS / "gpu_run.sh"), str(stub / "out")]
+    done = subprocess.run(
+        command, env=environment | settings, capture_output=True, text=True, cwd=stub
+    )
+    return done, (stub / "log").read_text().splitlines()
+
+
+def position(calls: list[str], *words: str) -> int:
+    return next(i for i, call in enumerate(calls) if all(word in call for word in words))
+
+
+def test_correctness_first_then_rivals_then_hopper_then_the_report(stub: Path) -> None:
+    (stub / "faiss").mkdir()
+    (stub / "faiss/activate.sh").write_text("export FAISS_ACTIVATED=1\n")
+    done, calls = run(stub)
+    assert done.returncode == 0, done.stdout + done.stderr
+    order = [
+        position(calls, "setup.py"),
+        position(calls, "sm90= ", "-m gpu", "tests"),
+        position(calls, "sm90=1", "-m gpu", "test_gpu_search"),
+        position(calls, "test_forced_failures"),
+        position(calls, "sm90= ", "benchmarks", "--budget"),
+        position(calls, "sm90=1", "benchmarks", "--only=bare_product,knnext,knnext_sqnorms"),
+        position(calls, "report.py"),
+    ]
+    assert order == sorted(order)
+    assert sum("test_forced_failures" in call for call in calls) == 3, "three tools"
+    for call in calls:
+        wanted = "faiss=1" if "benchmark-json" in call or "get_num_gpus" in call else "faiss= "
+        assert wanted in call, "its libraries are for the benchmarks alone"
+    summary = (stub / "out/summary.txt").read_text()
+    assert "knnext on Stub GPU" in summary and "0 step(s) failed" in summary
+    page = (stub / "out/README.md").read_text()
+    assert "knnext_sqnorms (sm90)" in page and "### Targets" in page
+    assert not any("kernel_times" in call for call in calls), "that step is optional"
+
+
+def test_a_failing_step_is_told_and_stops_nothing(stub: Path) -> None:
+    (stub / "broken-build").touch()
+    done, calls = run(stub)
+    assert done.returncode == 1
+    summary = (stub / "out/summary.txt").read_text()
+    assert "build          FAILED (7)" in summary and "error: no such header" in summary
+    assert "1 step(s) failed" in summary and "no FAISS for GPUs" in summary
+    assert position(calls, "report.py")
+    assert json.loads((stub / "out/bench.json").read_text())["benchmarks"]
+
+
+@pytest.mark.slow
+def test_a_slow_step_is_cut_and_the_run_ends_in_time(stub: Path) -> None:
+    (stub / "slow").touch()
+    start = time.monotonic()
+    done, calls = run(stub, MINUTES="1")
+    assert done.returncode == 1 and time.monotonic() - start < 75
+    summary = (stub / "out/summary.txt").read_text()
+    assert "bench          OUT OF TIME (22s)" in summary
+    assert position(calls, "bench_sm90") < position(calls, "report.py")
+
+
+def test_the_build_without_epilogue_is_a_copy(stub: Path) -> None:
+    done, calls = run(stub, NULL_EPILOGUE="1")
+    assert done.returncode == 0, done.stdout
+    builds = [call for call in calls if "setup.py" in call]
+    assert ["null=-DKNNEXT_NULL_EPILOGUE" in call for call in builds] == [False, True]
+    assert sum("kernel_times.py" in call for call in calls) == 2
+    assert not list((ROOT / "knnext").glob("**/*null*"))
