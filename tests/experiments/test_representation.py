@@ -70,8 +70,8 @@ def test_a_state_that_knows_nothing_loses_whatever_t_is(tmp_path):
 
     findings = representation.run(PlantedLab(tmp_path, plant, **SHORT))
     assert findings.agreement == "agrees"
-    att = by(findings.rows, h_ds="att", metric="l2", mask="exact", **{"t is": "fitted"})
-    ffn = by(findings.rows, h_ds="ffn", metric="l2", mask="exact", **{"t is": "fitted"})
+    fitted = [r for r in findings.rows if r["t is"] != "1"]
+    att, ffn = (by(fitted, h_ds=s, metric="l2", mask="exact") for s in ("att", "ffn"))
     assert att["mixture"] < ffn["mixture"]
     assert att["extra parameters"] == ROWS * DIM
 
