@@ -101,6 +101,17 @@ def test_what_goes_wrong_is_seen_and_made_good(metric: str, forced: dict[str, in
     assert check(queries, keys, 32, metric, owners=2, owner_words=512, **forced) == 37
 
 
+@pytest.mark.parametrize("n", [900, 1533, 1540])
+@pytest.mark.parametrize("stages", [2, 5])
+def test_its_sample_is_its_own(n: int, stages: int):
+    # Of the sample's 300 to 513 rows half are listed; under the threshold found there this kernel
+    # scans the sample, and under the sample's the keys.
+    queries, keys = integers(20, 72), integers(n, 72)
+    for metric in ("l2", "ip"):
+        assert check(queries, keys, 32, metric, stride=3, second=2, rank=40, stages=stages) == 0
+        assert check(queries, keys, 32, metric, stride=3, second=2, rank=1) > 0
+
+
 def test_only_the_failed_queries_take_the_other_path():
     queries, keys = integers(12, 8), integers(900, 8)
     assert 0 < check(queries, keys, 20, rank=30, capacity=120) < 12

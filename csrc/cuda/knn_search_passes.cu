@@ -199,7 +199,7 @@ class Search {
   }
 
   // Launches the scan if one of Hopper's own kernels was chosen for it. Lists of every key need no
-  // threshold: those are portable. The owner kernel takes adjacent rows only, no sample.
+  // threshold: those are portable.
   bool hopper_scan([[maybe_unused]] const ScanParams& scan, const ScanStep& step) const {
     if (step.dense) return false;
 #ifdef KNNEXT_BUILT_SM90
@@ -209,7 +209,7 @@ class Search {
       sm90_filter_launch(scan, p_.dtype, p_.dim, p_.num_units, cluster, stream_);
       return true;
     }
-    if (chosen == ScanKernel::kSm90Owner && step.strides[0] == 1) {
+    if (chosen == ScanKernel::kSm90Owner) {
       scan_sm90_owner(plan_.owner, p_.dtype, scan, p_.num_units, stream_);
       return true;
     }

@@ -126,7 +126,7 @@ void fall_back_bfloat16(const ScanParams& params, int owners, size_t shared_byte
 void fall_back_float(const ScanParams& params, int owners, size_t shared_bytes,
                      cudaStream_t stream);
 
-// sm90_owner.cu: a scan of adjacent keys under thresholds, for the queries of one tile.
+// sm90_owner.cu: a scan under thresholds, for the queries of one tile.
 void scan_sm90_owner(const Sm90OwnerShape& shape, Dtype dtype, ScanParams params, int num_units,
                      cudaStream_t stream);
 

@@ -26,13 +26,17 @@ auto owner_kernel(int queries) {
 
 void scan_sm90_owner(const Sm90OwnerShape& shape, Dtype dtype, ScanParams p, int num_units,
                      cudaStream_t stream) {
+  // A sample of a sample is drawn in one step here.
+  p.strides[0] *= p.strides[1];
+  p.strides[1] = 1;
   const int64_t dim = p.dim_bytes / 2, packed = (p.dim_bytes + 15) / 16 * 16;
   // A single row's stride means nothing, and may be anything.
   const int64_t query_stride = p.num_queries == 1 ? packed : p.query_stride;
+  const RowMatrix rows = {p.keys, p.key_stride, int64_t{p.num_rows} * p.strides[0], dim, dtype};
   const TensorMap queries =
       make_tensor_map({p.queries, query_stride, p.num_queries, dim, dtype}, shape.query_tile);
-  const TensorMap keys =
-      make_tensor_map({p.keys, p.key_stride, p.num_rows, dim, dtype}, kOwnerKeyTile);
+  const TensorMap keys = p.strides[0] == 1 ? make_tensor_map(rows, kOwnerKeyTile)
+                                           : make_sample_map(rows, p.strides[0], kOwnerBoxRows);
   p.query_tiles = 1;
   p.key_tiles = (p.num_rows + kOwnerKeyTile - 1) / kOwnerKeyTile;
   p.blocks = (p.dim_bytes + kSm90RowBytes - 1) / kSm90RowBytes;

@@ -38,8 +38,9 @@
 //    N = 1e6 if it cost a full round; it costs less, as the SMs that have it share all of the
 //    memory. The beginning: each stage of the first tile waits for its share of the queries too, so
 //    that they arrive while the ring fills, not before it.
-//  - The sample (1/64 of the keys, each drawn by a hash) is not in reach of the copy engine's boxes
-//    and stays with the portable kernel, whose gather reaches about 60 %: 2.6 % of the scan's time.
+//  - The sample, one key of each run of 64: 1.6 % of the bytes again, by boxes of one row of each
+//  of
+//    eight runs. Its own sample, 4,096 keys all listed, is the portable kernel's.
 #pragma once
 
 #include "candidates.cuh"
@@ -68,6 +69,12 @@ struct OwnerMemory {
         num_stages(num_stages_) {}
 };
 
+// The row in the chunk of row i of the scan: of a sample, runs that a box takes share a draw.
+constexpr int kOwnerBoxRows = 8, kOwnerSampleShift = 3;
+__device__ __forceinline__ int owner_row(const ScanParams& p, int i) {
+  return sampled_row<kOwnerSampleShift>(i, p.strides);
+}
+
 // Where in the ring, and in which of its rounds.
 struct RingPlace {
   int stage = 0;
@@ -80,23 +87,43 @@ struct RingPlace {
   }
 };
 
-// One thread feeds the ring with this block's tiles, and beside the first of them the queries.
+// One stage of a tile of keys. A sample's rows lie apart: one lane each takes eight of them, that
+// share a `place` in their runs and fill eight lines of 128 bytes, the period of the swizzle.
+__device__ __forceinline__ void owner_load_keys(unsigned char* to, const TensorMap& map,
+                                                const ScanParams& p, int tile, int block, int place,
+                                                Mbarrier* full, CachePolicy policy) {
+  const int lane = threadIdx.x % 32, element = block * (kSm90RowBytes / 2);
+  if (p.strides[0] == 1) {
+    if (lane == 0) tensor_load(to, map, element, tile * kOwnerKeyTile, full, policy);
+  } else if (lane < kOwnerKeyTile / kOwnerBoxRows) {
+    const int first = tile * kOwnerKeyTile + lane * kOwnerBoxRows;
+    tensor_load_3d(to + lane * kOwnerBoxRows * kSm90RowBytes, map, element, place, first, full,
+                   policy);
+  }
+}
+
+// One warp feeds the ring with this block's tiles, and beside the first of them the queries.
 template <int queries>
 __device__ __forceinline__ void owner_feed(const TensorMap& query_map, const TensorMap& key_map,
                                            const ScanParams& p, const OwnerMemory& m) {
-  constexpr int kQueryBytes = queries * kSm90RowBytes, kElements = kSm90RowBytes / 2;
+  constexpr int kQueryBytes = queries * kSm90RowBytes;
   const CachePolicy once = evict_first(), again = evict_last();
+  const int lane = threadIdx.x % 32;
   RingPlace at;
   bool first = true;
   for (int tile = blockIdx.x; tile < p.key_tiles; tile += gridDim.x) {
+    const int run = tile * kOwnerKeyTile + lane * kOwnerBoxRows;
+    const int place = owner_row(p, run) - run * p.strides[0];
     for (int block = 0; block < p.blocks; ++block) {
       Mbarrier* full = &m.full[at.stage];
       mbarrier_wait(&m.empty[at.stage], at.parity ^ 1);
-      mbarrier_expect(full, kOwnerKeyBytes + (first ? kQueryBytes : 0));
-      tensor_load(m.stages + at.stage * kOwnerKeyBytes, key_map, block * kElements,
-                  tile * kOwnerKeyTile, full, once);
-      if (first)
-        tensor_load(m.queries + block * kQueryBytes, query_map, block * kElements, 0, full, again);
+      if (lane == 0) mbarrier_expect(full, kOwnerKeyBytes + (first ? kQueryBytes : 0));
+      __syncwarp();
+      owner_load_keys(m.stages + at.stage * kOwnerKeyBytes, key_map, p, tile, block, place, full,
+                      once);
+      if (first && lane == 0)
+        tensor_load(m.queries + block * kQueryBytes, query_map, block * (kSm90RowBytes / 2), 0,
+                    full, again);
       at.advance(m.num_stages);
     }
     first = false;
@@ -191,7 +218,7 @@ struct OwnerTile {
       mask |= static_cast<unsigned>(sums[e] <= bounds[column_of(e)]) << e;
     while (__any_sync(~0u, mask != 0)) {
       const int e = max(__ffs(static_cast<int>(mask)) - 1, 0);
-      const int query = query_of(e), row = key_tile * kOwnerKeyTile + row_of(e);
+      const int query = query_of(e), row = owner_row(p, key_tile * kOwnerKeyTile + row_of(e));
       const Word word = make_word(fmaxf(p.floor, pick(sums, e)), row);
       // At the threshold's own distance rows up to its own pass, as in candidates.cuh.
       const bool keep = mask != 0 && word <= p.thresholds[query];
@@ -208,7 +235,7 @@ __device__ __forceinline__ float owner_key_norm(const ScanParams& p, int tile) {
   const int64_t at_tile = tile + int64_t{lane / 16} * gridDim.x;
   const int64_t row = at_tile * kOwnerKeyTile + threadIdx.x / 32 * 16 + lane % 16;
   if (row >= p.num_rows) return __uint_as_float(0x7F800000u);
-  return p.key_norms ? __ldg(&p.key_norms[row]) : 0.0f;
+  return p.key_norms ? __ldg(&p.key_norms[owner_row(p, static_cast<int>(row))]) : 0.0f;
 }
 
 template <class T, int queries>
@@ -276,7 +303,7 @@ __global__ void __launch_bounds__(kOwnerThreads, 1)
   __syncthreads();
   if (threadIdx.x < 32 * kOwnerWarps)
     owner_consume<T, queries>(p, m);
-  else if (threadIdx.x == 32 * kOwnerWarps)
+  else
     owner_feed<queries>(query_map, key_map, p, m);
 }
 
