@@ -57,11 +57,12 @@ def test_key_sqnorms(shape: Shape, device: str, implementation: str, measure: Me
     data, chosen = sets[0], IMPLEMENTATIONS[implementation]
     memory = Memory(device, chosen.own_memory)
     runs = [chosen.prepare(each) for each in sets]
+    result, facts = memory.watch(runs[0])
     head = slice(0, 10_000)
     want = data.keys[head].double().square().sum(1)
-    torch.testing.assert_close(runs[0]()[head].double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result[head].double(), want, rtol=1e-5, atol=0)
     name = str(shape).split("-", 1)[1].replace("-k1-", "-")
-    facts = shape.facts()
+    sizes = shape.facts()
     measure(
         runs,
         implementation=chosen,
@@ -69,6 +70,6 @@ def test_key_sqnorms(shape: Shape, device: str, implementation: str, measure: Me
         group=f"key_sqnorms {name}",
         op="key_sqnorms",
         shape=name,
-        **{field: facts[field] for field in ("N", "D", "dtype")},
-        **memory.facts(runs[0]),
+        **{field: sizes[field] for field in ("N", "D", "dtype")},
+        **facts,
     )

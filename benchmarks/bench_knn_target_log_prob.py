@@ -68,8 +68,9 @@ def test_knn_target_log_prob(
     data, chosen = sets[0], IMPLEMENTATIONS[implementation]
     memory = Memory(device, chosen.own_memory)
     runs = [chosen.prepare(each) for each in sets]
+    result, facts = memory.watch(runs[0])
     want = whole_row(data.rows(CHECKED_ROWS))
-    torch.testing.assert_close(runs[0]()[:CHECKED_ROWS].double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result[:CHECKED_ROWS].double(), want, rtol=1e-4, atol=1e-4)
     measure(
         runs,
         implementation=chosen,
@@ -78,5 +79,5 @@ def test_knn_target_log_prob(
         op="knn_target_log_prob",
         shape=str(shape),
         **shape.facts(),
-        **memory.facts(runs[0]),
+        **facts,
     )

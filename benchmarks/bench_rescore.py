@@ -76,10 +76,11 @@ def test_rescore(shape: Shape, device: str, implementation: str, measure: Measur
     sizes = (shape.queries, shape.width)
     given = [(data, torch.randint(0, shape.entries, sizes, device=device)) for data in sets]
     runs = [chosen.prepare(pair) for pair in given]
+    result, facts = memory.watch(runs[0])
     data, indices = given[0]
     rows = data.keys[indices[:2]].double()
     want = (data.queries[:2].double()[:, None] - rows).square().sum(-1)
-    torch.testing.assert_close(runs[0]()[:2].double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result[:2].double(), want, rtol=1e-5, atol=0)
     pairs = shape.queries * shape.width
     moved = data.queries.nbytes + pairs * (shape.dim * data.keys.element_size() + 12)
     measure(
@@ -95,5 +96,5 @@ def test_rescore(shape: Shape, device: str, implementation: str, measure: Measur
         D=shape.dim,
         m=shape.width,
         dtype="float16",
-        **memory.facts(runs[0]),
+        **facts,
     )

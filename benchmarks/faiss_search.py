@@ -91,7 +91,9 @@ def gpu_flat(dtype: torch.dtype) -> Callable[[Data], Run]:
     def prepare(data: Data) -> Run:
         _refuse_large_k(data)
         faiss = load("cuda")
-        require_memory(dtype.itemsize * data.keys.numel() + (6 << 30), "cuda", "the index")
+        # While it grows, the old and the new array stand side by side.
+        size = 9 * dtype.itemsize * data.keys.numel() // 4 + (6 << 30)
+        require_memory(size, "cuda", "the index")
         config = faiss.GpuIndexFlatConfig()
         config.useFloat16 = dtype == torch.float16
         index = faiss.GpuIndexFlatL2(_resources(), data.shape.dim, config)

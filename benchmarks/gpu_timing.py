@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,8 +115,9 @@ class GpuSampler:
         self._results = deque(maxlen=len(self.runs))
         self._next = cycle(self.runs)
         self.calls = len(self.runs)
-        self._issue()  # first touches, lazy set-up, compilation
         seconds = device_seconds(self._issue) / self.calls
+        if seconds < LONG_SECONDS:  # the first turn may have set things up
+            seconds = device_seconds(self._issue) / self.calls
         self.calls = calls_per_round(seconds, len(self.runs))
         if self.capturable and seconds < GRAPH_BELOW:
             self._capture()
@@ -150,7 +152,11 @@ class GpuSampler:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            self._issue()
-        self.graph = graph
+        try:
+            with torch.cuda.graph(graph):
+                self._issue()
+        except RuntimeError as error:  # it waits for the device after all: events time it then
+            warnings.warn(f"no graph: {str(error).splitlines()[0]}", stacklevel=2)
+        else:
+            self.graph = graph
         self._results.clear()

@@ -84,7 +84,9 @@ class Memory:
 
     def __init__(self, device: str, own_memory: bool) -> None:
         self.device, self.own = device, own_memory
-        self.before = self._taken() if device == "cuda" else 0
+        if device == "cuda":
+            torch.cuda.empty_cache()  # FAISS and cuVS cannot use what torch keeps
+            self.before = self._taken()
 
     def _taken(self) -> int:
         torch.cuda.synchronize()
@@ -93,17 +95,17 @@ class Memory:
         free, total = torch.cuda.mem_get_info()
         return total - free - torch.cuda.memory_reserved()
 
-    def facts(self, run: Run) -> dict[str, Any]:
+    def watch(self, run: Run) -> tuple[Any, dict[str, Any]]:
+        """(what the call returns, facts to note)."""
         if self.device != "cuda":
-            return {}
+            return run(), {}
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         result = run()
         peak = torch.cuda.max_memory_allocated() - held
         if self.own:
             peak += max(0, self._taken() - self.before)
-        del result
-        return {"peak_memory": peak, "peak_memory_by": "device" if self.own else "torch"}
+        return result, {"peak_memory": peak, "peak_memory_by": "device" if self.own else "torch"}
 
 
 class Measure:

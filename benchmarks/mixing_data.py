@@ -92,10 +92,13 @@ class Data:
 
 
 @lru_cache(maxsize=1)
-def make_data(shape: Shape, device: str, bytes_per_call: int) -> tuple[Data, ...]:
+def make_data(
+    shape: Shape, device: str, bytes_per_call: int, with_logits: bool = False
+) -> tuple[Data, ...]:
     """Distances in order, as a search gives them; half the neighbors share 50 tokens.
 
-    As many sets of buffers as turn the cache over, from what one call moves: one on a CPU.
+    As many sets of buffers as turn the cache over, from what one call moves: one on a CPU. Without
+    logits these are (Q, 0).
     """
     torch.compiler.reset()  # past eight shapes it would run eagerly and say nothing
     sets = rotations(bytes_per_call, l2_bytes(device)) if device == "cuda" else 1
@@ -108,7 +111,8 @@ def make_data(shape: Shape, device: str, bytes_per_call: int) -> tuple[Data, ...
     distances = 900 + 100 * draw(rows, k).sort(1).values
     tokens = (draw(rows, k) * shape.vocab_size).long().clamp_(max=shape.vocab_size - 1)
     tokens = torch.where(draw(rows, k) < 0.5, tokens % 50, tokens)
-    logits = torch.randn(rows, shape.vocab_size, device=device, generator=generator)
+    columns = shape.vocab_size if with_logits else 0
+    logits = torch.randn(rows, columns, device=device, generator=generator)
     whole = (logits.to(shape.logits), distances, tokens, tokens[:, 0].contiguous())
     parts = zip(*(t.split(shape.queries) for t in whole), strict=True)
     return tuple(Data(shape, *part) for part in parts)

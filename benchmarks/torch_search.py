@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from limits import seconds_of
 from search_data import Data, Result
+from search_shapes import Shape
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor, Tensor, int], Result]
@@ -22,6 +23,7 @@ CHUNK_VALUES = 1 << 28
 MIN_ROWS = 65536
 #: Bytes of the bare product's result at a time; the faster of these counts.
 PRODUCT_BYTES = (64 << 20, 1 << 30)
+_best_bytes: dict[Shape, int] = {}
 
 
 def chunk_rows(queries: int) -> int:
@@ -30,7 +32,7 @@ def chunk_rows(queries: int) -> int:
 
 def nearest_in_chunk(queries: Tensor, keys: Tensor, sqnorms: Tensor, k: int) -> Result:
     """Distances less |q|^2, which moves no order, and where they stand."""
-    scores = sqnorms - 2 * (queries @ keys.T)
+    scores = torch.sub(sqnorms, queries @ keys.T, alpha=2)
     return scores.topk(k, largest=False)
 
 
@@ -96,8 +98,12 @@ def bare_product(data: Data) -> Callable[[], None]:
     queries, keys = data.queries, data.keys
     if data.device == "cpu":
         return _product_on_cpu(queries, keys)
-    runs = [_product_in_chunks(queries, keys, size) for size in PRODUCT_BYTES]
-    return min(runs, key=lambda run: seconds_of(run, "cuda", repeats=5))
+    if data.shape not in _best_bytes:
+        _best_bytes[data.shape] = min(
+            PRODUCT_BYTES,
+            key=lambda size: seconds_of(_product_in_chunks(queries, keys, size), "cuda"),
+        )
+    return _product_in_chunks(queries, keys, _best_bytes[data.shape])
 
 
 def _product_in_chunks(queries: Tensor, keys: Tensor, size: int) -> Callable[[], None]:
