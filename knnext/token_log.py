@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,15 @@ _COLUMNS = ("position", "document", "token", "log_p_lm", "log_p_knn", "log_p")
 
 
 def write_token_log(
-    scores: StreamScores, path: str | Path, temperature: float, lmbda: float
+    scores: StreamScores,
+    path: str | Path,
+    temperature: float,
+    lmbda: float,
+    columns: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write position, document, token id, log p_lm, log p_knn and log p of every target.
+
+    `columns` are joined to them by name: (n,) tensors, written as floats.
 
     The ending of `path` says how: `.parquet` (needs pyarrow) or `.jsonl`. `position` is that of
     the target in the token stream, `document` the document's name, or its number where it has no
@@ -29,19 +35,34 @@ def write_token_log(
     path = Path(path)
     if path.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"path must end in .parquet or .jsonl, got {path.name!r}")
+    columns = columns or {}
+    _check_columns(columns, scores.num_tokens)
     log_p_knn = scores.log_p_knn(temperature)
     log_p = mix_log_probs(scores.log_p_lm.double(), log_p_knn, lmbda, scores.has_neighbors)
     part = path.with_name(path.name + ".part")
-    chunks = _chunks(scores, log_p_knn, log_p)
+    chunks = _chunks(scores, log_p_knn, log_p, columns)
     if path.suffix == ".parquet":
-        _write_parquet(part, chunks)
+        _write_parquet(part, chunks, list(columns))
     else:
         _write_jsonl(part, chunks)
     part.replace(path)
     return path
 
 
-def _chunks(scores: StreamScores, log_p_knn: Tensor, log_p: Tensor) -> Iterator[dict[str, Any]]:
+def _check_columns(columns: Mapping[str, Tensor], count: int) -> None:
+    for name, values in columns.items():
+        if name in _COLUMNS:
+            raise ValueError(f"columns must not be named {', '.join(_COLUMNS)}, got {name!r}")
+        if values.shape != (count,):
+            raise ValueError(
+                f"columns must hold one value a target, ({count},); {name!r} is "
+                f"{tuple(values.shape)}"
+            )
+
+
+def _chunks(
+    scores: StreamScores, log_p_knn: Tensor, log_p: Tensor, more: Mapping[str, Tensor]
+) -> Iterator[dict[str, Any]]:
     names = scores.document_names
     for start in range(0, scores.num_tokens, _CHUNK):
         rows = slice(start, min(start + _CHUNK, scores.num_tokens))
@@ -54,7 +75,8 @@ def _chunks(scores: StreamScores, log_p_knn: Tensor, log_p: Tensor) -> Iterator[
             log_p_knn[rows].tolist(),
             log_p[rows].tolist(),
         )
-        yield dict(zip(_COLUMNS, columns, strict=True))
+        joined = {name: values[rows].double().tolist() for name, values in more.items()}
+        yield {**dict(zip(_COLUMNS, columns, strict=True)), **joined}
 
 
 def _write_jsonl(path: Path, chunks: Iterator[dict[str, Any]]) -> None:
@@ -62,14 +84,14 @@ def _write_jsonl(path: Path, chunks: Iterator[dict[str, Any]]) -> None:
         for chunk in chunks:
             for row in zip(*chunk.values(), strict=True):
                 finite = (None if _infinite(value) else value for value in row)
-                file.write(json.dumps(dict(zip(_COLUMNS, finite, strict=True))) + "\n")
+                file.write(json.dumps(dict(zip(chunk, finite, strict=True))) + "\n")
 
 
 def _infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _write_parquet(path: Path, chunks: Iterator[dict[str, Any]]) -> None:
+def _write_parquet(path: Path, chunks: Iterator[dict[str, Any]], more: list[str]) -> None:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -85,6 +107,7 @@ def _write_parquet(path: Path, chunks: Iterator[dict[str, Any]]) -> None:
             ("log_p_lm", pa.float32()),
             ("log_p_knn", pa.float64()),
             ("log_p", pa.float64()),
+            *((name, pa.float64()) for name in more),
         ]
     )
     with pq.ParquetWriter(path, schema) as writer:

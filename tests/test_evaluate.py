@@ -258,6 +258,22 @@ def test_token_log(tmp_path: Path, ending: str) -> None:
         write_token_log(hand_scores(), tmp_path / "log.csv", 1.0, 0.5)
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_token_log_joins_columns(tmp_path: Path, ending: str) -> None:
+    path, novelty = tmp_path / f"log{ending}", torch.arange(6)
+    write_token_log(hand_scores(), path, TEMPERATURE, 0.25, {"novelty": novelty})
+    if ending == ".parquet":
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    else:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["novelty"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["token"] for row in rows] == [5, 2, 9, 7, 4, 3]
+    with pytest.raises(ValueError, match="one value a target"):
+        write_token_log(hand_scores(), path, TEMPERATURE, 0.25, {"novelty": novelty[:5]})
+    with pytest.raises(ValueError, match="must not be named"):
+        write_token_log(hand_scores(), path, TEMPERATURE, 0.25, {"log_p": novelty})
+
+
 # One pass over a text
 
 
