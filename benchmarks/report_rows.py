@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_FIELDS = {"Q": "Q", "N": "N", "D": "D", "k": "k", "V": "V", "m": "m"}
+_SIZES = "QNDkVm"
 _DTYPES = ("float16", "bfloat16", "float32")
 #: What identifies a shape, in the order in which it is written.
 AXES = ("Q", "N", "D", "m", "k", "V", "dtype", "keys")
@@ -111,9 +111,9 @@ def _parsed(text: str) -> dict[str, Any]:
     """`Q1-N65536-D1024-k1024-float16` in parts."""
     facts: dict[str, Any] = {}
     for part in text.split("-"):
-        match = re.fullmatch(r"([A-Za-z])(\d+)", part)
-        if match and match[1] in _FIELDS:
-            facts[_FIELDS[match[1]]] = int(match[2])
+        match = re.fullmatch(rf"([{_SIZES}])(\d+)", part)
+        if match:
+            facts[match[1]] = int(match[2])
         elif part in _DTYPES:
             facts["dtype"] = part
         elif part:

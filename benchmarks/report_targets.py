@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from report_rows import Row
 
 Value = Callable[[Row, Sequence[Row]], float | None]
+Shapes = Callable[[Row], bool]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Target:
     kernels: str
     op: str
     what: str
-    shapes: Callable[[Row], bool]
+    shapes: Shapes
     value: Value
     bound: float
     unit: str
@@ -78,7 +79,9 @@ def against(*prefixes: str, leave_out: tuple[str, ...] = ()) -> Value:
     return value
 
 
-def _search(row: Row, *, d: int = 1024, k: int = 1024, dtypes: tuple[str, ...] = ("float16",)):
+def _search(
+    row: Row, *, d: int = 1024, k: int = 1024, dtypes: tuple[str, ...] = ("float16",)
+) -> bool:
     return row["D"] == d and row["k"] == k and row["dtype"] in dtypes
 
 
@@ -111,6 +114,10 @@ def _mixing(row: Row) -> bool:
     return row["Q"] == 1024 and row["k"] == 1024 and 33_000 <= row["V"] <= 263_000
 
 
+def _many(row: Row) -> bool:
+    return row["Q"] >= 1024
+
+
 def _any(row: Row) -> bool:
     return True
 
@@ -121,48 +128,45 @@ _FAISS = against("faiss_gpu_flat", "faiss_knn_gpu")
 _EVERY = against("faiss", "cuvs", "torch", leave_out=_NOT_EXACT)
 _PYTORCH = against("torch_eager")
 
+_READ, _COPY = fact("share_of_read"), fact("share_of_copy")
+_SOFTMAX, _MIX, _TARGET = "knn_softmax", "knn_interpolate", "knn_target_log_prob"
+
+
+def _at_least(kernels: str, op: str, bound: float, what: str, at: Shapes, value: Value) -> Target:
+    return Target(kernels, op, what, at, value, bound, "%" if what.startswith("of ") else "x")
+
+
+def _at_most(kernels: str, op: str, bound: float, what: str, at: Shapes, value: Value) -> Target:
+    return Target(kernels, op, what, at, value, bound, "x", at_most=True)
+
+
+_PORTABLE = (
+    ("knn_search", 0.6, "of read bandwidth", _small, _READ),
+    ("knn_search", 0.35, "of the bare product", _large, fact("share_of_gemm")),
+    ("knn_search", 1.0, "the speed of the fastest flat rival", _large, _EVERY),
+    ("knn_search", 3.0, "the speed of FAISS GPU flat", _any, _FAISS),
+    (_SOFTMAX, 0.8, "of copy bandwidth", _mixing, _COPY),
+    (_SOFTMAX, 3.0, "the speed of the PyTorch calls", _mixing, _PYTORCH),
+    (_MIX, 0.8, "of copy bandwidth", _mixing, _COPY),
+    (_MIX, 3.0, "the speed of the PyTorch calls", _mixing, _PYTORCH),
+    (_TARGET, 10.0, "the speed of the PyTorch calls", _mixing, against("torch_whole_row")),
+)
+_HOPPER = (
+    ("knn_search", 0.9, "of read bandwidth", _small, _READ),
+    ("knn_search", 5.0, "the speed of FAISS GPU flat", _any, _FAISS),
+    ("knn_search", 3.0, "the speed of cuVS", _any, against("cuvs")),
+    ("knn_search", 3.0, "the speed of chunked torch", _many, against("torch")),
+    ("knn_search", 1.0, "the speed of the fastest flat rival", _any, _EVERY),
+)
+_HOPPER_TIMES = (
+    ("knn_search", 1.15, "the bare product's time", _larger, over_product),
+    ("knn_search", 1.35, "the bare product's time", _harder, over_product),
+    ("knn_search", 1.25, "the nearer limit's time", _between, over_limit),
+)
 TARGETS = (
-    Target("portable", "knn_search", "of read bandwidth", _small, fact("share_of_read"), 0.6, "%"),
-    Target(
-        "portable", "knn_search", "of the bare product", _large, fact("share_of_gemm"), 0.35, "%"
-    ),
-    Target(
-        "portable", "knn_search", "the speed of the fastest flat rival", _large, _EVERY, 1.0, "x"
-    ),
-    Target("portable", "knn_search", "the speed of FAISS GPU flat", _any, _FAISS, 3.0, "x"),
-    Target(
-        "portable", "knn_softmax", "of copy bandwidth", _mixing, fact("share_of_copy"), 0.8, "%"
-    ),
-    Target(
-        "portable", "knn_softmax", "the speed of the PyTorch calls", _mixing, _PYTORCH, 3.0, "x"
-    ),
-    Target(
-        "portable", "knn_interpolate", "of copy bandwidth", _mixing, fact("share_of_copy"), 0.8, "%"
-    ),
-    Target(
-        "portable", "knn_interpolate", "the speed of the PyTorch calls", _mixing, _PYTORCH, 3.0, "x"
-    ),
-    Target(
-        *("portable", "knn_target_log_prob", "the speed of the PyTorch calls"),
-        *(_mixing, against("torch_whole_row"), 10.0, "x"),
-    ),
-    Target("hopper", "knn_search", "of read bandwidth", _small, fact("share_of_read"), 0.9, "%"),
-    Target(
-        "hopper", "knn_search", "the bare product's time", _larger, over_product, 1.15, "x", True
-    ),
-    Target(
-        "hopper", "knn_search", "the bare product's time", _harder, over_product, 1.35, "x", True
-    ),
-    Target(
-        "hopper", "knn_search", "the nearer limit's time", _between, over_limit, 1.25, "x", True
-    ),
-    Target("hopper", "knn_search", "the speed of FAISS GPU flat", _any, _FAISS, 5.0, "x"),
-    Target("hopper", "knn_search", "the speed of cuVS", _any, against("cuvs"), 3.0, "x"),
-    Target(
-        *("hopper", "knn_search", "the speed of chunked torch"),
-        *(lambda row: row["Q"] >= 1024, against("torch"), 3.0, "x"),
-    ),
-    Target("hopper", "knn_search", "the speed of the fastest flat rival", _any, _EVERY, 1.0, "x"),
+    *(_at_least("portable", *target) for target in _PORTABLE),
+    *(_at_least("hopper", *target) for target in _HOPPER),
+    *(_at_most("hopper", *target) for target in _HOPPER_TIMES),
 )
 _OURS = {
     ("portable", "knn_search"): "knnext_sqnorms",
