@@ -8,42 +8,39 @@
 //   keys     +-----------------+----+      ring      | stage 0: 128 keys x 128 bytes   |
 //   tile t   | 128 rows        |    |  ------------> | stage 1: ...        4 to 13     |
 //            +-----------------+----+                +---------------------------------+
-//   warps 0-3: keys 0..63 of the tile, warps 4-7: keys 64..127;  warp 8: one lane feeds the ring
+//   warps 0-3: keys 0..63 of the tile, warps 4-7: keys 64..127;  warp 8 feeds the ring
 //
 //   keys are the rows of the product (m64), queries its columns (n8..n64):
 //   a thread holds 2 keys x queries/4; each distance is compared with its query's bound, held in
-//   registers; one vote of the warp a tile; candidates are gathered 32 to a warp in shared memory,
-//   and go to the queries' lists together, so that the atomics' way to L2 and back (about 700
-//   clocks) is paid once for 32 of them and not once a tile.
+//   registers; one vote of the warp a tile; candidates are gathered 32 to a warp in shared memory
+//   and go to the queries' lists together, so that the atomics' way to L2 and back, about 700
+//   clocks, is paid once for 32 of them and not in every tile.
 //
 // The words, lists, counters and thresholds are the portable layer's, and so is what makes a failed
-// list good (fallback.cuh): counters run on past a list's end, verify_kernel sees it.
+// list good (fallback.cuh): counters run on past a list's end, and verify_kernel sees it.
 //
 // Bytes moved: each key once, 2 D; its norm, 4; 8 and an atomic for each candidate, about 3,000 a
-// query at k = 1024; the queries once for each SM, from L2. What bounds it, at D = 1024:
+// query at k = 1024; the queries once for each SM, from L2. What bounds it, at D = 1024, on paper:
 //
-//  - Memory. An SM is due 4.4 TB/s / 132 = 33 GB/s... of 16 KB stages one each 0.49 us, 870 clocks
-//    at 1.76 GHz. To keep that up over a latency of 1 us takes 34 KB under way; six stages (64
-//    queries) leave 80 KB beside the one being multiplied, twelve (8 queries) 176 KB.
-//  - The tensor cores need 256 of the 870 clocks for 64 queries (128 for 8: the keys' way out of
-//    shared memory). A warpgroup therefore finishes a stage before it begins the next and gives it
-//    back at once: a stage held back to overlap products would be 16 KB not under way.
-//  - Barriers: one wait, four products, one commit, one arrival a warp and stage: some 100 clocks
-//  of
-//    waiting in a row, in the shadow of the other warpgroup and of the 870.
-//  - The epilogue, an addition, an FMA and a comparison for each of queries/2 elements a thread:
-//    about 200 issue clocks a tile, while the ring goes on filling. At D = 64 a tile is one stage,
-//    and it is 200 of 870 clocks and not of 14,000.
-//  - The end: tiles of 128 keys go round the SMs, so the last round may be part empty: 1.4 % at
-//    N = 1e6 if it cost a full round; it costs less, as the SMs that have it share all of the
-//    memory. The beginning: each stage of the first tile waits for its share of the queries too, so
-//    that they arrive while the ring fills, not before it.
-//  - The sample, one key of each run of 64: 1.6 % of the bytes again, by boxes of one row of each
-//  of
-//    eight runs. Its own sample, 4,096 keys all listed, is the portable kernel's.
+//  - Memory. Of 4.4 TB/s an SM is due a stage of 16 KB each 0.49 us: 870 clocks at 1.76 GHz. With a
+//    latency of 1 us that takes 34 KB under way. Six stages (64 queries) are 80 KB beside the one
+//    that is multiplied, twelve (8 queries) 176 KB.
+//  - The tensor cores need 256 of the 870 clocks for 64 queries, 128 for 8 (the keys' way out of
+//    shared memory). So a warpgroup ends a stage before it begins the next, and gives it back at
+//    once: a stage kept to overlap two products would be 16 KB less under way.
+//  - Barriers: one wait, four products, one commit and one arrival for each warp and stage. In a
+//    row, with the product, some 350 of the 870 clocks.
+//  - The epilogue: an addition, an FMA and a comparison for each of queries/2 elements a thread,
+//    200 issue clocks a tile, while the ring goes on filling. A tile takes 14,000 clocks to arrive
+//    at D = 1024; at D = 64 it is one stage and 870, and this is what is felt first.
+//  - The ends. Stages of the first tile wait for their share of the queries too, which so arrive
+//    while the ring fills and not before it. In the last round some SMs have no tile: at N = 1e6
+//    1.4 % if it cost a full one; but those that have one share the whole memory.
+//  - The sample, one key of each run of 64: 1.6 % of the bytes again, by boxes of one row from each
+//    of eight runs. Its own sample, 4,096 keys all listed, is the portable kernel's.
 #pragma once
 
-#include "candidates.cuh"
+#include "sm90_owner_tile.cuh"
 #include "sm90_ptx.cuh"
 
 namespace knnext {
@@ -51,7 +48,7 @@ namespace knnext {
 constexpr int kOwnerWarps = 8;  // that multiply
 constexpr int kOwnerKeyBytes = kOwnerKeyTile * kSm90RowBytes;
 static_assert(kOwnerThreads == 32 * (kOwnerWarps + 1));
-static_assert(kOwnerStagedBytes == kOwnerWarps * 32 * sizeof(Word));
+static_assert(kOwnerStagedBytes == kOwnerWarps * kStagedWords * sizeof(Word));
 static_assert(kOwnerSlackBytes == kSwizzleSlack);
 
 struct OwnerMemory {
@@ -64,16 +61,10 @@ struct OwnerMemory {
       : queries(swizzle_aligned(memory)),
         stages(queries + query_bytes),
         staged(reinterpret_cast<Word*>(stages + num_stages_ * kOwnerKeyBytes)),
-        full(reinterpret_cast<Mbarrier*>(staged + kOwnerWarps * 32)),
+        full(reinterpret_cast<Mbarrier*>(staged + kOwnerWarps * kStagedWords)),
         empty(full + num_stages_),
         num_stages(num_stages_) {}
 };
-
-// The row in the chunk of row i of the scan: of a sample, runs that a box takes share a draw.
-constexpr int kOwnerBoxRows = 8, kOwnerSampleShift = 3;
-__device__ __forceinline__ int owner_row(const ScanParams& p, int i) {
-  return sampled_row<kOwnerSampleShift>(i, p.strides);
-}
 
 // Where in the ring, and in which of its rounds.
 struct RingPlace {
@@ -130,104 +121,6 @@ __device__ __forceinline__ void owner_feed(const TensorMap& query_map, const Ten
   }
 }
 
-// A warp's candidates on their way to the lists. The query stands in the eight bits that a row of a
-// chunk leaves free.
-static_assert(kMaxKeysPerChunk <= 1 << 24 && kOwnerMaxQueries <= 1 << 8);
-struct StagedWords {
-  Word* words;     // 32
-  unsigned count;  // the same in all lanes
-
-  __device__ __forceinline__ void flush(const ScanParams& p) {
-    __syncwarp();
-    const unsigned lane = threadIdx.x % 32;
-    if (lane < count) {
-      const Word tagged = words[lane];
-      const int query = static_cast<int>(tagged >> 24 & 0xFF);
-      const unsigned slot = atomicAdd(&p.counts[query], 1u);
-      if (slot < p.capacity) p.lists[query * p.list_words + slot] = tagged & ~(Word{0xFF} << 24);
-    }
-    __syncwarp();
-    count = 0;
-  }
-
-  // By all lanes of the warp; those that `keep` add their word.
-  __device__ __forceinline__ void add(const ScanParams& p, bool keep, Word word, int query) {
-    const unsigned votes = __ballot_sync(~0u, keep), added = __popc(votes);
-    if (count + added > 32) flush(p);
-    const unsigned place = count + __popc(votes & ((1u << threadIdx.x % 32) - 1));
-    if (keep) words[place] = word | static_cast<Word>(query) << 24;
-    count += added;
-  }
-};
-
-// x[i] of registers, by halving.
-template <int size>
-__device__ __forceinline__ float pick(const float (&x)[size], int i) {
-  if constexpr (size == 1) {
-    return x[0];
-  } else {
-    float half[size / 2];
-#pragma unroll
-    for (int j = 0; j < size / 2; ++j) half[j] = i & size / 2 ? x[j + size / 2] : x[j];
-    return pick(half, i);
-  }
-}
-
-// What a thread holds of a product: element e of `sums` belongs to key row_of(e) of the tile, one
-// of two, and to query query_of(e), whose norm and bound are column_of(e) of the thread's own.
-template <int queries>
-struct OwnerTile {
-  static constexpr int kElements = queries / 2, kColumns = queries / 4;
-  float sums[kElements];  // later: distances
-  float norms[kColumns], bounds[kColumns];
-
-  static __device__ __forceinline__ int column_of(int e) { return e / 4 * 2 + e % 2; }
-  static __device__ __forceinline__ int query_of(int e) {
-    return e / 4 * 8 + threadIdx.x % 4 * 2 + e % 2;
-  }
-  static __device__ __forceinline__ int row_of(int e) {
-    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 % 2 * 8;
-  }
-
-  __device__ __forceinline__ void load_queries(const ScanParams& p) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int query = query_of(c / 2 * 4 + c % 2);
-      const bool there = query < p.num_queries;
-      norms[c] = there && p.query_norms ? p.query_norms[query] : 0.0f;
-      bounds[c] = there ? p.bounds[query] : __uint_as_float(0x7FC00000u);
-    }
-  }
-
-  // Sums to distances; whether any of them may be a candidate.
-  __device__ __forceinline__ bool measure(const ScanParams& p, const float (&key_norms)[2]) {
-    bool any = false;
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      sums[e] = tile_distance(p, sums[e], norms[column_of(e)], key_norms[e / 2 % 2]);
-      any |= sums[e] <= bounds[column_of(e)];
-    }
-    return any;
-  }
-
-  // Each lane's candidates, the lowest element first, one of each lane at a time.
-  __device__ __forceinline__ void stage(const ScanParams& p, int key_tile, StagedWords& staged) {
-    unsigned mask = 0;
-#pragma unroll
-    for (int e = 0; e < kElements; ++e)
-      mask |= static_cast<unsigned>(sums[e] <= bounds[column_of(e)]) << e;
-    while (__any_sync(~0u, mask != 0)) {
-      const int e = max(__ffs(static_cast<int>(mask)) - 1, 0);
-      const int query = query_of(e), row = owner_row(p, key_tile * kOwnerKeyTile + row_of(e));
-      const Word word = make_word(fmaxf(p.floor, pick(sums, e)), row);
-      // At the threshold's own distance rows up to its own pass, as in candidates.cuh.
-      const bool keep = mask != 0 && word <= p.thresholds[query];
-      mask &= mask - 1;
-      staged.add(p, keep, word, query);
-    }
-  }
-};
-
 // The norms of a warp's 16 keys in this block's tiles `tile` and the next, one to a lane; infinite
 // beyond the last key. They are asked for two tiles before they are used.
 __device__ __forceinline__ float owner_key_norm(const ScanParams& p, int tile) {
@@ -264,7 +157,7 @@ __device__ __forceinline__ void owner_consume(const ScanParams& p, const OwnerMe
   const int lane = threadIdx.x % 32, step = gridDim.x;
   OwnerTile<queries> tile;
   tile.load_queries(p);
-  StagedWords staged{m.staged + threadIdx.x / 32 * 32, 0};
+  StagedWords staged{m.staged + threadIdx.x / 32 * kStagedWords, 0};
   RingPlace at;
   float norms = 0.0f, next_norms = owner_key_norm(p, blockIdx.x);
   int half = 0;  // of the lanes that hold this tile's norms
