@@ -44,7 +44,7 @@ LAYERS = ("att", "ffn")
 ROWS = {"tiny": (1, 2, 3), "small": (1, 2, 3, 6)}
 ALL_ROWS = tuple(range(1, 10))
 #: More rows a word than this are trained with the first seed alone, but on a GPU.
-_SEEDED_ROWS = 3
+_SEEDED_ROWS = 2
 _HALF = (0.35, 0.7)
 
 
@@ -70,7 +70,7 @@ def schedule(lab: Lab) -> Schedule:
     return Schedule(
         steps=max(1, round(lab.preset.steps * option("multi-embedding.steps", 1.5))),
         batch_size=option("multi-embedding.batch_size", 512),
-        learning_rate=option("multi-embedding.learning_rate", 1e-2),
+        learning_rate=option("multi-embedding.learning_rate", 5e-3),
         checks=6,
     )
 
