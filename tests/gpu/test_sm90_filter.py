@@ -1,0 +1,271 @@
+"""The Hopper scan for many queries on a Hopper GPU, with clusters of one block and of two: it runs
+where the plan says so, and gives what the float64 reference and the portable kernels give.
+tests/gpu/test_gpu_search.py runs over it too, with KNNEXT_SM90=all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import knnext
+from knnext import reference
+from knnext.testing import assert_equal_results, assert_search
+
+pytestmark = pytest.mark.gpu
+HALVES = [torch.float16, torch.bfloat16]
+METRICS = ["l2", "ip"]
+CLUSTERS = ["cluster=1", "cluster=2"]
+FORCED = {
+    "as planned": "",
+    "too tight": "stride=16,rank=1",
+    "no room": "stride=16,rank=90,capacity=20",
+    "all fail": "stride=16,rank=90,fail=1",
+    "a sample of the sample": "stride=3,second=5,rank=300",
+}
+FAILS = {"too tight", "no room", "all fail"}
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    from knnext._host import build_info
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    if "9.0a" not in build_info()["cuda_archs"]:
+        pytest.skip("the build has no code for 9.0a")
+    monkeypatch.setenv("KNNEXT_SM90", "all")
+
+
+@pytest.fixture(params=CLUSTERS)
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KNNEXT_TEST_SEARCH", request.param)
+    return str(request.param)
+
+
+def integers(*size: int, dtype: torch.dtype = torch.float16, high: int = 4) -> Tensor:
+    return torch.randint(-high, high + 1, size, device="cuda").to(dtype)
+
+
+def gaussian(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(size, device="cuda").to(dtype)
+
+
+def assert_exact(queries: Tensor, keys: Tensor, k: int, metric: str = "l2", **kwargs: Any) -> None:
+    got = knnext.knn_search(queries, keys, k, metric, **kwargs)
+    want = reference.knn_search(queries, keys, k, metric, compute_dtype=torch.float64, **kwargs)
+    assert_equal_results(got, want)
+
+
+def kernels_of(run: Callable[[], Any]) -> set[str]:
+    """Names of the CUDA kernels that a call launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    return {event.key for event in seen.key_averages()}
+
+
+def failed_queries() -> int:
+    library = Path(knnext.__file__).parent / "lib/libknnext_cuda.so"
+    count = ctypes.CDLL(str(library)).knnext_failed_queries
+    count.restype = ctypes.c_ulonglong
+    torch.cuda.synchronize()
+    return count()
+
+
+def test_it_runs_where_the_plan_says(monkeypatch) -> None:
+    from knnext._host import SearchPlan
+
+    for switch, q, n, dim in (
+        ("1", 65, 100_000, 64),
+        ("1", 4096, 100_000, 64),
+        ("1", 300, 20_000, 64),
+        ("all", 300, 20_000, 64),
+        ("0", 300, 100_000, 64),
+        ("1", 300, 100_000, 65),
+    ):
+        monkeypatch.setenv("KNNEXT_SM90", switch)
+        plan = SearchPlan(queries=q, entries=n, dim=dim, k=50, capability=(9, 0), num_units=132)
+        queries, keys = integers(q, dim), integers(n, dim)
+        names = kernels_of(lambda q=queries, x=keys: knnext.knn_search(q, x, 50))
+        ran = any("sm90_filter_kernel" in name for name in names)
+        assert ran == (plan.kernel == "cuda_sm90_filter"), (switch, q, n, dim, plan.kernel, names)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("q", [65, 127, 128, 129, 256, 257, 1000, 2100])
+def test_every_number_of_queries(q: int, dtype: torch.dtype, metric: str, cluster: str) -> None:
+    for n in (8193, 70_001):
+        assert_exact(integers(q, 72, dtype=dtype), integers(n, 72, dtype=dtype), 65, metric)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dim", [8, 56, 64, 72, 128, 192, 200, 256, 768, 1024, 1600, 4096])
+def test_every_dimension(dim: int, dtype: torch.dtype, cluster: str) -> None:
+    for q in (65, 260):
+        queries, keys = integers(q, dim, dtype=dtype), integers(20_000, dim, dtype=dtype)
+        for metric in METRICS:
+            assert_exact(queries, keys, 100, metric)
+
+
+@pytest.mark.parametrize("n", [16_384 + d for d in (-1, 0, 1, 255, 256, 257)])
+def test_sizes_around_a_tile(n: int, cluster: str) -> None:
+    for metric in METRICS:
+        assert_exact(integers(200, 40), integers(n, 40), 300, metric)
+
+
+@pytest.mark.parametrize("k", [1, 64, 1024, 1025, 2048, 4096])
+def test_every_k(k: int, cluster: str) -> None:
+    assert_exact(integers(200, 24), integers(100_000, 24), k)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dim", [64, 1024])
+def test_real_numbers(dim: int, dtype: torch.dtype, metric: str, cluster: str) -> None:
+    queries, keys = gaussian(300, dim, dtype=dtype), gaussian(200_000, dim, dtype=dtype)
+    before = failed_queries()
+    got = knnext.knn_search(queries, keys, 128, metric)
+    assert_search(got, queries, keys, 128, metric, kind="tensor_core")
+    assert failed_queries() == before
+
+
+def test_far_from_the_origin_no_one_is_lost(cluster: str) -> None:
+    # Distances are all rounding error: the quick test before the exact one must let all pass.
+    keys = (torch.randn(100_000, 128, device="cuda") * 0.02 + 20).half()
+    before = failed_queries()
+    got = knnext.knn_search(keys[:300], keys, 1000)
+    assert_search(got, keys[:300], keys, 1000, "l2", kind="tensor_core")
+    assert failed_queries() == before
+
+
+def test_rows_apart_and_unaligned(cluster: str) -> None:
+    wide = integers(30_000, 104)
+    wide[:, 96:] = float("nan")
+    for columns in (slice(8, 72), slice(8, 96), slice(3, 67)):
+        assert_exact(wide[:200, columns], wide[:, columns], 50)
+    assert_exact(wide[:1, :64].expand(200, 64), wide[:, :64], 50)
+
+
+# What happens when a list fails
+
+
+@pytest.mark.parametrize("forced", FORCED)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", CLUSTERS)
+def test_forced_failures_change_nothing(
+    forced: str, dtype: torch.dtype, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KNNEXT_TEST_SEARCH", ",".join(filter(None, (FORCED[forced], size))))
+    for q, metric in ((130, "l2"), (300, "ip")):
+        before = failed_queries()
+        assert_exact(integers(q, 40, dtype=dtype), integers(40_000, 40, dtype=dtype), 500, metric)
+        assert failed_queries() - before == (q if forced in FAILS else 0)
+
+
+@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
+def test_orders_that_fill_lists(order: str, cluster: str) -> None:
+    keys, queries = integers(200_000, 16, high=20), integers(140, 16)
+    by_distance = keys.float().square().sum(1).argsort(stable=True)
+    if order == "near to far":
+        keys = keys[by_distance]
+    elif order == "far to near":
+        keys = keys[by_distance.flip(0)]
+    elif order == "equal":
+        keys[:] = 3
+    elif order == "cluster":
+        keys[1000:190_000] = integers(1, 16)
+    else:
+        keys = keys[:500].repeat(400, 1)
+    assert_exact(queries, keys, 1024)
+
+
+def test_a_store_with_a_period_does_not_bend_the_sample(cluster: str) -> None:
+    # Keys near the queries come at one place of every 64, 128 or 512 rows.
+    for period in (64, 128, 512):
+        keys = gaussian(400_000, 64) + 3
+        keys[::period] = gaussian(len(keys[::period]), 64)
+        before = failed_queries()
+        knnext.knn_search(gaussian(200, 64), keys, 256)
+        assert failed_queries() == before, period
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_and_infinity(metric: str, cluster: str) -> None:
+    queries, keys = integers(130, 16), integers(20_000, 16)
+    keys[::3, 4] = float("nan")
+    keys[1, 0], keys[4, 1], keys[10_000, 2] = float("inf"), -float("inf"), float("inf")
+    queries[2, 3], queries[3, 0] = float("nan"), float("inf")
+    assert_exact(queries, keys, 200, metric)
+    keys[:] = float("nan")
+    assert_exact(queries, keys, 200, metric)
+
+
+# The machine
+
+
+@pytest.mark.parametrize("q", [65, 1000])
+def test_a_hundred_runs_give_the_same_bits(q: int, cluster: str) -> None:
+    queries, keys = gaussian(q, 256), gaussian(100_000, 256)
+    first = knnext.knn_search(queries, keys, 500)
+    for _ in range(100):
+        assert_equal_results(knnext.knn_search(queries, keys, 500), first)
+
+
+def test_both_sizes_of_clusters_give_the_same_bits(monkeypatch) -> None:
+    queries, keys = gaussian(700, 320), gaussian(150_000, 320)
+    results = []
+    for size in CLUSTERS:
+        monkeypatch.setenv("KNNEXT_TEST_SEARCH", size)
+        results.append(knnext.knn_search(queries, keys, 700))
+    assert_equal_results(*results)
+
+
+def test_identical_keys_tie_by_index_wherever_they_lie(cluster: str) -> None:
+    queries, keys = gaussian(150, 768), gaussian(30_000, 768)
+    places = torch.tensor([0, 77, 128, 9999, 20_000, 29_999], device="cuda")
+    keys[places] = queries[:1] + 0.01
+    distances, indices = knnext.knn_search(queries, keys, 6)
+    assert torch.equal(indices[0], places) and (distances[0] == distances[0, 0]).all()
+
+
+def test_a_graph_replays_on_new_data(cluster: str) -> None:
+    queries, keys = integers(140, 64), integers(40_000, 64)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        knnext.knn_search(queries, keys, 90)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = knnext.knn_search(queries, keys, 90)
+    for _ in range(3):
+        queries.copy_(integers(140, 64))
+        keys.copy_(integers(40_000, 64))
+        graph.replay()
+        want = reference.knn_search(queries, keys, 90, compute_dtype=torch.float64)
+        assert_equal_results(got, want)
+
+
+def test_more_keys_than_a_chunk(cluster: str) -> None:
+    keys, queries = integers((1 << 24) + 5000, 8, high=100), integers(130, 8, high=100)
+    got = knnext.knn_search(queries, keys, 300)
+    wanted = reference.rescore(queries, keys, got[1], compute_dtype=torch.float64)
+    assert torch.equal(got[0].double(), wanted)
+    halves = [knnext.knn_search(queries, keys[: 1 << 23], 300)]
+    halves.append(knnext.knn_search(queries, keys[1 << 23 :], 300, index_offset=1 << 23))
+    want = reference.merge_topk(
+        torch.cat([h[0] for h in halves], 1), torch.cat([h[1] for h in halves], 1), 300
+    )
+    assert_equal_results(got, want)
