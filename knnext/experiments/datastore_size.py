@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
 from knnext.experiments.family import Setting
 from knnext.experiments.growth import per_doubling, r_squared
 from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, Split
+from knnext.experiments.mixture import DEFAULT_TEMPERATURES, LogP, Split
 from knnext.experiments.results import (
     Agreement,
     Description,
@@ -30,6 +31,7 @@ from knnext.experiments.results import (
     percent,
     percent_interval,
 )
+from knnext.experiments.sweep import refine
 
 DESCRIPTION = Description(
     name="datastore-size",
@@ -100,11 +102,10 @@ def measure(lab: Lab, setting: Setting) -> Point:
     """One size under one search, temperature and lmbda fitted for it."""
     grid = sorted({1.0, *lab.preset.option("datastore-size.temperatures", DEFAULT_TEMPERATURES)})
     found = {name: lab.neighbors(setting, name) for name in EVALUATED}
+    log_p: LogP = cache(lambda name, temperature: found[name].log_p_knn(temperature))
+    valid, test = lab.splits()
     fitted = fit_component(
-        *lab.splits(),
-        lambda name, temperature: found[name].log_p_knn(temperature),
-        grid,
-        resamples=lab.preset.resamples,
+        valid, test, log_p, refine(valid, log_p, grid), resamples=lab.preset.resamples
     )
     entries = lab.store(setting.h_ds, fraction=setting.fraction).num_entries
     neighbors = float((found["test"].tokens >= 0).double().sum(1).mean())

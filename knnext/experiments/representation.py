@@ -32,6 +32,7 @@ from knnext.experiments.results import (
     PaperFigure,
     percent_interval,
 )
+from knnext.experiments.sweep import refine
 from knnext.scores import mix_log_probs
 
 DESCRIPTION = Description(
@@ -101,7 +102,7 @@ def member(
     valid, test = splits
     log_p: LogP = cache(lab.component(setting))
     found = []
-    for how, temperatures in ((FITTED, grid), (ONE, (1.0,))):
+    for how, temperatures in ((FITTED, refine(valid, log_p, grid)), (ONE, (1.0,))):
         figures = mix(valid, test, log_p, temperatures, resamples=lab.preset.resamples)
         alone = log_p(test.name, figures.temperature)
         mixed = mix_log_probs(test.log_p_lm.double(), alone, figures.lmbda)

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from knnext.experiments.contrast import tabulate
-from knnext.experiments.mixture import LogP, Split, fit_lmbda, paper_way
+from knnext.experiments.mixture import LogP, Split, fit, fit_lmbda, paper_way
 from knnext.scores import mix_log_probs
 from knnext.tune import mixture_nll
 
@@ -105,6 +105,19 @@ def sweep(valid: Split, test: Split, log_p: LogP, temperatures: Sequence[float])
         log_p=known,
         test=test,
     )
+
+
+def refine(
+    valid: Split, log_p: LogP, temperatures: Sequence[float], points: int = 7
+) -> list[float]:
+    """The grid with some more temperatures between the neighbors of the best on valid.
+
+    A coarse grid makes figures jump where the best moves by one place.
+    """
+    grid = sorted(set(temperatures))
+    place = grid.index(fit(valid, log_p, grid)[0])
+    ends = grid[max(place - 1, 0)], grid[min(place + 1, len(grid) - 1)]
+    return sorted({*grid, *np.geomspace(*ends, points + 2)[1:-1].tolist()})
 
 
 def orders_differ(sweeps: Sequence[Sweep], low: float, high: float) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from knnext.experiments.claims import holds, negligible, together
 from knnext.experiments.contrast import Gain, advantage, difference_in_differences
 from knnext.experiments.family import Setting
 from knnext.experiments.lab import Lab
+from knnext.experiments.mixture import LogP
 from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
-from knnext.experiments.sweep import Sweep, orders_differ, sweep
+from knnext.experiments.sweep import Sweep, orders_differ, refine, sweep
 from knnext.tune import PAPER_TEMPERATURES
 
 DESCRIPTION = Description(
@@ -49,32 +51,31 @@ PAIRS = (("exact", "real"), ("faiss", "faiss"), ("faiss", "real"), ("exact", "fa
 PAPER_BEST = {("exact", "real"): 1.6, ("faiss", "faiss"): 0.9, ("faiss", "real"): 2.0}
 LOW, HIGH = 0.1, 3.0  # the paper's grid
 #: Goes on where the paper's ends; keys of norm 30 want temperatures in the hundreds.
-WIDE = tuple(np.geomspace(HIGH, 1000, 41)[1:].tolist())
+WIDE = tuple(np.geomspace(HIGH, 1000, 26)[1:].tolist())
 OVERALL, SCORE = "FAISS over exact", "FAISS score over real, FAISS mask"
 
 Sweeps = Mapping[tuple[float, str, str], Sweep]  # by fraction, mask, score
 
 
-def temperature_grid(lab: Lab) -> list[float]:
-    """The paper's temperatures, and wider ones past them."""
-    wide = [float(t) for t in lab.preset.option("temperature.wide", WIDE)]
-    return sorted({*PAPER_TEMPERATURES.tolist(), *wide})
-
-
 def run(lab: Lab) -> Findings:
     """Sweep every pair at every size."""
     fractions = sorted(lab.preset.option("temperature.fractions", FRACTIONS))
-    grid = temperature_grid(lab)
     sweeps = {
-        (fraction, mask, score): sweep(
-            *lab.splits(),
-            lab.component(Setting(mask=mask, score=score, fraction=fraction)),
-            grid,
-        )
+        (fraction, mask, score): sweep_pair(lab, Setting(mask=mask, score=score, fraction=fraction))
         for fraction in fractions
         for mask, score in PAIRS
     }
     return conclude(sweeps, lab.preset.resamples)
+
+
+def sweep_pair(lab: Lab, setting: Setting) -> Sweep:
+    """The paper's temperatures and wider ones; finer where the best lies past the paper's."""
+    valid, test = lab.splits()
+    log_p: LogP = cache(lab.component(setting))
+    wide = [float(t) for t in lab.preset.option("temperature.wide", WIDE)]
+    grid = [*PAPER_TEMPERATURES.tolist(), *wide]
+    finer = [t for t in refine(valid, log_p, grid) if t > HIGH]
+    return sweep(valid, test, log_p, [*grid, *finer])
 
 
 def conclude(sweeps: Sweeps, resamples: int) -> Findings:

@@ -40,12 +40,11 @@ def test_states_that_differ_in_scale_alone_are_equal_once_t_is_fitted(tmp_path):
     lab = PlantedLab(tmp_path, plant, **{"representation.temperatures": GRID})
     findings = representation.run(lab)
     fitted = {(r["h_ds"], r["metric"]): r for r in findings.rows if r["t is"] == "fitted"}
-    assert {which: r["t"] for which, r in fitted.items()} == {
-        ("att", "l2"): 2,
-        ("att", "ip"): 1,
-        ("ffn", "l2"): 8,
-        ("ffn", "ip"): 4,
-    }
+    t = fitted["att", "l2"]["t"]
+    assert t == pytest.approx(2, rel=0.2)
+    assert fitted["att", "ip"]["t"] == pytest.approx(t / 2)
+    assert fitted["ffn", "l2"]["t"] == pytest.approx(4 * t)
+    assert fitted["ffn", "ip"]["t"] == pytest.approx(2 * t)
     assert len({round(r["mixture"], 3) for r in fitted.values()}) == 1
     for pair in findings.details["pairs"]:
         if pair["t"] == representation.FITTED:

@@ -12,7 +12,7 @@ from planted_lab import PlantedLab, drawn_at, scores_of
 from knnext.experiments import searches, temperature
 from knnext.experiments.mixture import fit_lmbda
 from knnext.experiments.run import run_experiment
-from knnext.experiments.sweep import orders_differ, sweep
+from knnext.experiments.sweep import orders_differ, refine, sweep
 
 SEEDS = {"valid": 0, "test": 1}
 
@@ -56,6 +56,16 @@ def test_the_best_temperature_has_the_scale_of_the_distances(tmp_path):
     assert one.temperatures[one.best] == 2
     assert eight.temperatures[eight.best] == 16
     assert eight.perplexity[eight.best] == pytest.approx(one.perplexity[one.best], rel=1e-5)
+
+
+def test_a_coarse_grid_is_refined_around_its_best(tmp_path):
+    lab = PlantedLab(tmp_path, lambda _setting, split: scores_of(*planted(split, 1.6)))
+    log_p = lab.component(temperature.Setting())
+    grid = refine(lab.split("valid"), log_p, (0.5, 1.0, 2.0, 4.0))
+    assert {0.5, 1.0, 2.0, 4.0} < set(grid)
+    assert len(grid) == 4 + 7
+    found = sweep(*splits_of(lab), log_p, grid)
+    assert grid[found.best] == pytest.approx(1.6, rel=0.12)
 
 
 def hits(share_at):
@@ -142,7 +152,7 @@ def test_tiny_run(tiny_lab, tmp_path, monkeypatch):
     assert len(searched) == len(set(searched)) <= 2 * 4 * 2
     assert len(result["rows"]) == 8
     for one in result["series"]["curves"]:
-        assert len(one["temperatures"]) == len(one["perplexity"]) == len(one["held"]) == 33
+        assert len(one["temperatures"]) == len(one["perplexity"]) == len(one["held"]) >= 33
         place = one["temperatures"].index(1.0)
         assert one["perplexity"][place] == one["held"][place]
     for row in result["rows"]:
