@@ -214,6 +214,32 @@ void check_lmbda(const char* op, double lmbda) {
   if (!(lmbda >= 0 && lmbda <= 1)) fail(op, "lmbda must lie in [0, 1], got " + text(lmbda));
 }
 
+void check_output_rows(const char* op, const char* name, const Tensor& rows,
+                       const Tensor& distances) {
+  check_tensor(op, name, rows, {distances.scalar_type()}, {distances.size(0)},
+               "(" + text(distances.size(0)) + ",)");
+  check_device(op, name, rows, "distances", distances);
+}
+
+void check_output(const char* op, const char* name, const Tensor& output, const Tensor& distances,
+                  int64_t vocab_size) {
+  check_tensor(op, name, output, {distances.scalar_type()}, {distances.size(0), vocab_size},
+               "(" + text(distances.size(0)) + ", V)");
+  check_device(op, name, output, "distances", distances);
+}
+
+void check_order(const Tensor& order, const Tensor& indices) {
+  const int64_t places = indices.size(0) * indices.size(1);
+  check_tensor("rescore", "order", order, {ScalarType::Long}, {places}, "(Q m,)");
+  check_device("rescore", "order", order, "indices", indices);
+}
+
+void check_rescore_grad(const Tensor& grad, const Tensor& indices) {
+  check_tensor("rescore", "grad", grad, {ScalarType::Float}, {indices.size(0), indices.size(1)},
+               shape_text(indices));
+  check_device("rescore", "grad", grad, "indices", indices);
+}
+
 void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
                          const Tensor& distances) {
   const bool scalar = parameter.dim() == 0;

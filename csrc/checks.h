@@ -43,6 +43,13 @@ void check_lm_logits(const char* op, const Tensor& lm_logits, const Tensor& dist
 void check_targets(const char* op, const Tensor& targets, const Tensor& distances);
 void check_temperature(const char* op, double temperature);
 void check_lmbda(const char* op, double lmbda);
+// A gradient or an output that comes back: of the dtype, device and first size of distances.
+void check_output_rows(const char* op, const char* name, const Tensor& rows,
+                       const Tensor& distances);
+void check_output(const char* op, const char* name, const Tensor& output, const Tensor& distances,
+                  int64_t vocab_size);
+void check_order(const Tensor& order, const Tensor& indices);
+void check_rescore_grad(const Tensor& grad, const Tensor& indices);
 // A float tensor () or (Q,) on the device of distances; values are checked where they are read.
 void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
                          const Tensor& distances);

@@ -127,11 +127,41 @@ def test_words_of_64_bits_without_room(small_shared_memory: object) -> None:
 
 
 def test_row_longer_than_shared_memory(small_shared_memory: object) -> None:
-    distances, tokens = neighbors(2, 100, 128_259)
-    logits = (torch.randn(2, 128_259) * 4).half()
+    call(load().emulate_set_shared_limit, 16 * 1024)
+    distances, tokens = neighbors(65, 100, 8003)  # more rows than are split
+    logits = (torch.randn(65, 8003) * 4).half()
     got = ops.knn_interpolate(logits, distances, tokens, 4.0, 0.5)
     expected = interpolate_64(logits, distances, tokens, 4.0, 0.5)
     torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("skew", [0, 1, 3])
+def test_few_long_rows_are_split(skew: int) -> None:
+    distances, tokens = neighbors(5, 90, 9001)
+    tokens[1], distances[2, 4] = -1, NAN
+    tokens[0, :4] = torch.tensor([0, 2047, 2048, 9000])  # ends of pieces
+    lmbda = torch.tensor([0.3, 0.3, 0.3, 0.0, 1.0])
+    logits = torch.randn(5, 9013)[:, skew : skew + 9001]
+    runs = [
+        ops.knn_interpolate(logits, distances, tokens, 4.0, lmbda, seed=seed, skew=skew)
+        for seed in (1, 2)
+    ]
+    assert torch.equal(runs[0].nan_to_num(), runs[1].nan_to_num())
+    expected = interpolate_64(logits, distances, tokens, 4.0, lmbda)
+    torch.testing.assert_close(runs[0], expected, equal_nan=True, **CLOSE)
+    assert runs[0][2].isnan().all()
+
+
+def test_a_split_row_with_many_neighbors() -> None:
+    distances, tokens = neighbors(1, 2049, 33_345)
+    logits = torch.full((1, 33_345), -INF)
+    logits[0, 20_000:] = torch.randn(13_345)  # whole pieces of nothing
+    got = ops.knn_interpolate(logits, distances, tokens, 4.0, 0.5)
+    expected = interpolate_64(logits, distances, tokens, 4.0, 0.5)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    logits[0, 30] = NAN  # among pieces of nothing
+    got = ops.knn_interpolate(logits, distances, tokens, 4.0, 0.5)
+    assert got.isnan().all()
 
 
 def test_many_rows_take_smaller_blocks() -> None:

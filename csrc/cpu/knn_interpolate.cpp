@@ -57,7 +57,7 @@ class Mixer {
 
 Tensor run(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
            const RowParameter& temperature, const RowParameter& lmbda, const MixShape& shape) {
-  Tensor out = new_output(distances, shape.num_queries, shape.vocab_size, shape.wide);
+  Tensor out = new_output(distances, shape.num_queries, shape.vocab_size, distances.scalar_type());
   const Rows logits(lm_logits), d(distances), ids(tokens);
   const int kind = logits_kind(lm_logits);
   BadToken bad;

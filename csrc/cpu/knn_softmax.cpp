@@ -25,7 +25,7 @@ void write_row(Neighbors<T>& neighbors, T temperature, int64_t vocab_size, T* ou
 
 Tensor run(const Tensor& distances, const Tensor& tokens, const RowParameter& temperature,
            const MixShape& shape) {
-  Tensor out = new_output(distances, shape.num_queries, shape.vocab_size, shape.wide);
+  Tensor out = new_output(distances, shape.num_queries, shape.vocab_size, distances.scalar_type());
   const Rows d(distances), ids(tokens);
   BadToken bad;
   with_types(shape.wide, tokens, [&]<class T, class Token>() {

@@ -56,24 +56,6 @@ class TargetRow {
   Survey<T> found_{};
 };
 
-// Targets of either integer dtype and any stride.
-class Targets {
- public:
-  explicit Targets(const Tensor& targets)
-      : narrow_(targets.scalar_type() == ScalarType::Int),
-        data_(targets.const_data_ptr()),
-        stride_(targets.stride(0)) {}
-  int64_t operator[](int64_t row) const {
-    return narrow_ ? static_cast<const int32_t*>(data_)[row * stride_]
-                   : static_cast<const int64_t*>(data_)[row * stride_];
-  }
-
- private:
-  bool narrow_;
-  const void* data_;
-  int64_t stride_;
-};
-
 Tensor run(const Tensor& distances, const Tensor& tokens, const Tensor& targets,
            const RowParameter& temperature, const MixShape& shape) {
   Tensor out = empty_on<1>(distances, {shape.num_queries}, distances.scalar_type());

@@ -15,19 +15,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-int64_t item_size(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Double:
-    case ScalarType::Long:
-      return 8;
-    default:
-      return 4;
-  }
-}
-
 double read_number(const void* data, ScalarType dtype, int64_t i) {
   switch (dtype) {
     case ScalarType::Half:
@@ -64,6 +51,19 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 }
 
 }  // namespace
+
+int64_t item_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 4;
+  }
+}
 
 Rows::Rows(const Tensor& tensor)
     : tensor_(tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : as_contiguous(tensor)),
@@ -127,9 +127,9 @@ int logits_kind(const Tensor& logits) {
   }
 }
 
-Tensor new_output(const Tensor& like, int64_t rows, int64_t columns, bool wide) {
-  Tensor out = empty_on<2>(like, {rows, columns}, wide ? ScalarType::Double : ScalarType::Float);
-  ask_for_huge_pages(out.mutable_data_ptr(), rows * columns * (wide ? 8 : 4));
+Tensor new_output(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  Tensor out = empty_on<2>(like, {rows, columns}, dtype);
+  ask_for_huge_pages(out.mutable_data_ptr(), rows * columns * item_size(dtype));
   return out;
 }
 

@@ -49,6 +49,24 @@ class RowParameter {
   int64_t stride_ = 0;  // 0: one value for all rows
 };
 
+// Targets of either integer dtype and any stride.
+class Targets {
+ public:
+  explicit Targets(const Tensor& targets)
+      : narrow_(targets.scalar_type() == ScalarType::Int),
+        data_(targets.const_data_ptr()),
+        stride_(targets.stride(0)) {}
+  int64_t operator[](int64_t row) const {
+    return narrow_ ? static_cast<const int32_t*>(data_)[row * stride_]
+                   : static_cast<const int64_t*>(data_)[row * stride_];
+  }
+
+ private:
+  bool narrow_;
+  const void* data_;
+  int64_t stride_;
+};
+
 // A temperature that T cannot hold becomes the nearest one that it can.
 template <class T>
 T clamped_temperature(double temperature) {
@@ -73,7 +91,9 @@ int logits_kind(const Tensor& logits);  // 0 to 3: half, bfloat16, float, double
 
 // An uninitialised (rows, columns) output. A large one is asked for in huge pages: a fresh
 // 4 KB page costs more than to write it.
-Tensor new_output(const Tensor& like, int64_t rows, int64_t columns, bool wide);
+Tensor new_output(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype);
+
+int64_t item_size(ScalarType dtype);
 
 // f(first row, last row), with rows enough for a thread to be worth waking.
 template <class F>

@@ -9,7 +9,7 @@ namespace knnext::cpu {
 
 template <class T>
 template <class Token>
-bool Neighbors<T>::read(const T* distances, const Token* tokens, int64_t k, int64_t vocab_size) {
+bool NeighborRow<T>::read(const T* distances, const Token* tokens, int64_t k, int64_t vocab_size) {
   clean_.resize(k);
   Survey<T> found;
   if constexpr (sizeof(Token) == 4)
@@ -23,8 +23,15 @@ bool Neighbors<T>::read(const T* distances, const Token* tokens, int64_t k, int6
   state_ = found.has_nan || nearest_ == -inf ? RowState::kNan
            : nearest_ == inf                 ? RowState::kNone
                                              : RowState::kSome;
-  if (right && state_ == RowState::kSome) group(tokens, k);
   return right;
+}
+
+template <class T>
+template <class Token>
+bool Neighbors<T>::read(const T* distances, const Token* tokens, int64_t k, int64_t vocab_size) {
+  if (!NeighborRow<T>::read(distances, tokens, k, vocab_size)) return false;
+  if (this->state() == RowState::kSome) group(tokens, k);
+  return true;
 }
 
 template <class T>
@@ -93,11 +100,14 @@ void Neighbors<T>::to_log_weights(T temperature) {
   for (size_t j = 0; j < groups_; ++j) values_[j] += weights_[j];
 }
 
-template class Neighbors<float>;
-template class Neighbors<double>;
-template bool Neighbors<float>::read(const float*, const int32_t*, int64_t, int64_t);
-template bool Neighbors<float>::read(const float*, const int64_t*, int64_t, int64_t);
-template bool Neighbors<double>::read(const double*, const int32_t*, int64_t, int64_t);
-template bool Neighbors<double>::read(const double*, const int64_t*, int64_t, int64_t);
+#define KNNEXT_INSTANTIATE(T)                                                     \
+  template class NeighborRow<T>;                                                  \
+  template class Neighbors<T>;                                                    \
+  template bool NeighborRow<T>::read(const T*, const int32_t*, int64_t, int64_t); \
+  template bool NeighborRow<T>::read(const T*, const int64_t*, int64_t, int64_t); \
+  template bool Neighbors<T>::read(const T*, const int32_t*, int64_t, int64_t);   \
+  template bool Neighbors<T>::read(const T*, const int64_t*, int64_t, int64_t);
+KNNEXT_INSTANTIATE(float)
+KNNEXT_INSTANTIATE(double)
 
 }  // namespace knnext::cpu

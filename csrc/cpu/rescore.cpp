@@ -1,12 +1,12 @@
 // rescore on the CPU: each query against the keys it names, by direct subtraction in float32.
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/key_indices.h"
 #include "cpu/key_rows.h"
 #include "stable_compat.h"
 
@@ -21,27 +21,6 @@ struct Rescore {
   int64_t width;
   float* out;
 };
-
-bool out_of_range(const Rescore& job, int64_t index) {
-  return index < -1 || index >= job.keys.num_rows();
-}
-
-// Checked before anything is read, so that a bad index is named whichever thread would meet it.
-void check_indices(const Rescore& job, int64_t total) {
-  std::atomic<int64_t> first{total};
-  torch::stable::parallel_for(0, total, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (!out_of_range(job, job.indices[i])) continue;
-      int64_t seen = first.load();
-      while (i < seen && !first.compare_exchange_weak(seen, i)) {
-      }
-      return;
-    }
-  });
-  if (first < total)
-    fail("rescore", "indices must lie in [-1, " + std::to_string(job.keys.num_rows()) + "), got " +
-                        std::to_string(job.indices[first]));
-}
 
 void rescore_rows(const Rescore& job, int64_t begin, int64_t end) {
   const SearchKernels& kernels = search_kernels();
@@ -72,7 +51,7 @@ Tensor rescore_cpu(const Tensor& queries, const Tensor& keys, const Tensor& indi
   const Rescore job{query_rows, key_rows,
                     kind,       in.const_data_ptr<int64_t>(),
                     width,      out.mutable_data_ptr<float>()};
-  check_indices(job, rows * width);
+  check_key_indices(job.indices, rows * width, keys.size(0));
   torch::stable::parallel_for(0, rows, 1,
                               [&](int64_t begin, int64_t end) { rescore_rows(job, begin, end); });
   return out;

@@ -14,6 +14,7 @@
 namespace knnext::cpu {
 
 extern const RowLoops<float> kRowLoopsPlain = kLoopsOfThisPath;
+extern const SumLoops kSumLoopsPlain = kSumLoopsOfThisPath;
 
 namespace {
 
@@ -80,6 +81,38 @@ void shift_wide(const void* logits, int64_t n, double max, double offset, double
   for (int64_t i = 0; i < n; ++i) out[i] = (static_cast<double>(x[i]) - max) - offset;
 }
 
+template <class L>
+GradSums grad_sums_wide(const void* logits, const double* grad, int64_t n) {
+  const L* x = static_cast<const L*>(logits);
+  GradSums total{0, 0};
+  for (int64_t i = 0; i < n; ++i) {
+    total.all += grad[i];
+    if (static_cast<double>(x[i]) != -kInfinity) total.live += grad[i];
+  }
+  return total;
+}
+
+template <class L>
+void logit_gradient_wide(const void* logits, const double* grad, int64_t n, double max, double keep,
+                         double scale, void* out) {
+  const L* x = static_cast<const L*>(logits);
+  for (int64_t i = 0; i < n; ++i)
+    static_cast<L*>(out)[i] =
+        static_cast<L>(keep * grad[i] - scale * std::exp(static_cast<double>(x[i]) - max));
+}
+
+template <class L>
+void gather_wide(const void* row, const int64_t* at, int64_t n, double* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(static_cast<const L*>(row)[at[i]]);
+}
+
+template <class L>
+void scatter_wide(const double* values, const int64_t* at, int64_t n, void* row) {
+  for (int64_t i = 0; i < n; ++i) static_cast<L*>(row)[at[i]] = static_cast<L>(values[i]);
+}
+
+#define KNNEXT_EACH(loop) {loop<Half>, loop<BFloat16>, loop<float>, loop<double>}
+
 constexpr RowLoops<double> kRowLoopsWide = {
     clean_wide<int32_t>,
     clean_wide<int64_t>,
@@ -89,8 +122,12 @@ constexpr RowLoops<double> kRowLoopsWide = {
     exp_wide,
     log_wide,
     log_add_exp_wide,
-    {max_sum_wide<Half>, max_sum_wide<BFloat16>, max_sum_wide<float>, max_sum_wide<double>},
-    {shift_wide<Half>, shift_wide<BFloat16>, shift_wide<float>, shift_wide<double>},
+    KNNEXT_EACH(max_sum_wide),
+    KNNEXT_EACH(shift_wide),
+    KNNEXT_EACH(grad_sums_wide),
+    KNNEXT_EACH(logit_gradient_wide),
+    KNNEXT_EACH(gather_wide),
+    KNNEXT_EACH(scatter_wide),
 };
 
 }  // namespace
@@ -107,6 +144,14 @@ const RowLoops<float>& row_loops<float>() {
   if (isa() == Isa::kAvx2) return kRowLoopsAvx2;
 #endif
   return kRowLoopsPlain;
+}
+
+const SumLoops& sum_loops() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512) return kSumLoopsAvx512;
+  if (isa() == Isa::kAvx2) return kSumLoopsAvx2;
+#endif
+  return kSumLoopsPlain;
 }
 
 }  // namespace knnext::cpu

@@ -3,5 +3,6 @@
 
 namespace knnext::cpu {
 extern const RowLoops<float> kRowLoopsAvx2 = kLoopsOfThisPath;
+extern const SumLoops kSumLoopsAvx2 = kSumLoopsOfThisPath;
 }  // namespace knnext::cpu
 #endif

@@ -3,5 +3,6 @@
 
 namespace knnext::cpu {
 extern const RowLoops<float> kRowLoopsAvx512 = kLoopsOfThisPath;
+extern const SumLoops kSumLoopsAvx512 = kSumLoopsOfThisPath;
 }  // namespace knnext::cpu
 #endif

@@ -163,6 +163,14 @@ void shift(const void* logits, int64_t n, float max, float offset, float* out) {
   if (i < n) store_tail(out + i, (load_tail(x + i, n - i, 0.0f) - m) - o, n - i);
 }
 
+}  // namespace
+}  // namespace knnext::cpu
+
+#include "cpu/row_loops_gradient.h"
+
+namespace knnext::cpu {
+namespace {
+
 constexpr RowLoops<float> kLoopsOfThisPath = {
     clean<int32_t>,
     clean<int64_t>,
@@ -174,6 +182,10 @@ constexpr RowLoops<float> kLoopsOfThisPath = {
     log_add_exp_row,
     {max_sum<F16>, max_sum<BF16>, max_sum<float>, max_sum<double>},
     {shift<F16>, shift<BF16>, shift<float>, shift<double>},
+    {grad_sums<F16>, grad_sums<BF16>, grad_sums<float>, grad_sums<double>},
+    {logit_gradient<F16>, logit_gradient<BF16>, logit_gradient<float>, logit_gradient<double>},
+    {gather<F16>, gather<BF16>, gather<float>, gather<double>},
+    {scatter<F16>, scatter<BF16>, scatter<float>, scatter<double>},
 };
 
 }  // namespace

@@ -42,6 +42,10 @@ KNNEXT_INLINE VecF splat(float x) {
   return x - VecF{};
 }
 
+KNNEXT_INLINE VecI splat(int32_t x) {
+  return x - VecI{};
+}
+
 template <class To, class From>
 KNNEXT_INLINE To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From));
@@ -92,6 +96,39 @@ KNNEXT_INLINE VecF load(const F16* p) {
 
 KNNEXT_INLINE void store(float* p, VecF v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+KNNEXT_INLINE void store(double* p, VecF v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = v[i];
+}
+
+KNNEXT_INLINE void store(BF16* p, VecF v) {
+  const VecI bits = bits_as<VecI>(v);
+  // To the nearest, ties to even. What a NaN has in its low bits must not carry into its exponent.
+  const VecI rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const VecI kept = v == v ? rounded : (bits | 0x400000);
+  const VecH out = __builtin_convertvector(kept >> 16, VecH);
+  std::memcpy(p, &out, sizeof out);
+}
+
+KNNEXT_INLINE void store(F16* p, VecF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const VecI magnitude = bits_as<VecI>(v) & 0x7fffffff, sign = (bits_as<VecI>(v) >> 16) & 0x8000;
+  const VecI normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
+  // An ulp of 0.5 is the step of subnormal halves: the sum is rounded where they are.
+  const VecI subnormal = bits_as<VecI>(bits_as<VecF>(magnitude) + 0.5f) - 0x3f000000;
+  VecI out = magnitude < 0x38800000 ? subnormal : normal;
+  out = out > 0x7c00 ? splat(0x7c00) : out;
+  out = magnitude > 0x7f800000 ? splat(0x7e00) : out;
+  const VecH packed = __builtin_convertvector(out | sign, VecH);
+  std::memcpy(p, &packed, sizeof packed);
+#endif
 }
 
 KNNEXT_INLINE VecF max_of(VecF a, VecF b) {

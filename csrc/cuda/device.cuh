@@ -72,6 +72,10 @@ inline size_t shared_memory_limit() {
   return static_cast<size_t>(bytes);
 }
 
+inline void zero_memory(void* data, int64_t bytes, cudaStream_t stream) {
+  check_cuda(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "memset");
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
             A&&... arguments) {

@@ -1,4 +1,5 @@
-// knn_interpolate on CUDA: log((1 - lmbda) softmax(logits) + lmbda p_knn), one block a row.
+// knn_interpolate on CUDA: log((1 - lmbda) softmax(logits) + lmbda p_knn), one block a row where
+// rows are many (else knn_interpolate_split.cuh).
 //
 //   logits (V) --> max, sum of exp; the row, or as much of it as fits, stays in shared memory
 //   out (V)    <-- x - max - log(sum) + log(1 - lmbda), 16 bytes a store; drains during the sort
@@ -6,105 +7,10 @@
 //
 // Read: the row of logits once (what did not fit into shared memory a second time, from the L2) and
 // 8 to 12 k bytes of neighbors; written: 4 V bytes, and a sector for each token, still in the L2.
-#include "neighbors.cuh"
-#include "vector_load.cuh"
+#include "knn_interpolate_split.cuh"
 
 namespace knnext {
 namespace {
-
-// A row of logits: `head` single elements, then chunks of eight that both logits and out have
-// aligned, of which the first `cached` are kept in shared memory; then single elements again.
-template <class T>
-struct LogitRow {
-  const T* logits;
-  float* out;
-  uint4* cache;
-  int64_t size, head, chunks, cached;
-
-  __device__ __forceinline__ LogitRow(const T* logits_, float* out_, int64_t size_,
-                                      int64_t max_cached)
-      : logits(logits_), out(out_), cache(reinterpret_cast<uint4*>(dynamic_shared())), size(size_) {
-    head = 0;
-    while (head < kChunk && !(is_aligned_16(logits + head) && is_aligned_16(out + head))) ++head;
-    // Rows whose alignments never meet (a view of logits) go element by element.
-    if (head == kChunk || head > size) head = size;
-    chunks = (size - head) / kChunk;
-    cached = min(chunks, max_cached);
-  }
-
-  // Calls f(x, i) for the single elements of this thread.
-  template <class F>
-  __device__ __forceinline__ void for_singles(F f) const {
-    for (int64_t i = threadIdx.x; i < head; i += blockDim.x) f(to_float(logits[i]), i);
-    for (int64_t i = head + chunks * kChunk + threadIdx.x; i < size; i += blockDim.x)
-      f(to_float(logits[i]), i);
-  }
-  // Vector i of chunk c lies at i cached + c: neighboring threads on neighboring banks.
-  __device__ __forceinline__ void keep(const Chunk<T>& chunk, int64_t c) const {
-    for (int i = 0; i < Chunk<T>::kVectors; ++i) cache[i * cached + c] = chunk.vectors[i];
-  }
-  __device__ __forceinline__ void recall(Chunk<T>& chunk, int64_t c) const {
-    for (int i = 0; i < Chunk<T>::kVectors; ++i) chunk.vectors[i] = cache[i * cached + c];
-  }
-
-  __device__ __forceinline__ LogSum log_sum() const;
-  __device__ __forceinline__ void write(float peak, float offset) const;
-};
-
-// (max, sum of exp(x - max)) over the row. -inf weighs nothing; NaN and +inf make the sum NaN.
-template <class T>
-__device__ __forceinline__ LogSum LogitRow<T>::log_sum() const {
-  float peak = -INFINITY, sum = 0;
-  const auto raise = [&](float to) {
-    const float higher = fmaxf(peak, to), shift = higher == -INFINITY ? 0.0f : higher;
-    sum *= __expf(peak - shift);
-    peak = higher;
-    return shift;
-  };
-  for (int64_t c = threadIdx.x; c < chunks; c += blockDim.x) {
-    Chunk<T> chunk;
-    chunk.load(logits + head + c * kChunk);
-    if (c < cached) keep(chunk, c);
-    float x[kChunk];
-    chunk.to_floats(x);
-    float high = x[0];
-#pragma unroll
-    for (int i = 1; i < kChunk; ++i) high = fmaxf(high, x[i]);
-    const float shift = raise(high);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) sum += __expf(x[i] - shift);
-  }
-  for_singles([&](float x, int64_t) {
-    const float shift = raise(x);
-    sum += __expf(x - shift);
-  });
-  const float all = -block_reduce(-peak, Min{});
-  sum *= __expf(peak - (all == -INFINITY ? 0.0f : all));
-  return {all, block_reduce(sum, Sum{})};
-}
-
-template <class T>
-__device__ __forceinline__ void LogitRow<T>::write(float peak, float offset) const {
-  for (int64_t c = threadIdx.x; c < chunks; c += blockDim.x) {
-    Chunk<T> chunk;
-    if (c < cached)
-      recall(chunk, c);
-    else
-      chunk.load(logits + head + c * kChunk);
-    float x[kChunk];
-    chunk.to_floats(x);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) x[i] = (x[i] - peak) + offset;
-    store_chunk(out + head + c * kChunk, x);
-  }
-  for_singles([&](float x, int64_t i) { out[i] = (x - peak) + offset; });
-}
-
-__device__ __forceinline__ float log_add_exp(float a, float b) {
-  if (isnan(a) || isnan(b)) return NAN;
-  const float high = fmaxf(a, b), low = fminf(a, b);
-  return low == -INFINITY ? high : high + log1pf(expf(low - high));
-}
 
 template <class T, class Word>
 __global__ void __launch_bounds__(1024, 1)
@@ -154,6 +60,11 @@ struct MixLaunch {
 template <class T>
 void launch_dtype(const KnnInterpolateParams& params, Stream stream) {
   const SortPlan plan(params.neighbors.k, params.vocab_size);
+  if (params.split) {
+    const SplitPlan split(params.neighbors.rows, params.neighbors.k, params.vocab_size);
+    return plan.narrow ? launch_split<T, unsigned>(params, plan, split, stream)
+                       : launch_split<T, unsigned long long>(params, plan, split, stream);
+  }
   const MixLaunch shape(params, plan, sizeof(T));
   const dim3 grid = grid_of(params.neighbors.rows), block(shape.threads);
   if (plan.narrow)
@@ -165,6 +76,11 @@ void launch_dtype(const KnnInterpolateParams& params, Stream stream) {
 }
 
 }  // namespace
+
+int64_t split_words(const KnnInterpolateParams& p) {
+  const SplitPlan plan(p.neighbors.rows, p.neighbors.k, p.vocab_size);
+  return plan.pieces ? p.neighbors.rows * plan.words_a_row(p.neighbors.k) : 0;
+}
 
 void knn_interpolate_launch(const KnnInterpolateParams& params, Stream stream) {
   if (!params.neighbors.rows) return;
@@ -208,9 +124,12 @@ Tensor run(const Tensor& lm_logits, const Tensor& distances, const Tensor& token
                               lmbda,
                               shape.vocab_size,
                               out.mutable_data_ptr<float>(),
+                              nullptr,
                               nullptr};
   const Workspace workspace(distances, sort_workspace_words(params.neighbors, shape.vocab_size));
+  const Workspace split(distances, split_words(params));
   params.workspace = workspace.words();
+  params.split = split.words();
   knn_interpolate_launch(params, device.stream());
   return out;
 }

@@ -1,7 +1,8 @@
 // knn_softmax on CUDA: p_knn over the whole vocabulary, one block a row.
 //
 //   distances, tokens (k) --> nearest, Z
-//   out (V)               <-- zeros, 16 bytes a store; they drain while the block sorts
+//   out (V)               <-- zeros, 16 bytes a store; they drain while the block sorts (where rows
+//                             are few, the whole device sets them before)
 //   words (k, shared)     --> sorted by token, summed by token --> out[token] = p, over the zeros
 //
 // Read: 8 to 12 k bytes a row; written: 4 V bytes, and a sector for each token, still in the L2.
@@ -22,12 +23,14 @@ __device__ __forceinline__ void fill_row(float* out, int64_t size, float value) 
 }
 
 template <class Word>
-__global__ void __launch_bounds__(1024, 1) knn_softmax_kernel(KnnSoftmaxParams p, SortPlan plan) {
+__global__ void __launch_bounds__(1024, 1)
+    knn_softmax_kernel(KnnSoftmaxParams p, SortPlan plan, bool filled) {
   const int64_t r = blockIdx.x;
   float* out = p.out + r * p.vocab_size;
   NeighborRow row(p.neighbors, r);
   row.survey(p.vocab_size);
-  fill_row(out, p.vocab_size, row.state == RowState::kNan ? NAN : 0.0f);
+  if (!filled || row.state == RowState::kNan)
+    fill_row(out, p.vocab_size, row.state == RowState::kNan ? NAN : 0.0f);
   if (row.state != RowState::kSome) return;
   auto* shared = reinterpret_cast<Word*>(dynamic_shared());
   Word* words = shared;
@@ -55,10 +58,13 @@ void knn_softmax_launch(const KnnSoftmaxParams& params, Stream stream) {
   const dim3 grid = grid_of(params.neighbors.rows),
              block(params.neighbors.rows >= 512 ? 256 : 1024);
   const size_t bytes = params.workspace ? 0 : plan.bytes();
+  const bool filled = params.neighbors.rows <= 32 && params.vocab_size >= 8192;
+  if (filled) zero_memory(params.out, params.neighbors.rows * params.vocab_size * 4, stream);
   if (plan.narrow)
-    launch(knn_softmax_kernel<unsigned>, grid, block, bytes, stream, params, plan);
+    launch(knn_softmax_kernel<unsigned>, grid, block, bytes, stream, params, plan, filled);
   else
-    launch(knn_softmax_kernel<unsigned long long>, grid, block, bytes, stream, params, plan);
+    launch(knn_softmax_kernel<unsigned long long>, grid, block, bytes, stream, params, plan,
+           filled);
 }
 
 }  // namespace knnext

@@ -11,10 +11,6 @@
 namespace knnext {
 namespace {
 
-__device__ __forceinline__ int64_t integer_at(const void* values, bool narrow, int64_t i) {
-  return narrow ? static_cast<const int32_t*>(values)[i] : static_cast<const int64_t*>(values)[i];
-}
-
 __global__ void __launch_bounds__(128, 8) knn_target_log_prob_kernel(KnnTargetLogProbParams p) {
   const int64_t r = blockIdx.x;
   NeighborRow row(p.neighbors, r);

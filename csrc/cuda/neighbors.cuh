@@ -31,6 +31,10 @@ __device__ __forceinline__ double parameter_at(const RowParameter& p, int64_t ro
   }
 }
 
+__device__ __forceinline__ int64_t integer_at(const void* values, bool narrow, int64_t i) {
+  return narrow ? static_cast<const int32_t*>(values)[i] : static_cast<const int64_t*>(values)[i];
+}
+
 // NaN where it is not above 0; one that float32 cannot hold becomes the nearest that it can.
 __device__ __forceinline__ float temperature_at(const RowParameter& p, int64_t row) {
   const double t = parameter_at(p, row);

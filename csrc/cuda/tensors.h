@@ -6,16 +6,21 @@
 #include <string>
 
 #include "checks.h"
+#include "cuda/device.cuh"
 #include "params.h"
 #include "stable_compat.h"
 
 namespace knnext {
 
 // Makes a tensor's device the current one while it lives, and knows that device's current stream.
+// This library's own CUDA runtime has its own idea of the current device: it is told each time, and
+// need not be told when torch's guard goes back.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {
+    check_cuda(cudaSetDevice(tensor.get_device_index()), "device");
+  }
   Stream stream() const { return stream_; }
 
  private:
@@ -52,6 +57,18 @@ class Workspace {
  private:
   bool used_;
   Tensor tensor_;
+};
+
+// The gradients of distances (Q, k) and, by row, of the temperature (Q,).
+struct NeighborOutputs {
+  Tensor distances, temperature;
+
+  NeighborOutputs(const Tensor& like, const MixShape& shape)
+      : distances(empty_on<2>(like, {shape.num_queries, shape.k}, ScalarType::Float)),
+        temperature(empty_on<1>(like, {shape.num_queries}, ScalarType::Float)) {}
+  NeighborGradients pointers() const {
+    return {distances.mutable_data_ptr<float>(), temperature.mutable_data_ptr<float>()};
+  }
 };
 
 inline Dtype dtype_of(const Tensor& tensor) {

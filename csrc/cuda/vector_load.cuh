@@ -20,6 +20,16 @@ __device__ __forceinline__ float to_float(double x) {
   return static_cast<float>(x);
 }
 
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
+}
+
 // A chunk as it lies in memory.
 template <class T>
 struct alignas(16) Chunk {
@@ -35,10 +45,28 @@ struct alignas(16) Chunk {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = to_float(elements[i]);
   }
+  __device__ __forceinline__ void from_floats(const float (&x)[kChunk]) {
+    T* elements = reinterpret_cast<T*>(vectors);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) elements[i] = from_float<T>(x[i]);
+  }
+  __device__ __forceinline__ void store(T* to) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(to)[i] = vectors[i];
+  }
 };
 
 __device__ __forceinline__ bool is_aligned_16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Elements before the first place where all rows are aligned to 16 bytes; `size` where they never
+// are (views of logits), so that they go element by element.
+template <class... T>
+__device__ __forceinline__ int64_t head_of(int64_t size, const T*... rows) {
+  for (int64_t head = 0; head < min(size, int64_t{kChunk}); ++head)
+    if ((is_aligned_16(rows + head) && ...)) return head;
+  return size;
 }
 
 __device__ __forceinline__ void store_chunk(float* to, const float (&x)[kChunk]) {

@@ -16,7 +16,8 @@ import torch
 
 from knnext import reference
 from knnext.ops._checks import CHECKS, VALUE_CHECKS
-from knnext.ops._schemas import NAMES, SCHEMAS
+from knnext.ops._gradients import GRADIENTS
+from knnext.ops._schemas import GRADIENT_NAMES, GRADIENT_SCHEMAS, NAMES, SCHEMAS
 
 LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
 
@@ -61,8 +62,21 @@ def _fallback(name: str, key: str) -> Any:
     return run
 
 
+def _gradient_fallback(name: str) -> Any:
+    compute = GRADIENTS[name.split(".")[0]]
+
+    def run(*args: Any) -> Any:
+        with torch.no_grad():
+            return compute(*args)
+
+    return run
+
+
 def _install_fallbacks(key: str, reason: str, report: LoadReport) -> None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in GRADIENT_NAMES:
+        if not has(f"knnext::{name}", key):
+            _KEEP.impl(name, _gradient_fallback(name), key)
     missing = [name for name in NAMES if not has(f"knnext::{name}", key)]
     for name in missing:
         _KEEP.impl(name, _fallback(name, key), key)
@@ -80,7 +94,7 @@ def load() -> LoadReport:
     """Loads what there is. Called once, on import."""
     report = LoadReport(cpu=_load(LIBRARIES / "libknnext_cpu.so"))
     if report.cpu:
-        for schema in SCHEMAS:
+        for schema in (*SCHEMAS, *GRADIENT_SCHEMAS):
             _KEEP.define(schema)
         report.cuda = "the CPU library holds the schemas that it needs"
     else:

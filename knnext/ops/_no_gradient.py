@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 
 # Python-side definitions live as long as this object.
@@ -15,3 +17,12 @@ def register_no_gradient(name: str) -> None:
     (``register_autograd`` would do too, but refuses schemas with keyword-only tensors.)
     """
     _KEEP.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Makes the op ``knnext::name``, itself a gradient, say that there is none of it."""
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(f"knnext::{name}: no autograd formula was registered for a gradient")
+
+    torch.library.register_autograd(f"knnext::{name}", refuse)

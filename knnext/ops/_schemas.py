@@ -24,4 +24,27 @@ SCHEMAS = (
     "knn_target_log_prob(Tensor distances, Tensor tokens, Tensor targets, "
     "float temperature) -> Tensor",
 )
+# For knnext/ops alone.
+GRADIENT_SCHEMAS = (
+    "_knn_softmax_gradients.tensor(Tensor grad, Tensor distances, Tensor tokens, "
+    "Tensor temperature) -> (Tensor grad_distances, Tensor grad_temperature)",
+    "_knn_softmax_gradients(Tensor grad, Tensor distances, Tensor tokens, float temperature) "
+    "-> (Tensor grad_distances, Tensor grad_temperature)",
+    "_knn_interpolate_gradients.tensor(Tensor grad, Tensor lm_logits, Tensor distances, "
+    "Tensor tokens, Tensor output, Tensor temperature, Tensor lmbda, bool need_logits, "
+    "bool need_lmbda) -> (Tensor grad_logits, Tensor grad_distances, Tensor grad_temperature, "
+    "Tensor grad_lmbda)",
+    "_knn_interpolate_gradients(Tensor grad, Tensor lm_logits, Tensor distances, Tensor tokens, "
+    "Tensor output, float temperature, float lmbda, bool need_logits, bool need_lmbda) "
+    "-> (Tensor grad_logits, Tensor grad_distances, Tensor grad_temperature, Tensor grad_lmbda)",
+    "_knn_target_log_prob_gradients.tensor(Tensor grad, Tensor distances, Tensor tokens, "
+    "Tensor targets, Tensor output, Tensor temperature) "
+    "-> (Tensor grad_distances, Tensor grad_temperature)",
+    "_knn_target_log_prob_gradients(Tensor grad, Tensor distances, Tensor tokens, "
+    "Tensor targets, Tensor output, float temperature) "
+    "-> (Tensor grad_distances, Tensor grad_temperature)",
+    "_rescore_gradients(Tensor grad, Tensor queries, Tensor keys, Tensor indices, Tensor? order, "
+    "str metric, bool need_queries) -> (Tensor grad_queries, Tensor grad_keys)",
+)
 NAMES = tuple(schema.split("(")[0] for schema in SCHEMAS)
+GRADIENT_NAMES = tuple(schema.split("(")[0] for schema in GRADIENT_SCHEMAS)

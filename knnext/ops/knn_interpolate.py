@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks, _mixing
-from knnext.ops._mixing import INF
+from knnext.ops import _checks, _gradients, _mixing
+from knnext.ops._no_gradient import refuse_second_derivative
 
 
 def knn_interpolate(
@@ -72,71 +72,61 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     lm_logits, distances, tokens, output, *rest = ctx.saved_tensors
     temperature, lmbda = rest or ctx.numbers
-    need_logits, need_distances, _, need_temperature, need_lmbda = ctx.needs_input_grad
-    log_a = _mixing.log_weights(distances, tokens, temperature)
-    absent = log_a == -INF
-    lonely = absent.all(1, keepdim=True)
-    weight = _mixing.column(lmbda, log_a).expand(log_a.shape[0], 1).masked_fill(lonely, 0.0)
-
-    # With m the mixture: d log m / d p_knn = lmbda / m, d log m / d p_lm = (1 - lmbda) / m.
-    index = tokens.long().clamp_min(0)
-    log_m, grad_at = output.gather(1, index), grad.gather(1, index)
-    grad_distances = grad_temperature = grad_logits = grad_lmbda = None
-    if need_distances or need_temperature:
-        share = (weight.log() + log_a - log_m).exp() * grad_at
-        share = share.masked_fill(absent | (weight == 0), 0.0)
-        grad_z = share - log_a.exp() * share.sum(1, keepdim=True)
-        grad_distances, grad_temperature = _mixing.neighbor_gradients(
-            grad_z, distances, tokens, temperature, need_temperature
-        )
-    if need_logits:
-        log_p_lm = lm_logits.to(log_a.dtype).log_softmax(1)
-        to_lm = _lm_share(log_p_lm, weight, output, index) * grad
-        grad_logits = torch.addcmul(to_lm, log_p_lm.exp(), to_lm.sum(1, keepdim=True), value=-1).to(
-            lm_logits.dtype
-        )
-    if need_lmbda:
-        grad_lmbda = _lmbda_gradient(lm_logits, log_a, log_m, output, grad, grad_at, lmbda)
-    return grad_logits, grad_distances, None, grad_temperature, grad_lmbda
-
-
-def _lm_share(log_p_lm: Tensor, weight: Tensor, output: Tensor, index: Tensor) -> Tensor:
-    """(1 - lmbda) p_lm / m: 1 but where a neighbor has the token, 0 all over at lmbda = 1."""
-    log_rest = torch.log1p(-weight)
-    elsewhere = (weight < 1).to(output.dtype).expand_as(output)
-    if torch.is_grad_enabled():  # a second derivative must see the whole ratio
-        share = (log_rest + log_p_lm - output).exp()
-        return torch.where(output == -INF, elsewhere, share)
-    log_m = output.gather(1, index)
-    share = (log_rest + log_p_lm.gather(1, index) - log_m).exp()
-    return elsewhere.scatter(
-        1, index, torch.where(log_m == -INF, elsewhere.gather(1, index), share)
+    need_logits, _, _, _, need_lmbda = ctx.needs_input_grad
+    to_logits, to_distances, to_temperature, to_lmbda = _run_gradients(
+        grad, lm_logits, distances, tokens, output, temperature, lmbda, need_logits, need_lmbda
+    )
+    return (
+        to_logits if need_logits else None,
+        to_distances,
+        None,
+        _mixing.sum_to_parameter(to_temperature, temperature),
+        _mixing.sum_to_parameter(to_lmbda, lmbda) if need_lmbda else None,
     )
 
 
-def _lmbda_gradient(
-    lm_logits: Tensor,
-    log_a: Tensor,
-    log_m: Tensor,
-    output: Tensor,
+def _run_gradients(
     grad: Tensor,
-    grad_at: Tensor,
-    lmbda: Tensor,
-) -> Tensor:
-    """Sum over v of grad_v (p_knn - p_lm)_v / m_v; 0 for a row without a neighbor.
+    lm_logits: Tensor,
+    distances: Tensor,
+    tokens: Tensor,
+    output: Tensor,
+    temperature: float | Tensor,
+    lmbda: float | Tensor,
+    need_logits: bool,
+    need_lmbda: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (grad, lm_logits, distances, tokens, output)
+    rest = (temperature, lmbda, need_logits, need_lmbda)
+    if torch.is_grad_enabled():  # plain PyTorch has a second derivative
+        return _gradients.knn_interpolate(*inputs, *rest)
+    op = torch.ops.knnext._knn_interpolate_gradients
+    return (op.tensor if isinstance(temperature, Tensor) else op.default)(*inputs, *rest)
 
-    The ratios have no bound (lmbda 0 or 1), so a gradient of 0 is kept from meeting an infinite
-    one.
-    """
-    absent = log_a == -INF
-    toward_knn = ((log_a - log_m).exp() * grad_at).masked_fill(absent | (grad_at == 0), 0.0)
-    log_p_lm = lm_logits.to(log_a.dtype).log_softmax(1)
-    nothing = (grad == 0) | (log_p_lm == -INF)
-    toward_lm = ((log_p_lm - output).exp() * grad).masked_fill(nothing, 0.0)
-    per_row = toward_knn.sum(1) - toward_lm.sum(1)
-    return _mixing.sum_to_parameter(per_row.masked_fill(absent.all(1), 0.0), lmbda)
+
+def _fake_gradients(
+    grad: Tensor,
+    lm_logits: Tensor,
+    distances: Tensor,
+    tokens: Tensor,
+    output: Tensor,
+    temperature: float | Tensor,
+    lmbda: float | Tensor,
+    need_logits: bool,
+    need_lmbda: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, vocab_size = lm_logits.shape
+    return (
+        lm_logits.new_empty(rows if need_logits else 0, vocab_size),
+        *_mixing.fake_neighbor_gradients(distances),
+        distances.new_empty(rows if need_lmbda else 0),
+    )
 
 
-for _name in ("knnext::knn_interpolate", "knnext::knn_interpolate.tensor"):
-    torch.library.register_fake(_name, _fake)
-    torch.library.register_autograd(_name, _backward, setup_context=_setup_context)
+for _name in ("", ".tensor"):
+    torch.library.register_fake(f"knnext::knn_interpolate{_name}", _fake)
+    torch.library.register_autograd(
+        f"knnext::knn_interpolate{_name}", _backward, setup_context=_setup_context
+    )
+    torch.library.register_fake(f"knnext::_knn_interpolate_gradients{_name}", _fake_gradients)
+    refuse_second_derivative(f"_knn_interpolate_gradients{_name}")

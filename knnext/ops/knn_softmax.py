@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks, _mixing
+from knnext.ops import _checks, _gradients, _mixing
+from knnext.ops._no_gradient import refuse_second_derivative
 
 
 def knn_softmax(
@@ -58,15 +59,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     distances, tokens, *rest = ctx.saved_tensors
     temperature = rest[0] if rest else ctx.temperature
-    a = _mixing.log_weights(distances, tokens, temperature).exp()
-    per_neighbor = a * grad.gather(1, tokens.long().clamp_min(0))
-    grad_z = per_neighbor - a * per_neighbor.sum(1, keepdim=True)
-    grad_distances, grad_temperature = _mixing.neighbor_gradients(
-        grad_z, distances, tokens, temperature, ctx.needs_input_grad[2]
+    to_distances, per_row = _run_gradients(grad, distances, tokens, temperature)
+    return to_distances, None, _mixing.sum_to_parameter(per_row, temperature), None
+
+
+def _run_gradients(
+    grad: Tensor, distances: Tensor, tokens: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():  # plain PyTorch has a second derivative
+        return _gradients.knn_softmax(grad, distances, tokens, temperature)
+    op = torch.ops.knnext._knn_softmax_gradients
+    overload = op.tensor if isinstance(temperature, Tensor) else op.default
+    return overload(grad, distances, tokens, temperature)
+
+
+def _fake_gradients(
+    grad: Tensor, distances: Tensor, tokens: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    return _mixing.fake_neighbor_gradients(distances)
+
+
+for _name in ("", ".tensor"):
+    torch.library.register_fake(f"knnext::knn_softmax{_name}", _fake)
+    torch.library.register_autograd(
+        f"knnext::knn_softmax{_name}", _backward, setup_context=_setup_context
     )
-    return grad_distances, None, grad_temperature, None
-
-
-for _name in ("knnext::knn_softmax", "knnext::knn_softmax.tensor"):
-    torch.library.register_fake(_name, _fake)
-    torch.library.register_autograd(_name, _backward, setup_context=_setup_context)
+    torch.library.register_fake(f"knnext::_knn_softmax_gradients{_name}", _fake_gradients)
+    refuse_second_derivative(f"_knn_softmax_gradients{_name}")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks, _mixing
+from knnext.ops import _checks, _gradients, _mixing
+from knnext.ops._no_gradient import refuse_second_derivative
 
 
 def knn_target_log_prob(
@@ -55,18 +56,40 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     distances, tokens, targets, output, *rest = ctx.saved_tensors
     temperature = rest[0] if rest else ctx.temperature
-    log_a = _mixing.log_weights(distances, tokens, temperature)
-    match = (tokens.long() == targets.long()[:, None]) & (tokens >= 0)
-    found = (output > -_mixing.INF)[:, None]
-    # Share of each neighbor in its target's mass, less its share in the whole.
-    share = (log_a - output.masked_fill(~found[:, 0], 0.0)[:, None]).exp().masked_fill(~match, 0.0)
-    grad_z = (grad[:, None] * (share - log_a.exp())).masked_fill(~found, 0.0)
-    grad_distances, grad_temperature = _mixing.neighbor_gradients(
-        grad_z, distances, tokens, temperature, ctx.needs_input_grad[3]
+    to_distances, per_row = _run_gradients(grad, distances, tokens, targets, output, temperature)
+    return to_distances, None, None, _mixing.sum_to_parameter(per_row, temperature)
+
+
+def _run_gradients(
+    grad: Tensor,
+    distances: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    output: Tensor,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    args = (grad, distances, tokens, targets, output, temperature)
+    if torch.is_grad_enabled():  # plain PyTorch has a second derivative
+        return _gradients.knn_target_log_prob(*args)
+    op = torch.ops.knnext._knn_target_log_prob_gradients
+    return (op.tensor if isinstance(temperature, Tensor) else op.default)(*args)
+
+
+def _fake_gradients(
+    grad: Tensor,
+    distances: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    output: Tensor,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    return _mixing.fake_neighbor_gradients(distances)
+
+
+for _name in ("", ".tensor"):
+    torch.library.register_fake(f"knnext::knn_target_log_prob{_name}", _fake)
+    torch.library.register_autograd(
+        f"knnext::knn_target_log_prob{_name}", _backward, setup_context=_setup_context
     )
-    return grad_distances, None, None, grad_temperature
-
-
-for _name in ("knnext::knn_target_log_prob", "knnext::knn_target_log_prob.tensor"):
-    torch.library.register_fake(_name, _fake)
-    torch.library.register_autograd(_name, _backward, setup_context=_setup_context)
+    torch.library.register_fake(f"knnext::_knn_target_log_prob_gradients{_name}", _fake_gradients)
+    refuse_second_derivative(f"_knn_target_log_prob_gradients{_name}")

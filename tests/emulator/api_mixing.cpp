@@ -57,14 +57,41 @@ EMULATED emulate_knn_interpolate(uint64_t seed, const KnnInterpolateParams* give
   return emulate::guarded(seed, [=] {
     KnnInterpolateParams params = *given;
     Scratch scratch(sort_workspace_words(params.neighbors, params.vocab_size));
+    Scratch split(split_words(params));
     params.workspace = scratch.words();
+    params.split = split.words();
     knn_interpolate_launch(params, nullptr);
     scratch.check();
+    split.check();
   });
 }
 
 EMULATED emulate_knn_target_log_prob(uint64_t seed, const KnnTargetLogProbParams* params) {
   return emulate::guarded(seed, [=] { knn_target_log_prob_launch(*params, nullptr); });
+}
+
+EMULATED emulate_knn_softmax_gradients(uint64_t seed, const KnnSoftmaxGradientsParams* params) {
+  return emulate::guarded(seed, [=] { knn_softmax_gradients_launch(*params, nullptr); });
+}
+
+EMULATED emulate_knn_target_log_prob_gradients(uint64_t seed,
+                                               const KnnTargetLogProbGradientsParams* params) {
+  return emulate::guarded(seed, [=] { knn_target_log_prob_gradients_launch(*params, nullptr); });
+}
+
+EMULATED emulate_knn_interpolate_gradients(uint64_t seed,
+                                           const KnnInterpolateGradientsParams* given) {
+  return emulate::guarded(seed, [=] {
+    KnnInterpolateGradientsParams params = *given;
+    Scratch scratch(token_set_words(params));
+    params.workspace = scratch.words();
+    knn_interpolate_gradients_launch(params, nullptr);
+    scratch.check();
+  });
+}
+
+EMULATED emulate_rescore_gradients(uint64_t seed, const RescoreGradientsParams* params) {
+  return emulate::guarded(seed, [=] { rescore_gradients_launch(*params, nullptr); });
 }
 
 EMULATED emulate_key_sqnorms(uint64_t seed, const KeySqnormsParams* params) {

@@ -268,6 +268,10 @@ inline size_t shared_memory_limit() {
   return emulate::settings.shared_limit;
 }
 
+inline void zero_memory(void* data, int64_t bytes, cudaStream_t) {
+  std::memset(data, 0, static_cast<size_t>(bytes));
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
             A&&... arguments) {

@@ -28,6 +28,7 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
         "b": ctypes.c_bool,
         "R": globals().get("RowParameter"),
         "N": globals().get("Neighbors"),
+        "G": globals().get("NeighborGradients"),
     }
     pairs = [(f"f{i}", kinds[kind]) for i, kind in enumerate(fields)]
     return type(name, (ctypes.Structure,), {"_fields_": pairs})
@@ -36,11 +37,16 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
 RowParameter = _struct("RowParameter", "dpiq")
 Neighbors = _struct("Neighbors", "ppqqbqiR")
 SoftmaxParams = _struct("SoftmaxParams", "Nqpp")
-InterpolateParams = _struct("InterpolateParams", "NpqiRqpp")
+InterpolateParams = _struct("InterpolateParams", "NpqiRqppp")
 TargetParams = _struct("TargetParams", "Npqbp")
+NeighborGradients = _struct("NeighborGradients", "pp")
+SoftmaxGradientsParams = _struct("SoftmaxGradientsParams", "NpqqG")
+InterpolateGradientsParams = _struct("InterpolateGradientsParams", "NpqiRqppqqGppp")
+TargetGradientsParams = _struct("TargetGradientsParams", "NpqbppqqG")
 MergeParams = _struct("MergeParams", "ppqqqqqppp")
 SqnormsParams = _struct("SqnormsParams", "pqqqip")
 RescoreParams = _struct("RescoreParams", "ppqqqqqqpqibp")
+RescoreGradientsParams = _struct("RescoreGradientsParams", "ppqqqqqqpqpqpibpp")
 
 
 class Output:
@@ -117,6 +123,7 @@ def knn_interpolate(
         lm_logits.shape[1],
         out.tensor.data_ptr(),
         None,
+        None,
     )
     _run("knn_interpolate", seed, params)
     return out.checked()
@@ -133,6 +140,95 @@ def knn_target_log_prob(
     )
     _run("knn_target_log_prob", seed, params)
     return out.checked()
+
+
+class _NeighborOutputs:
+    """What every gradient of a mixing op writes: of distances and, by row, of the temperature."""
+
+    def __init__(self, distances: Tensor) -> None:
+        self.distances = Output(tuple(distances.shape), torch.float32)
+        self.temperature = Output((distances.shape[0],), torch.float32)
+        self.struct = NeighborGradients(
+            self.distances.tensor.data_ptr(), self.temperature.tensor.data_ptr()
+        )
+
+    def checked(self) -> tuple[Tensor, Tensor]:
+        return self.distances.checked(), self.temperature.checked()
+
+
+def knn_softmax_gradients(
+    grad: Tensor, distances: Tensor, tokens: Tensor, temperature: float | Tensor, seed: int = 1
+) -> tuple[Tensor, Tensor]:
+    out = _NeighborOutputs(distances)
+    neighbors = _neighbors(distances, tokens, temperature)
+    params = SoftmaxGradientsParams(
+        neighbors, grad.data_ptr(), grad.stride(0), grad.shape[1], out.struct
+    )
+    _run("knn_softmax_gradients", seed, params)
+    return out.checked()
+
+
+def knn_target_log_prob_gradients(
+    grad: Tensor,
+    distances: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    output: Tensor,
+    temperature: float | Tensor,
+    seed: int = 1,
+) -> tuple[Tensor, Tensor]:
+    out = _NeighborOutputs(distances)
+    params = TargetGradientsParams(
+        _neighbors(distances, tokens, temperature),
+        targets.data_ptr(),
+        targets.stride(0),
+        targets.dtype == torch.int32,
+        grad.data_ptr(),
+        output.data_ptr(),
+        grad.stride(0),
+        output.stride(0),
+        out.struct,
+    )
+    _run("knn_target_log_prob_gradients", seed, params)
+    return out.checked()
+
+
+def knn_interpolate_gradients(
+    grad: Tensor,
+    lm_logits: Tensor,
+    distances: Tensor,
+    tokens: Tensor,
+    output: Tensor,
+    temperature: float | Tensor,
+    lmbda: float | Tensor,
+    need_logits: bool = True,
+    need_lmbda: bool = True,
+    seed: int = 1,
+    skew: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the op; ``skew`` moves the gradient of the logits off its alignment."""
+    rows, vocab_size = lm_logits.shape
+    out = _NeighborOutputs(distances)
+    to_logits = Output((rows if need_logits else 0, vocab_size), lm_logits.dtype, skew)
+    to_lmbda = Output((rows if need_lmbda else 0,), torch.float32)
+    params = InterpolateGradientsParams(
+        _neighbors(distances, tokens, temperature),
+        lm_logits.data_ptr(),
+        lm_logits.stride(0),
+        DTYPES[lm_logits.dtype],
+        _row_parameter(lmbda),
+        vocab_size,
+        grad.data_ptr(),
+        output.data_ptr(),
+        grad.stride(0),
+        output.stride(0),
+        out.struct,
+        to_logits.tensor.data_ptr() if need_logits else None,
+        to_lmbda.tensor.data_ptr() if need_lmbda else None,
+        None,
+    )
+    _run("knn_interpolate_gradients", seed, params)
+    return to_logits.checked(), *out.checked(), to_lmbda.checked()
 
 
 def merge_topk(distances: Tensor, indices: Tensor, k: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -184,3 +280,40 @@ def rescore(
     )
     _run("rescore", seed, params)
     return out.checked()
+
+
+def rescore_gradients(
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    indices: Tensor,
+    order: Tensor | None,
+    metric: str = "l2",
+    need_queries: bool = True,
+    seed: int = 1,
+) -> tuple[Tensor, Tensor]:
+    dim = queries.shape[1]
+    to_queries = Output((queries.shape[0] if need_queries else 0, dim), queries.dtype)
+    to_keys = Output((keys.shape[0] if order is not None else 0, dim), keys.dtype)
+    to_keys.tensor.zero_()
+    params = RescoreGradientsParams(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        queries.stride(0),
+        keys.stride(0),
+        queries.shape[0],
+        keys.shape[0],
+        dim,
+        indices.shape[1],
+        indices.data_ptr(),
+        indices.stride(0),
+        grad.data_ptr(),
+        grad.stride(0),
+        None if order is None else order.data_ptr(),
+        DTYPES[queries.dtype],
+        metric == "ip",
+        to_queries.tensor.data_ptr() if need_queries else None,
+        None if order is None else to_keys.tensor.data_ptr(),
+    )
+    _run("rescore_gradients", seed, params)
+    return to_queries.checked(), to_keys.checked()

@@ -11,7 +11,7 @@ import torch
 from mixing_cases import ROOT, run_python
 
 import knnext
-from knnext.ops._schemas import NAMES, SCHEMAS
+from knnext.ops._schemas import GRADIENT_NAMES, GRADIENT_SCHEMAS, NAMES, SCHEMAS
 
 
 def overload(name: str) -> torch._ops.OpOverload:
@@ -19,7 +19,7 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.knnext, base), tail or "default")
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("schema", (*SCHEMAS, *GRADIENT_SCHEMAS))
 def test_the_compiled_schema_is_the_one_kept_in_python(schema: str) -> None:
     compiled = overload(schema.split("(")[0])._schema
     assert compiled == torch._C.parse_schema("knnext::" + schema)
@@ -27,14 +27,15 @@ def test_the_compiled_schema_is_the_one_kept_in_python(schema: str) -> None:
 
 def test_there_are_no_other_overloads() -> None:
     every = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("knnext::")]
-    public = {n.removeprefix("knnext::") for n in every}
-    assert {n for n in public if not n.startswith("_")} == set(NAMES)
+    names = {n.removeprefix("knnext::") for n in every}
+    assert names == {*NAMES, *GRADIENT_NAMES}
 
 
-@pytest.mark.parametrize("base", ["knn_softmax", "knn_interpolate", "knn_target_log_prob"])
-def test_the_tensor_overload_comes_first(base: str) -> None:
+@pytest.mark.parametrize("name", ["knn_softmax", "knn_interpolate", "knn_target_log_prob"])
+@pytest.mark.parametrize("form", ["{}", "_{}_gradients"])
+def test_the_tensor_overload_comes_first(name: str, form: str) -> None:
     # torch tries them in this order, and a 0-dim tensor passes for a float.
-    assert getattr(torch.ops.knnext, base).overloads() == ["tensor", "default"]
+    assert getattr(torch.ops.knnext, form.format(name)).overloads() == ["tensor", "default"]
 
 
 FALLBACK = """

@@ -1,0 +1,79 @@
+// The gradients of knn_softmax on CUDA, one block of 128 threads a row: neighbor i has the share
+// a_i g[token_i]; the row of g is only read where a neighbor points.
+//
+// Read: 8 to 12 k bytes a row and a sector of g for each token; written: 4 k + 4.
+#include "neighbor_gradients.cuh"
+
+namespace knnext {
+namespace {
+
+__global__ void __launch_bounds__(128, 8)
+    knn_softmax_gradients_kernel(KnnSoftmaxGradientsParams p) {
+  const int64_t r = blockIdx.x;
+  NeighborRow row(p.neighbors, r);
+  row.survey(p.vocab_size);
+  if (row.state != RowState::kSome)
+    return fill_neighbor_gradients(p.out, r, row.k, row.state == RowState::kNan ? NAN : 0.0f);
+  const float* grad = p.grad + r * p.grad_stride;
+  write_neighbor_gradients(
+      p.out, r, row, [&](int i) { return expf(row.logit(i)) / row.total * grad[row.token(i)]; });
+}
+
+}  // namespace
+
+void knn_softmax_gradients_launch(const KnnSoftmaxGradientsParams& params, Stream stream) {
+  if (!params.neighbors.rows) return;
+  launch(knn_softmax_gradients_kernel, grid_of(params.neighbors.rows), dim3(128), 0, stream,
+         params);
+}
+
+}  // namespace knnext
+
+#ifndef KNNEXT_EMULATOR
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cuda/tensors.h"
+
+namespace knnext {
+namespace {
+
+constexpr const char* kOp = "knn_softmax";
+
+std::tuple<Tensor, Tensor> run(const Tensor& grad, const Tensor& distances, const Tensor& tokens,
+                               const RowParameter& temperature) {
+  const MixShape shape = check_neighbors(kOp, distances, tokens);
+  check_output(kOp, "grad", grad, distances, -1);
+  check_max_k(kOp, shape.k);
+  const OnDevice device(distances);
+  const Rows g(grad), d(distances), ids(tokens);
+  const NeighborOutputs out(distances, shape);
+  knn_softmax_gradients_launch({neighbors_of(d, ids, tokens, shape, temperature), g.as<float>(),
+                                g.stride(), grad.size(1), out.pointers()},
+                               device.stream());
+  return {out.distances, out.temperature};
+}
+
+std::tuple<Tensor, Tensor> knn_softmax_gradients_cuda(const Tensor& grad, const Tensor& distances,
+                                                      const Tensor& tokens, double temperature) {
+  check_temperature(kOp, temperature);
+  return run(grad, distances, tokens, row_parameter(temperature));
+}
+
+std::tuple<Tensor, Tensor> knn_softmax_gradients_tensor_cuda(const Tensor& grad,
+                                                             const Tensor& distances,
+                                                             const Tensor& tokens,
+                                                             const Tensor& temperature) {
+  check_row_parameter(kOp, "temperature", temperature, distances);
+  return run(grad, distances, tokens, row_parameter(temperature));
+}
+
+}  // namespace
+}  // namespace knnext
+
+STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
+  m.impl("_knn_softmax_gradients", TORCH_BOX(&knnext::knn_softmax_gradients_cuda));
+  m.impl("_knn_softmax_gradients.tensor", TORCH_BOX(&knnext::knn_softmax_gradients_tensor_cuda));
+}
+#endif
