@@ -149,7 +149,7 @@ def _train(keys: Tensor, device: str) -> Any:
 
 def _to_gpu(faiss: ModuleType, index: Any) -> Any:
     options = faiss.GpuClonerOptions()
-    options.useFloat16LookupTables = True  # tables of 64-byte codes fit shared memory only so
+    options.useFloat16 = True  # of an IVF-PQ the lookup tables: 64 bytes fit shared memory only so
     try:
         return faiss.index_cpu_to_gpu(_resources(), 0, index, options)
     except RuntimeError as error:

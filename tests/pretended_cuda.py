@@ -72,6 +72,16 @@ def graph(target: CUDAGraph) -> Iterator[None]:
     CUDAGraph.captured += 1
 
 
+class ClonerOptions:
+    """As much as is set; SWIG's class takes any other name too and does nothing with it."""
+
+    __slots__ = ("useFloat16",)
+
+
+class FlatConfig:
+    __slots__ = ("useFloat16",)
+
+
 class Flat:
     """GpuIndexFlatL2: takes float32 queries only, as the real one does through this interface."""
 
@@ -122,8 +132,8 @@ def _pretend_torch() -> None:
 
 
 def _pretend_rivals() -> None:
-    faiss.StandardGpuResources = faiss.GpuIndexFlatConfig = SimpleNamespace
-    faiss.GpuClonerOptions = SimpleNamespace
+    faiss.StandardGpuResources = SimpleNamespace
+    faiss.GpuClonerOptions, faiss.GpuIndexFlatConfig = ClonerOptions, FlatConfig
     faiss.get_num_gpus = lambda: 1
     faiss.GpuIndexFlatL2, faiss.knn_gpu = Flat, knn_gpu
     faiss.index_cpu_to_gpu = lambda resources, device, index, options: index

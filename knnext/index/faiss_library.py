@@ -114,7 +114,8 @@ def to_gpu(index: Any) -> Any:
     """A replica on every GPU, with half-precision tables: those of 64-byte codes need it."""
     faiss = load()
     options = faiss.GpuMultipleClonerOptions()
-    options.useFloat16LookupTables = True
+    # Of an IVF-PQ the lookup tables; of a flat index it would be the vectors themselves.
+    options.useFloat16 = ivf_of(index) is not None
     return faiss.index_cpu_to_all_gpus(index, co=options)
 
 
