@@ -55,3 +55,12 @@ def test_a_gpu_without_a_cuda_build_gets_advice():
     facts["gpus"] = [{"name": "a GPU"}]
     facts["knnext"] = {"version": "0.1.0", "cuda_version": ""}
     assert any("KNNEXT_CUDA=1" in text for text in _advice(facts))
+
+
+def test_the_choice_of_kernel_is_said_with_its_reason():
+    facts = doctor(Search(queries=8, entries=1_000_000, dim=64, k=16))
+    on_gpu = facts["plans"][1:]  # or what an H200 would do
+    assert on_gpu
+    for plan in on_gpu:
+        assert plan["because"]
+        assert f"choice: {plan['because']}" in render(facts)
