@@ -31,7 +31,8 @@ DESCRIPTION = Description(
     name="memorization",
     title="Memorization",
     question="Does an LM that has memorized the training text help as the datastore does?",
-    claim="No: mixed with the base LM, an overfitted LM gives no improvement at any epoch.",
+    claim="No: mixed with the base LM, an overfitted LM gives no improvement at any epoch, so "
+    "what the datastore adds is not memory alone.",
     varies="the second component: an overfitted copy of the LM in place of W_ds; whose states",
     paper=(
         PaperFigure("no improvement by mixing, over some 233 epochs", "digest"),
@@ -285,33 +286,39 @@ def agreement(gain: Gain, lead: Gain) -> Agreement:
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
-    """Perplexity by epoch, alone and mixed."""
+    """Perplexity by epoch: mixed on the left axis, alone on the right one."""
     s = result["series"]
-    figures.line(axes, s["epochs"], s["alone"], "memorizing LM alone")
-    figures.line(axes, s["epochs"], s["mixture"], "mixed with the base LM", 1)
+    right = axes.twinx()
+    figures.line(right, s["epochs"], s["alone"], "memorizing LM alone (right)", 7, alpha=0.5)
+    right.set_yscale("log")
+    right.tick_params(colors=figures.MUTED)
+    right.spines[:].set_visible(False)
+    figures.line(axes, s["epochs"], s["mixture"], "mixed with the base LM (its nats on the text)")
     figures.reference_line(axes, s["base"], "base LM")
+    store = s["datastore of the same tokens"]
     axes.axhline(
-        s["datastore of the same tokens"],
-        color=figures.COLORS[2],
-        linewidth=1.4,
-        linestyle=":",
-        label="base LM with a datastore of the same tokens",
+        store, color=figures.COLORS[2], ls=":", label="base LM, datastore of the same tokens"
     )
-    for epoch, nll, alone in zip(s["epochs"], s["train nll"], s["alone"], strict=True):
-        if alone is not None:
-            axes.annotate(
-                f"{nll:.1f}",
-                (epoch, alone),
-                (0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=figures.MUTED,
-            )
-    axes.set_yscale("log")
+    for epoch, nll, mixture in zip(s["epochs"], s["train nll"], s["mixture"], strict=True):
+        axes.annotate(
+            f"{nll:.1f}",
+            (epoch, mixture),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=figures.MUTED,
+        )
+    levels = [s["base"], store, *s["mixture"]]
+    room = max(levels) - min(levels)
+    axes.set_ylim(min(levels) - 0.15 * room, max(levels) + 0.7 * room)
     figures.dress(
         axes,
-        title=f"An LM that memorizes {s['tokens']:,} tokens (small: its nats on them)",
+        title=f"An LM that memorizes {s['tokens']:,} tokens",
         xlabel="epochs of training on them",
         ylabel="perplexity per token on test",
+        legend=False,
     )
+    handles = [one.get_legend_handles_labels() for one in (axes, right)]
+    lines, labels = (sum(part, []) for part in zip(*handles, strict=True))
+    axes.legend(lines, labels, frameon=False, fontsize=9, loc="upper left")
