@@ -50,6 +50,7 @@ DESCRIPTION = Description(
         ),
         PaperFigure("FAISS mask beats exact search; the 5 % datastore gains more", "digest"),
         PaperFigure("best t, 100 %: 1.6 exact; 0.9 FAISS score, 2.0 real score", "code"),
+        PaperFigure("|q|^2 roughly 28 to 36, so |q|^2 / t = 18 to 23 for exact search", "recalled"),
     ),
 )
 
@@ -282,6 +283,7 @@ def _shares(exact: Arm, k: int) -> str:
         f"Exact search keeps zero rows in its top {k} for "
         f"{float((exact.places > 0).double().mean()):.0%} of the queries. They take "
         f"{float(exact.places.double().mean()) / k:.1%} of all places, but "
-        f"{exact.probability[t]:.2%} of the probability at the fitted t = {t:.3g}, and "
-        f"{exact.probability[hotter]:.2%} at t = {hotter:.3g}."
+        f"{exact.probability[t]:.2%} of the probability at the fitted t = {t:.3g}, where "
+        f"|q|^2 / t = {exact.square / t:.0f}, and {exact.probability[hotter]:.2%} at t = "
+        f"{hotter:.3g}."
     )

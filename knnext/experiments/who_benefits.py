@@ -8,8 +8,7 @@ opinion gains where the LM was wrong and loses where it was right.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +42,9 @@ DESCRIPTION = Description(
 )
 
 NGRAM, QUANTILES, MIN_OCCURRENCES = 4, 5, 5
-FREQUENCY, FOLLOWS, PRECEDES = "training frequency", "entropy of what follows", "of what precedes"
+_SMALLEST = 0.01  # of the tokens: smaller buckets are in the table alone
+FREQUENCY = "training frequency"
+FOLLOWS, PRECEDES = "entropy of what follows", "entropy of what precedes"
 UNSURE, GIVEN, SEEN = "LM's entropy", "LM's probability of the target", "n-grams seen in training"
 
 
@@ -85,10 +86,10 @@ def run(lab: Lab) -> Findings:
     return Findings(
         rows=[{n: v for n, v in r.items() if n not in ("low", "high", "gain")} for r in rows],
         agreement="undecided",
-        words="There is no claim to compare with. Spearman's correlation of a token's gain with: "
-        + "; ".join(f"{name} {c}" for name, c in ranks.items())
-        + f". {_extremes(rows)}",
-        headline=f"gain and {GIVEN}: {ranks[GIVEN]}; and {FREQUENCY}: {ranks[FREQUENCY]}",
+        words=f"There is no claim to compare with. {_extremes(rows)} Spearman's correlation of a "
+        "token's gain with: " + "; ".join(f"{name} {c}" for name, c in ranks.items()) + ". Ranks "
+        "say less than means here: few tokens gain much, and most of the others lose a little.",
+        headline=_headline(rows),
         series={"rows": rows},
         details={
             "temperature": temperature,
@@ -201,29 +202,45 @@ def _by_word(lab: Lab, test: Split, wins: Tensor) -> dict[str, Any]:
 
 
 def _extremes(rows: list[dict[str, Any]]) -> str:
-    """Where it helps most and least by frequency and by document."""
+    """Where it helps most and least by each feature."""
     said = []
-    for name in (FREQUENCY, SEEN):
-        here = [r for r in rows if r["by"] == name and math.isfinite(r["low"])]
-        if here:
-            most, least = (pick(here, key=lambda r: r["gain"]) for pick in (max, min))
-            said.append(
-                f"By {name} it helps most at {most['bucket']} ({most['change of perplexity']}) "
-                f"and least at {least['bucket']} ({least['change of perplexity']})."
-            )
-    return " ".join(said)
+    for name, here in _large(rows).items():
+        most, least = (pick(here, key=lambda r: r["gain"]) for pick in (max, min))
+        said.append(
+            f"{name}: most at {most['bucket']} ({most['change of perplexity']}), least at "
+            f"{least['bucket']} ({least['change of perplexity']})"
+        )
+    return "The kNN helps, by " + "; by ".join(said) + "."
+
+
+def _large(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by feature, without buckets of a few tokens."""
+    by: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by.setdefault(row["by"], []).append(row)
+    return {
+        name: [r for r in here if r["tokens"] >= _SMALLEST * sum(x["tokens"] for x in here)]
+        for name, here in by.items()
+    }
+
+
+def _headline(rows: list[dict[str, Any]]) -> str:
+    """Documents new to the training text against those that repeat it."""
+    first, *_, last = [r for r in rows if r["by"] == SEEN]
+    return (
+        f"{first['change of perplexity']} in documents with {first['bucket']} of n-grams seen in "
+        f"training, {last['change of perplexity']} with {last['bucket']}"
+    )
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
-    """One panel a feature: change of perplexity by bucket."""
-    rows: list[Mapping[str, Any]] = result["series"]["rows"]
-    names = list(dict.fromkeys(r["by"] for r in rows))
+    """One panel a feature: change of perplexity by bucket, those of a few tokens left out."""
+    by = _large(result["series"]["rows"])
     figure = axes.figure
     axes.remove()
     figure.set_size_inches(11.0, 7.2)
     panels = figure.subplots(2, 3).flat
-    for number, (panel, name) in enumerate(zip(panels, names, strict=True)):
-        here = [r for r in rows if r["by"] == name]
+    for number, (panel, (name, here)) in enumerate(zip(panels, by.items(), strict=True)):
         values = [percent_change(r["gain"]) for r in here]
         panel.bar(range(len(here)), values, color=COLORS[number], width=0.7)
         for place, row in enumerate(here):
@@ -233,4 +250,10 @@ def plot(result: dict[str, Any], axes: Any) -> None:
         panel.axhline(0, color=MUTED, linewidth=1.0)
         panel.set_xticks(range(len(here)), [r["bucket"] for r in here], rotation=35, fontsize=7)
         left = number % 3 == 0
-        dress(panel, title=name, xlabel="", ylabel="perplexity, %" if left else "", legend=False)
+        dress(
+            panel,
+            title=name,
+            xlabel="",
+            ylabel="change of perplexity, %" if left else "",
+            legend=False,
+        )
