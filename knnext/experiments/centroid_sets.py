@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.experiments import clusters
+from knnext.experiments import clusters, lm_training
 from knnext.experiments.lab import EVALUATED, Lab
 from knnext.experiments.mixture import LogP
 from knnext.experiments.soft_rows import (
@@ -151,7 +151,7 @@ def components(
         "metric": metric,
         "temperatures": list(temperatures),
         "lm": lab.lm().settings,
-        "evaluated": [lab.preset.valid_tokens, lab.preset.test_tokens, lab.preset.document_tokens],
+        "evaluated": lm_training.evaluated(lab),
     }
 
     def make(folder: Path) -> None:

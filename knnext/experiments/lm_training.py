@@ -140,6 +140,13 @@ def score_text(lab: Lab, model: nn.Module, text: TokenizedDocuments) -> Tensor:
     return run_model(model.eval(), text, "ffn", torch.float32, windows)[2].double()
 
 
+def evaluated(lab: Lab) -> list[int | None]:
+    """What decides the tokens that are scored and how they are read, for cache keys."""
+    p = lab.preset
+    windows = [p.block_size, p.stride] if p.block_size or p.stride else []
+    return [p.valid_tokens, p.test_tokens, p.document_tokens, *windows]
+
+
 def stream(text: TokenizedDocuments) -> Tensor:
     """(T,) tokens of a text."""
     return torch.from_numpy(np.asarray(text.tokens))

@@ -110,7 +110,7 @@ def _student(
         "seed": seed,
         "text": lab.store("att").fingerprint,
         "teacher": _teacher_settings(lab, teacher) if labels == KNN else {},
-        "evaluated": [lab.preset.valid_tokens, lab.preset.test_tokens, lab.preset.document_tokens],
+        "evaluated": lm_training.evaluated(lab),
     }
 
     def make(folder: Path) -> None:

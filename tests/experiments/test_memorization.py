@@ -15,6 +15,7 @@ from knnext.bootstrap import Interval
 from knnext.experiments import lm_training, memorization
 from knnext.experiments.contrast import Gain
 from knnext.experiments.lab import Lab
+from knnext.experiments.memorizing import load_checkpoints, memorize
 from knnext.experiments.run import run_experiment
 from knnext.train import TrainConfig
 
@@ -87,10 +88,10 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(lab: Lab, tmp_path:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for one in (whole, halves):
         one.mkdir()
-    memorization._memorize(lab, part, settings, whole)
-    memorization._memorize(lab, part, {**settings, "epochs": [1]}, halves)
-    memorization._memorize(lab, part, settings, halves)
-    first, second = (memorization._load(one, [1, 2]) for one in (whole, halves))
+    memorize(lab, part, settings, whole)
+    memorize(lab, part, {**settings, "epochs": [1]}, halves)
+    memorize(lab, part, settings, halves)
+    first, second = (load_checkpoints(one, [1, 2]) for one in (whole, halves))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a.log_p["test"], b.log_p["test"])
         assert a.train_nll == pytest.approx(b.train_nll)
