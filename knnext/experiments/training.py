@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,9 +243,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * schedule.rate(step)
         batch = examples.at(next(batches), device)
-        value = loss(component.train()(batch.states, batch.targets), batch)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        with _fast_products():
+            value = loss(component.train()(batch.states, batch.targets), batch)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
         optimizer.step()
         since += torch.stack([value.detach().double(), torch.ones_like(since[0])])
         if not schedule.is_check(step + 1):
@@ -270,6 +272,20 @@ def log_p(component: Component, examples: Examples, to: str | torch.device = "cp
             block = examples.at(slice(begin, begin + _EVALUATION_ROWS), device)
             parts.append(component(block.states, block.targets).double().to(to))
     return torch.cat(parts)
+
+
+@contextmanager
+def _fast_products() -> Iterator[None]:
+    """Lets float32 products run in tensor cores, or in oneDNN: twice as fast on some CPUs.
+
+    For gradients alone: what is measured is measured in float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _trainable(component: Component) -> dict[str, nn.Parameter]:

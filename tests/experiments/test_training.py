@@ -76,6 +76,13 @@ def test_the_loss_reads_what_the_examples_hold_besides():
     assert torch.equal(module.rows.detach(), before)
 
 
+def test_products_are_exact_again_after_training():
+    examples = planted(100, 0)
+    before = torch.get_float32_matmul_precision()
+    train(new(), examples, examples, Schedule(1, 10))
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_rates_rise_and_come_down():
     schedule = Schedule(100, warmup=0.1)
     rates = [schedule.rate(step) for step in range(100)]
