@@ -51,6 +51,12 @@ def test_every_tail_of_the_rows(dim: int, q: int):
         assert check(integers(q, dim), integers(400, dim), 20, metric) == 0
 
 
+@pytest.mark.parametrize(("q", "dim"), [(64, 1024), (64, 1280), (8, 10240)])
+def test_the_widest_queries_that_stay_fill_shared_memory(q: int, dim: int):
+    # The emulator knows the limit of 227 KB, and poisons what lies in it.
+    assert check(integers(q, dim, high=2), integers(200, dim, high=2), 20, num_units=2) == 0
+
+
 def test_each_key_is_scored_once_by_each_query():
     # Key i is one-hot at i % D, times a number of its own; so is the query's. The threshold lets
     # about a third of the keys pass.
