@@ -63,7 +63,7 @@ def test_weight_and_perplexity_follow_the_share_of_targets_found(tmp_path):
 def test_what_no_longer_grows_is_not_called_unsaturated(tmp_path):
     _, findings = run(tmp_path, lambda fraction: 0.6 * min(fraction, 0.4))
     assert findings.details["parts"]["no saturation"] == "undecided"
-    assert findings.details["parts"]["almost linear"] == "disagrees"
+    assert findings.details["parts"]["almost linear with t fitted"] == "disagrees"
     assert findings.agreement == "agrees in part"  # the smallest still helps
 
 

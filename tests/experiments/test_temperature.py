@@ -61,11 +61,11 @@ def test_the_best_temperature_has_the_scale_of_the_distances(tmp_path):
 def test_a_coarse_grid_is_refined_around_its_best(tmp_path):
     lab = PlantedLab(tmp_path, lambda _setting, split: scores_of(*planted(split, 1.6)))
     log_p = lab.component(temperature.Setting())
-    grid = refine(lab.split("valid"), log_p, (0.5, 1.0, 2.0, 4.0))
-    assert {0.5, 1.0, 2.0, 4.0} < set(grid)
+    grid = refine(lab.split("valid"), log_p, (0.5, 1.0, 2.0, 5.0))
+    assert {0.5, 1.0, 2.0, 5.0} < set(grid)
     assert len(grid) == 4 + 7
     found = sweep(*splits_of(lab), log_p, grid)
-    assert grid[found.best] == pytest.approx(1.6, rel=0.12)
+    assert grid[found.best] == pytest.approx(1.6, rel=0.16)
 
 
 def hits(share_at):
