@@ -12,7 +12,7 @@ from pathlib import Path
 import ptxas
 import pytest
 
-from knnext.ops._schemas import NAMES
+from knnext.ops._schemas import GRADIENT_NAMES, NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "knnext/lib/libknnext_cuda.so"
@@ -31,7 +31,7 @@ def test_loads_beside_any_torch_and_registers_every_op() -> None:
         f"torch.ops.load_library({str(LIBRARY.with_name('libknnext_cpu.so'))!r})\n"
         f"torch.ops.load_library({str(LIBRARY)!r})\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        f"missing = [n for n in {NAMES!r} if not has('knnext::' + n, 'CUDA')]\n"
+        f"missing = [n for n in {NAMES + GRADIENT_NAMES!r} if not has('knnext::' + n, 'CUDA')]\n"
         "assert not missing, missing\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
