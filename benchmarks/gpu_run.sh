@@ -145,11 +145,11 @@ step machine 20 0 bash -c machine
 step build 140 0 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
 export KNNEXT_FUZZ_SECONDS=$((20 * minutes / 9))
 step tests 140 210 bash -c 'gpu_tests tests tests'
-step tests_sm90 60 210 env KNNEXT_SM90=1 bash -c \
+step tests_sm90 60 210 env KNNEXT_SM90=all bash -c \
   'gpu_tests tests_sm90 tests -k "search or sm90"'
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do step "$tool" 25 190 bash -c "sanitize $tool"; done
-  step memcheck_sm90 25 190 env KNNEXT_SM90=1 bash -c "sanitize memcheck"
+  step memcheck_sm90 25 190 env KNNEXT_SM90=all bash -c "sanitize memcheck"
 else
   say "compute-sanitizer is not installed: its steps were left out"
 fi

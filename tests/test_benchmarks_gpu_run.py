@@ -85,7 +85,7 @@ def test_correctness_first_then_rivals_then_hopper_then_the_report(stub: Path) -
     order = [
         position(calls, "setup.py"),
         position(calls, "sm90= ", "-m gpu", "tests"),
-        position(calls, "sm90=1", "-m gpu", "search or sm90"),
+        position(calls, "sm90=all", "-m gpu", "search or sm90"),
         position(calls, "test_forced_failures"),
         position(calls, "sm90= ", "benchmarks", "--budget"),
         position(calls, "sm90=1", "benchmarks", "--only=bare_product,knnext,knnext_sqnorms"),
@@ -93,7 +93,7 @@ def test_correctness_first_then_rivals_then_hopper_then_the_report(stub: Path) -
     ]
     assert order == sorted(order)
     checked = [call.split()[0] for call in calls if "test_forced_failures" in call]
-    assert checked == [*["sm90="] * 3, "sm90=1"], "three tools, and one with Hopper's kernels"
+    assert checked == [*["sm90="] * 3, "sm90=all"], "three tools, and one with Hopper's kernels"
     for call in calls:
         wanted = "faiss=1" if "benchmark-json" in call or "get_num_gpus" in call else "faiss= "
         assert wanted in call, "its libraries are for the benchmarks alone"
