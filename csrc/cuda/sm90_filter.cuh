@@ -31,7 +31,7 @@
 namespace knnext {
 
 #ifndef KNNEXT_SM90_STAGGER
-#define KNNEXT_SM90_STAGGER 2
+#define KNNEXT_SM90_STAGGER 1
 #endif
 
 struct FilterShape {

@@ -1,5 +1,3 @@
-#include "fibers.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -9,124 +7,23 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "scheduler.h"
+
 #if defined(EMULATE_TSAN)
 #include <sanitizer/tsan_interface.h>
 #endif
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
 namespace emulate {
 namespace {
-
-constexpr size_t kStackBytes = 256 * 1024;
-constexpr unsigned kMaxThreads = 1024;
-
-struct Block {
-  Dim3 index;
-  std::vector<Thread> threads;
-  unsigned alive = 0;
-  Barrier barriers[kBarriers];
-  size_t shared_used = 0;
-};
-
-struct Deed {  // done later, on behalf of a block
-  unsigned block;
-  std::function<void()> act;
-};
-
-// The blocks that run together: one, where the launch asks for no more.
-struct Cluster {
-  Block blocks[kMaxCluster];
-  unsigned size = 1, alive = 0, met = 0;
-  std::vector<Thread*> ready;
-  std::vector<Deed> deeds;
-  size_t dynamic_bytes = 0;
-  uint64_t serial = 0;
-  std::string error;
-  const std::function<void()>* body = nullptr;
-} cluster;
-
-unsigned running = 0;  // block of the cluster
-
-Block& own() {
-  return cluster.blocks[running];
-}
 
 constexpr size_t kSharedBytes = 228 * 1024;
 alignas(1024) unsigned char shared_bytes[kMaxCluster][kSharedBytes];
 
 uint64_t random_state = 1;
 void* scheduler_saved = nullptr;
-void* scheduler_sanitizer = nullptr;
+[[maybe_unused]] void* scheduler_sanitizer = nullptr;
 void* stacks[kMaxThreads] = {};
 uint64_t next_serial = 1;
-
-void thread_main();
-
-#if defined(__x86_64__)
-// Saves what a call must preserve, swaps stacks, restores. ucontext would add a system call.
-extern "C" void emulate_switch(void** save, void* load);
-asm(R"(
-.text
-.globl emulate_switch
-.hidden emulate_switch
-.type emulate_switch, @function
-emulate_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-
-void* new_context(void* stack) {
-  auto* top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStackBytes);
-  *--top = nullptr;  // thread_main never returns
-  *--top = reinterpret_cast<void*>(&thread_main);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  return top;
-}
-
-void switch_context(void** save, void* load) {
-  emulate_switch(save, load);
-}
-#else
-ucontext_t contexts[kMaxThreads + 1];
-
-void* new_context(void* stack) {
-  const size_t slot = std::find(stacks, stacks + kMaxThreads, stack) - stacks;
-  ucontext_t* context = &contexts[slot + 1];
-  getcontext(context);
-  context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = kStackBytes;
-  makecontext(context, thread_main, 0);
-  return context;
-}
-
-void switch_context(void** save, void* load) {
-  if (!*save) *save = &contexts[0];
-  swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(load));
-}
-#endif
-
-void to_scheduler() {
-#if defined(EMULATE_TSAN)
-  __tsan_switch_to_fiber(scheduler_sanitizer, __tsan_switch_to_fiber_no_sync);
-#endif
-  switch_context(&current->saved, scheduler_saved);
-}
 
 void run_in(unsigned block) {
   running = block;
@@ -143,19 +40,6 @@ void to_thread(Thread* thread) {
   current = nullptr;
 }
 
-// For -fsanitize=thread: what came before a meeting is seen after it, and nothing else is.
-void order_release([[maybe_unused]] void* meeting) {
-#if defined(EMULATE_TSAN)
-  __tsan_release(meeting);
-#endif
-}
-
-void order_acquire([[maybe_unused]] void* meeting) {
-#if defined(EMULATE_TSAN)
-  __tsan_acquire(meeting);
-#endif
-}
-
 void thread_main() {
   order_acquire(&cluster);
   (*cluster.body)();
@@ -167,43 +51,9 @@ void thread_main() {
   std::abort();
 }
 
-void make_ready(Thread* thread) {
-  thread->state = Thread::kReady;
-  thread->barrier = -1;
-  thread->event = nullptr;
-  cluster.ready.push_back(thread);
-}
-
-void wait_here(const char* name, Place place, void* data) {
-  current->state = Thread::kWaiting;
-  current->waits_for = name;
-  current->place = place;
-  current->mask = 0;
-  current->data = data;
-}
-
 std::string describe(Place place) {
   const std::string file = place.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
-}
-
-std::string where_threads_wait() {
-  std::map<std::string, std::vector<const Thread*>> groups;
-  for (unsigned b = 0; b < cluster.size; ++b)
-    for (const Thread& t : cluster.blocks[b].threads)
-      if (t.state == Thread::kWaiting)
-        groups[std::string(t.waits_for) + " at " + describe(t.place)].push_back(&t);
-  std::string text;
-  for (auto& [place, threads] : groups)
-    text += "; " + std::to_string(threads.size()) + " wait in " + place + " (first: thread " +
-            std::to_string(threads.front()->rank) + ", mask " +
-            [&] {
-              char hex[16];
-              std::snprintf(hex, sizeof hex, "%08x", threads.front()->mask);
-              return std::string(hex);
-            }() +
-            ")";
-  return text;
 }
 
 Thread* pick() {
@@ -250,7 +100,7 @@ void start_threads(unsigned block, unsigned count) {
     t.block = block;
     t.index = {rank % block_dim.x, rank / block_dim.x % block_dim.y,
                rank / block_dim.x / block_dim.y};
-    t.saved = new_context(stack);
+    t.saved = new_context(stack, thread_main);
 #if defined(EMULATE_TSAN)
     t.sanitizer = __tsan_create_fiber(0);
 #endif
@@ -300,26 +150,6 @@ void run_cluster() {
   finish_threads();
 }
 
-void check_same_place(const std::vector<Thread*>& members) {
-  const Place here = current->place;
-  for (Thread* t : members)
-    if (t->place.line() != here.line() || std::strcmp(t->waits_for, current->waits_for) != 0)
-      fail("threads meet at different places" + where_threads_wait(), here);
-}
-
-// All are there. Under a seed even the last to come may have to wait for its turn.
-void release(const std::vector<Thread*>& members) {
-  const bool go_on = !settings.seed || current->state == Thread::kReady;
-  for (Thread* t : members)
-    if (t != current || !go_on) make_ready(t);
-  if (go_on) {
-    current->state = Thread::kReady;
-    current->barrier = -1;
-  } else {
-    to_scheduler();
-  }
-}
-
 void check_launch(Dim3 grid, Dim3 threads, unsigned blocks) {
   const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
   if (count < 1 || count > kMaxThreads || threads.z > 64)
@@ -334,6 +164,59 @@ void check_launch(Dim3 grid, Dim3 threads, unsigned blocks) {
 }
 
 }  // namespace
+
+void to_scheduler() {
+#if defined(EMULATE_TSAN)
+  __tsan_switch_to_fiber(scheduler_sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
+  switch_context(&current->saved, scheduler_saved);
+}
+
+void order_release([[maybe_unused]] void* meeting) {
+#if defined(EMULATE_TSAN)
+  __tsan_release(meeting);
+#endif
+}
+
+void order_acquire([[maybe_unused]] void* meeting) {
+#if defined(EMULATE_TSAN)
+  __tsan_acquire(meeting);
+#endif
+}
+
+void make_ready(Thread* thread) {
+  thread->state = Thread::kReady;
+  thread->barrier = -1;
+  thread->event = nullptr;
+  cluster.ready.push_back(thread);
+}
+
+void wait_here(const char* name, Place place, void* data) {
+  current->state = Thread::kWaiting;
+  current->waits_for = name;
+  current->place = place;
+  current->mask = 0;
+  current->data = data;
+}
+
+std::string where_threads_wait() {
+  std::map<std::string, std::vector<const Thread*>> groups;
+  for (unsigned b = 0; b < cluster.size; ++b)
+    for (const Thread& t : cluster.blocks[b].threads)
+      if (t.state == Thread::kWaiting)
+        groups[std::string(t.waits_for) + " at " + describe(t.place)].push_back(&t);
+  std::string text;
+  for (auto& [place, threads] : groups)
+    text += "; " + std::to_string(threads.size()) + " wait in " + place + " (first: thread " +
+            std::to_string(threads.front()->rank) + ", mask " +
+            [&] {
+              char hex[16];
+              std::snprintf(hex, sizeof hex, "%08x", threads.front()->mask);
+              return std::string(hex);
+            }() +
+            ")";
+  return text;
+}
 
 uint64_t draw() {
   random_state ^= random_state << 13;
@@ -351,20 +234,6 @@ void fail(const std::string& message, Place place) {
                   ")]";
   to_scheduler();  // never resumed
   std::abort();
-}
-
-void wait_for(const char* name, const void* event, Place place) {
-  wait_here(name, place, nullptr);
-  current->event = event;
-  to_scheduler();
-  order_acquire(const_cast<void*>(event));
-}
-
-void wake(const void* event) {
-  order_release(const_cast<void*>(event));
-  for (unsigned b = 0; b < cluster.size; ++b)
-    for (Thread& t : cluster.blocks[b].threads)
-      if (t.state == Thread::kWaiting && t.event == event) make_ready(&t);
 }
 
 void later(std::function<void()> deed, int block) {
@@ -387,82 +256,10 @@ void* of_block(void* shared, unsigned rank, Place place) {
   return shared_bytes[rank] + offset;
 }
 
-void cluster_sync(Place place) {
-  order_release(&cluster.met);
-  if (++cluster.met == cluster.size * block_dim.x * block_dim.y * block_dim.z) {
-    cluster.met = 0;
-    wake(&cluster.met);
-  } else {
-    wait_for("cluster_sync", &cluster.met, place);
-  }
-  order_acquire(&cluster.met);
-}
-
 void give_way() {
   if (!settings.seed || !settings.interleave || draw() % settings.interleave) return;
   cluster.ready.push_back(current);
   to_scheduler();
-}
-
-void meet_warp(const char* name, unsigned mask, void* data, Finish finish, bool orders,
-               Place place) {
-  Block& block = own();
-  const unsigned lane = current->rank % 32, first = current->rank - lane;
-  wait_here(name, place, data);
-  current->mask = mask;
-  if (!(mask >> lane & 1)) fail(std::string(name) + ": the calling lane is not in its mask", place);
-  if (orders) order_release(&block.threads[first]);
-  std::vector<Thread*> members;
-  Thread* lanes[32] = {};
-  for (unsigned i = 0; i < 32; ++i) {
-    if (!(mask >> i & 1)) continue;
-    if (first + i >= block.threads.size())
-      fail(std::string(name) + ": the mask names a lane that the block does not have", place);
-    Thread* t = lanes[i] = &block.threads[first + i];
-    if (t->state == Thread::kDone)
-      fail(std::string(name) + ": a lane of the mask has returned", place);
-    if (t->state == Thread::kWaiting && t->barrier < 0 && t->mask == mask) members.push_back(t);
-  }
-  if (members.size() == static_cast<size_t>(__builtin_popcount(mask))) {
-    check_same_place(members);
-    if (finish) finish(lanes, mask);
-    release(members);
-  } else {
-    to_scheduler();
-  }
-  if (orders) order_acquire(&block.threads[first]);
-}
-
-void meet_barrier(const char* name, int id, unsigned count, bool wait, void* data, Finish finish,
-                  Place place) {
-  Block& block = own();
-  if (id < 0 || id >= static_cast<int>(kBarriers)) fail("no such barrier", place);
-  const bool whole = count == block.threads.size();
-  if (count % 32 && !whole) fail("a barrier counts whole warps", place);
-  if (whole && block.alive != count)
-    fail(std::string(name) + ": some threads of the block have returned", place);
-  Barrier& barrier = block.barriers[id];
-  if (barrier.arrived && barrier.wanted != count)
-    fail(std::string(name) + ": threads give different counts for one barrier", place);
-  order_release(&barrier);
-  wait_here(name, place, data);
-  current->barrier = wait ? id : -1;
-  barrier.wanted = count;
-  if (++barrier.arrived == count) {
-    std::vector<Thread*> members;
-    for (Thread& t : block.threads)
-      if (t.state == Thread::kWaiting && t.barrier == id) members.push_back(&t);
-    barrier = {};
-    if (id == 0) check_same_place(members);
-    if (finish) finish(members.data(), static_cast<unsigned>(members.size()));
-    if (!wait) current->state = Thread::kReady;
-    release(members);
-  } else if (wait) {
-    to_scheduler();
-  } else {
-    current->state = Thread::kReady;
-  }
-  if (wait) order_acquire(&barrier);
 }
 
 void* shared_memory(SharedSite& site, size_t bytes, size_t alignment) {
