@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from knnext.experiments import clusters, lm_training
+from knnext.experiments.clusters import Keys
 from knnext.experiments.lab import EVALUATED, Lab
 from knnext.experiments.mixture import LogP
 from knnext.experiments.soft_rows import (
@@ -78,7 +79,7 @@ def centroid_set(lab: Lab, name: str, seed: int) -> CentroidSet:
 
     def make(folder: Path) -> None:
         with lab.step(f"make centroids: {name}, seed {seed}"):
-            keys, words = store.keys[0 : len(store)], store.values[0 : len(store)].long()
+            keys, words = store.keys, store.values[0 : len(store)].long()
             found = _over_all(keys, settings) if name not in BY_WORD else {}
             if not found:
                 rows, owners = _by_word(keys, words, settings)
@@ -93,26 +94,26 @@ def centroid_set(lab: Lab, name: str, seed: int) -> CentroidSet:
     return CentroidSet(name, seed, settings, found["rows"], m, name == SPHERICAL)
 
 
-def _over_all(keys: Tensor, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def _over_all(keys: Keys, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Centroids of all words together, and each key's centroid and squared distance."""
     spherical, seed = settings["name"] == SPHERICAL, settings["seed"]
+    sample = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))
+    sampled = keys[sample[: settings["sample"]].sort().values]
     # On the sphere the distances of exp(-d^2) and 1 / (d^2 + 0.01) are those of unit vectors.
-    points = clusters.unit(keys) if spherical else keys
-    sample = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
-    sample = sample[: settings["sample"]].sort().values
-    count = min(settings["rows"], len(sample))
+    points = clusters.unit(sampled) if spherical else sampled
+    count = min(settings["rows"], len(points))
     centroids = clusters.kmeans(
-        points[sample], count, seed=seed, iterations=settings["iterations"], spherical=spherical
+        points, count, seed=seed, iterations=settings["iterations"], spherical=spherical
     )
-    nearest, squares = clusters.assign(points, centroids)
+    nearest, squares = clusters.assign(keys, centroids, normalized=spherical)
     used, nearest = nearest.unique(return_inverse=True)  # an empty cluster knows no word
     rows = centroids[used]
     if spherical:  # so that scores are as large as those of unscaled states
-        rows = rows * keys[sample].float().square().sum(1).mean()
+        rows = rows * sampled.float().square().sum(1).mean()
     return {"rows": rows, "clusters": nearest, "squares": squares}
 
 
-def _by_word(keys: Tensor, words: Tensor, settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _by_word(keys: Keys, words: Tensor, settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     name, seed, iterations = settings["name"], settings["seed"], settings["iterations"]
     if name == MEANS:
         return clusters.word_means(keys, words)

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from knnext.datastore_rows import LazyRows
 from knnext.index import faiss_library
+
+#: (n, D) keys in memory, or those of a datastore, which are read chunk by chunk.
+Keys: TypeAlias = Tensor | LazyRows
 
 POINTS_PER_CENTROID = 256  # FAISS's own cap
 _CHUNK_ROWS = 1 << 16
@@ -37,30 +42,36 @@ def kmeans(
         "spherical": spherical,
         "min_points_per_centroid": 1,
         "max_points_per_centroid": POINTS_PER_CENTROID,
+        "gpu": faiss_library.num_gpus() > 0,
     }
     clustering = faiss_library.load().Kmeans(keys.shape[1], count, **options)
     clustering.train(faiss_library.as_float32(keys))
     return torch.from_numpy(clustering.centroids.copy())
 
 
-def assign(keys: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) int64 nearest centroid of each key by exact l2, and (n,) float32 squared distances."""
+def assign(keys: Keys, centroids: Tensor, *, normalized: bool = False) -> tuple[Tensor, Tensor]:
+    """(n,) int64 nearest centroid of each key by exact l2, and (n,) float32 squared distances.
+
+    `normalized`: keys are brought to length 1 first.
+    """
     index = faiss_library.load().IndexFlatL2(centroids.shape[1])
     index.add(faiss_library.as_float32(centroids))
     parts = []
     for begin in range(0, len(keys), _CHUNK_ROWS):
-        parts.append(index.search(faiss_library.as_float32(keys[begin : begin + _CHUNK_ROWS]), 1))
+        chunk = keys[begin : begin + _CHUNK_ROWS]
+        chunk = unit(chunk) if normalized else chunk
+        parts.append(index.search(faiss_library.as_float32(chunk), 1))
     distances = torch.cat([torch.from_numpy(d[:, 0]) for d, _ in parts])
     return torch.cat([torch.from_numpy(i[:, 0]) for _, i in parts]), distances.clamp_min(0)
 
 
-def word_means(keys: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+def word_means(keys: Keys, words: Tensor) -> tuple[Tensor, Tensor]:
     """((W, D), (W,)): the mean key of each word that occurs, and the words, ascending."""
     found, group = words.unique(return_inverse=True)
     return _means(keys, group, len(found)), found
 
 
-def random_keys(keys: Tensor, words: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+def random_keys(keys: Keys, words: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """((R, D), (R,)): `count` random keys of each word, all where it has fewer, and their words."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(words), generator=generator)
@@ -72,7 +83,7 @@ def random_keys(keys: Tensor, words: Tensor, count: int, *, seed: int) -> tuple[
 
 
 def word_kmeans(
-    keys: Tensor, words: Tensor, count: int, *, seed: int, iterations: int = 10
+    keys: Keys, words: Tensor, count: int, *, seed: int, iterations: int = 10
 ) -> tuple[Tensor, Tensor]:
     """((R, D), (R,)): `count` means of each word by Lloyd's iterations over all words at once.
 
@@ -87,7 +98,7 @@ def word_kmeans(
 
 
 def adaptive_word_kmeans(
-    keys: Tensor,
+    keys: Keys,
     words: Tensor,
     total: int,
     *,
@@ -142,7 +153,7 @@ def mean_square(keys: Tensor, count: int, seed: int, iterations: int) -> tuple[f
 
 
 def _nearest_of_word(
-    keys: Tensor, words: Tensor, centroids: Tensor, owners: Tensor
+    keys: Keys, words: Tensor, centroids: Tensor, owners: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(n,) nearest centroid among those of each key's own word, and squared distances.
 
@@ -150,9 +161,9 @@ def _nearest_of_word(
     """
     sizes = owners.bincount(minlength=int(words.max()) + 1)
     first = sizes.cumsum(0) - sizes
-    best = torch.full((len(keys),), torch.inf)
-    nearest = torch.zeros(len(keys), dtype=torch.int64)
-    for begin in range(0, len(keys), _CHUNK_ROWS):
+    best = torch.full((len(words),), torch.inf)
+    nearest = torch.zeros(len(words), dtype=torch.int64)
+    for begin in range(0, len(words), _CHUNK_ROWS):
         part = slice(begin, begin + _CHUNK_ROWS)
         chunk, own = keys[part].float(), words[part]
         for place in range(int(sizes.max())):
@@ -165,9 +176,9 @@ def _nearest_of_word(
     return nearest, best
 
 
-def _means(keys: Tensor, group: Tensor, count: int) -> Tensor:
+def _means(keys: Keys, group: Tensor, count: int) -> Tensor:
     sums = torch.zeros(count, keys.shape[1], dtype=torch.float64)
-    for begin in range(0, len(keys), _CHUNK_ROWS):
+    for begin in range(0, len(group), _CHUNK_ROWS):
         part = slice(begin, begin + _CHUNK_ROWS)
         sums.index_add_(0, group[part], keys[part].double())
     return (sums / group.bincount(minlength=count)[:, None]).float()

@@ -161,7 +161,9 @@ def label_loss(
     tokens = lm_training.stream(lab.text("store"))
     if labels == HARD:
         return lm_training.next_token_loss(tokens)
-    weight, bias = lab.lm().output_embedding, lab.lm().output_bias
+    weight = lab.lm().output_embedding.to(lab.device)
+    bias = lab.lm().output_bias
+    bias = None if bias is None else bias.to(lab.device)
     keys = lab.train_states("ffn").keys
     positions = (starts[:, None] + torch.arange(block_size)).flatten()
     place = torch.full((len(tokens),), -1, dtype=torch.int64)
@@ -170,16 +172,16 @@ def label_loss(
     m = teacher.fitted.mixture
 
     def loss(logits: Tensor, at: Tensor) -> Tensor:
-        teaching = keys[at].float() @ weight.T
+        teaching = keys[at].to(weight.device).float() @ weight.T
         teaching = teaching if bias is None else teaching + bias
         if near is None:
             log_q = teaching.log_softmax(1)
         else:
             rows = place[at]
-            log_q = knn_interpolate(
-                teaching, near.distances[rows], near.tokens[rows], m.temperature, m.lmbda
-            )
-        return nn.functional.cross_entropy(logits.float(), log_q.exp().to(logits.device))
+            distances = near.distances[rows].to(weight.device)
+            tokens_near = near.tokens[rows].to(weight.device)
+            log_q = knn_interpolate(teaching, distances, tokens_near, m.temperature, m.lmbda)
+        return nn.functional.cross_entropy(logits.float(), log_q.exp())
 
     return loss
 
