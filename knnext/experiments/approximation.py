@@ -98,7 +98,7 @@ def run(lab: Lab) -> Findings:
     return Findings(
         rows=[_exact_row(f, exact) for f, exact in exacts.items()] + [_row(p) for p in points],
         agreement=together(*(holds(p.against_exact.interval) for p in best.values())),
-        words=_words(best, scores),
+        words=_words(best, scores, points),
         headline="best approximate against exact: "
         + "; ".join(f"{p.against_exact} at {100 * f:.3g} %" for f, p in best.items()),
         series={
@@ -269,8 +269,10 @@ def _plain(p: Point) -> dict[str, Any]:
     }
 
 
-def _words(best: dict[float, Point], scores: dict[float, Gain]) -> str:
-    return " ".join(
+def _words(best: dict[float, Point], scores: dict[float, Gain], points: Sequence[Point]) -> str:
+    tried = [p for p in points if p.stop.road in ROADS]
+    count = f"{sum(map(_sure, tried))} of {len(tried)} approximate searches beat exact search for "
+    return f"{count}sure. " + " ".join(
         f"At {100 * f:.3g} % of the datastore the best approximate search on valid ({p.stop.code}, "
         f"{p.stop.nprobe} of {p.stop.lists} lists, {p.score} score) keeps {p.recall:.0%} of the "
         f"true neighbors and changes perplexity on test by {p.against_exact} against exact "
@@ -293,7 +295,9 @@ def plot(result: dict[str, Any], axes: Any) -> None:
         here = [p for p in series["points"] if p["fraction"] == fraction]
         for number, (road, score) in enumerate(_LINES):
             points = [p for p in here if (p["road"], p["score"]) == (road, score)]
-            label = f"{road}, {score} score" if road in ROADS else road
+            label = (
+                f"{road}, {'FAISS' if score == 'faiss' else score} score" if road in ROADS else road
+            )
             line = "-" if road == LISTS else ":" if road == CODE_BYTES else "--"
             style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": line}
             _line(panel, sorted(points, key=lambda p: p["recall"]), label, **style)

@@ -57,6 +57,20 @@ def cut(
     )
 
 
+def target_log_p(
+    states: Tensor, output: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> Tensor:
+    """(n,) float64 log-probability of the targets under softmax(logits / temperature)."""
+    step = max(1, _BLOCK_ENTRIES // output.shape[0])
+    parts = []
+    for begin in range(0, states.shape[0], step):
+        part = slice(begin, begin + step)
+        logits = states[part].float() @ output.T
+        logits = (logits if bias is None else logits + bias) / temperature
+        parts.append(logits.log_softmax(1).gather(1, targets[part, None])[:, 0].double())
+    return torch.cat(parts)
+
+
 def _cut_block(
     logits: Tensor, targets: Tensor, kept: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -183,4 +183,9 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     ]
     values = [percent_change(gain["value"]) for gain in answers.values()]
     bars(axes, list(answers), values, intervals)
-    dress(axes, title="What is added, and what it changes", xlabel="perplexity, %", ylabel="")
+    dress(
+        axes,
+        title="What is added, and what it changes",
+        xlabel="change of perplexity, %",
+        ylabel="",
+    )

@@ -9,7 +9,7 @@ import torch
 
 from knnext.bootstrap import Interval
 from knnext.experiments import sparsification
-from knnext.experiments.cut import cut
+from knnext.experiments.cut import cut, target_log_p
 from knnext.experiments.figures import new_figure
 from knnext.experiments.mixture import Split, by_name, mix, report
 from knnext.experiments.run import run_experiment
@@ -100,6 +100,21 @@ def test_the_whole_vocabulary_is_the_lm(logits):
     assert mixed(log_p, log_p, VOCAB).gain == pytest.approx(0, abs=1e-6)
 
 
+def test_calibration_takes_the_gain_of_sharpness_away(logits):
+    """The same flat LM, once its temperature is right, has nothing to gain from a cut."""
+    states, targets = 4 * logits, drawn((4 * logits).log_softmax(1), 0)
+    losses = {
+        t: -float(target_log_p(logits, torch.eye(VOCAB), None, targets, t).mean())
+        for t in (0.125, 0.25, 0.5, 1.0)
+    }
+    assert min(losses, key=losses.get) == 0.25
+    found = target_log_p(logits, torch.eye(VOCAB), None, targets, 0.25)
+    wanted = states.double().log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    sharp = states.log_softmax(1)
+    assert mixed(sharp, sharp, 3).gain < 0.005
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
@@ -129,16 +144,31 @@ def result(tiny_lab):
 
 
 def test_a_tiny_run(result):
-    *cuts, whole, knn = result["rows"]
-    assert [r["kept"] for r in cuts] == [str(2**i) for i in range(9)]
-    assert whole["kept"] == "512"
+    *rows, knn = result["rows"]
     assert knn["kept"] == "kNN-LM"
-    assert whole["perplexity"] == pytest.approx(whole["alone"], rel=1e-6)
-    masses = [r["probability kept"] for r in (*cuts, whole)]
-    assert masses == sorted(masses)
-    assert masses[-1] == pytest.approx(1)
-    for row in (*cuts, whole, knn):
+    plain, sharp = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    for part in (plain, sharp):
+        assert [r["kept"] for r in part] == [str(2**i) for i in range(10)]
+        assert part[-1]["perplexity"] == pytest.approx(part[-1]["alone"], rel=1e-6)
+        masses = [r["probability kept"] for r in part]
+        assert masses == sorted(masses)
+        assert masses[-1] == pytest.approx(1)
+    for row in result["rows"]:
         assert row["oracle"] <= row["perplexity"] + 1e-9
+        assert list(row) == list(knn)
+
+
+def test_the_lm_as_it_is_is_the_shared_one(result, tiny_lab):
+    series = sparsification.mix_cuts(tiny_lab, 1.0)
+    for mine, shared in zip(series.splits, tiny_lab.splits(), strict=True):
+        torch.testing.assert_close(mine.log_p_lm, shared.log_p_lm, atol=1e-4, rtol=0)
+    t = sparsification.calibrate(tiny_lab)
+    calibrated = sparsification.mix_cuts(tiny_lab, t).splits[0]
+    assert calibrated.log_p_lm.mean() >= series.splits[0].log_p_lm.mean()
+    assert result["details"]["LM temperature"] == t
+
+
+def test_the_figure_draws(result):
     _, axes = new_figure()
     sparsification.plot(result, axes)
-    assert len(axes.lines) >= 3
+    assert len(axes.lines) == 3
