@@ -19,7 +19,7 @@ SEEDS = {"valid": 0, "test": 1}
 
 @cache
 def planted(split, best):
-    distances, tokens, targets = drawn_at(best, count=3000, seed=SEEDS[split])
+    distances, tokens, targets = drawn_at(best, count=1500, seed=SEEDS[split])
     return distances, tokens, targets, torch.full((len(targets),), -5.0)
 
 
@@ -72,7 +72,7 @@ def hits(share_at):
     """A component that gives 1 to a share of the targets, by temperature, and 0 to the others."""
 
     def log_p(_split, t):
-        found = torch.arange(3000) < share_at[t] * 3000
+        found = torch.arange(1500) < share_at[t] * 1500
         return torch.where(found, 0.0, -torch.inf).double()
 
     return log_p
@@ -114,7 +114,7 @@ def test_each_pair_is_searched_once_and_judged_by_its_advantage(tmp_path):
     def plant(setting, split):
         distances, tokens, targets, log_p_lm = planted(split, 2.0)
         if setting.mask == "exact" and setting.fraction < 1:
-            tokens = torch.where(torch.arange(3000)[:, None] % 4 > 0, tokens, tokens.roll(1, 0))
+            tokens = torch.where(torch.arange(1500)[:, None] % 4 > 0, tokens, tokens.roll(1, 0))
         return scores_of(distances, tokens, targets, log_p_lm)
 
     lab = PlantedLab(tmp_path, plant, **{"temperature.wide": (4.0, 8.0)})
@@ -135,6 +135,22 @@ def test_each_pair_is_searched_once_and_judged_by_its_advantage(tmp_path):
         2.0,
         None,
     ]
+
+
+def test_less_harm_is_not_an_advantage(tmp_path):
+    """FAISS is planted worse than exact search, and more so with all rows."""
+
+    def plant(setting, split):
+        distances, tokens, targets, log_p_lm = planted(split, 2.0)
+        if setting.mask == "faiss":
+            spoilt = torch.arange(1500)[:, None] % 10 < (1 if setting.fraction < 1 else 4)
+            tokens = torch.where(spoilt, tokens.roll(1, 0), tokens)
+        return scores_of(distances, tokens, targets, log_p_lm)
+
+    findings = temperature.run(PlantedLab(tmp_path, plant, **{"temperature.wide": (4.0, 8.0)}))
+    assert findings.details["smaller helps"]["low"] > 0
+    assert findings.details["parts"]["FAISS mask beats exact"] == "disagrees"
+    assert findings.details["parts"]["more so at the smallest size"] == "disagrees"
 
 
 def test_tiny_run(tiny_lab, tmp_path, monkeypatch):
