@@ -118,6 +118,13 @@ def test_its_sample_is_its_own(n: int, stages: int):
         assert check(queries, keys, 32, metric, stride=3, second=2, rank=1) > 0
 
 
+def test_what_finds_no_room_goes_nowhere():
+    # The plan's own list holds half of the keys, and nearly all of them pass: beyond the last list
+    # lie the counters and norms.
+    queries, keys = integers(3, 8), integers(9000, 8)
+    assert check(queries, keys, 20, stride=2, rank=4400) == 3
+
+
 def test_only_the_failed_queries_take_the_other_path():
     queries, keys = integers(12, 8), integers(900, 8)
     assert 0 < check(queries, keys, 20, rank=30, capacity=120) < 12
