@@ -66,6 +66,13 @@ def test_ptxas_uses_no_stack_and_spills_nothing() -> None:
             assert facts["stack"] == 0, f"{kernel} on {arch} has a stack: {facts}"
 
 
+def test_ptxas_lets_warpgroup_products_run_on() -> None:
+    # C7508: setmaxnreg is ignored; C7510 and others: "wgmma.mma_async instructions are serialized".
+    logs = sorted(ptxas.build_folder().glob("*.cu.o.log"))
+    said = [line for log in logs for line in log.read_text().splitlines() if "(C75" in line]
+    assert logs and said == []
+
+
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs binutils")
 def test_ptxas_says_what_the_table_says() -> None:
     table = json.loads(ptxas.TABLE.read_text())

@@ -50,6 +50,13 @@ def test_every_tail_of_the_rows(dim: int, dtype: torch.dtype):
     assert check(queries, keys, 12, "l2" if dim % 16 else "ip", cluster=1 + dim // 8 % 2) == 0
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_every_ring_goes_round(cluster: int):
+    # One block (or two) for ten tiles of keys: three times as many as there are stages.
+    queries, keys = integers(66 * cluster, 8, high=9), integers(2560, 8, high=9)
+    assert check(queries, keys, 30, cluster=cluster, num_units=cluster) == 0
+
+
 def test_each_key_is_scored_once_by_each_query():
     # Key i is one-hot at i % D, times a number of its own; so is the query's. Lists hold them all.
     dim, n, q = 72, 520, 129
