@@ -11,7 +11,13 @@ from typing import Any
 from knnext.experiments.family import Setting
 from knnext.experiments.figures import bars, dress
 from knnext.experiments.lab import Lab
-from knnext.experiments.recovery import Replacement, Yardstick, convergence, share_text
+from knnext.experiments.recovery import (
+    Replacement,
+    Yardstick,
+    convergence,
+    share_text,
+    still_falling,
+)
 from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
 from knnext.experiments.training import Schedule, Trained
 from knnext.experiments.word_rows import even_layout, trained_rows
@@ -56,16 +62,18 @@ def run(lab: Lab) -> Findings:
     knn = yardstick.setting
     rows = [yardstick.knn.row(component=f"kNN-LM, {knn.h_ds}", rows=len(lab.store(knn.h_ds)))]
     found: dict[str, Replacement] = {}
+    trainings: dict[str, dict[str, Any]] = {}
     details: dict[str, Any] = {"kNN-LM": {"setting": knn.to_dict(), **yardstick.knn.to_dict()}}
     vocab_size = lab.lm().output_embedding.shape[0]
     for layer in LAYERS:
         runs = [embedding(lab, layer, seed) for seed in lab.preset.seeds]
         found[layer] = yardstick.measure([one.component for one in runs])
         rows.append(found[layer].row(component=f"trained V x D, {layer}", rows=vocab_size))
+        trainings[layer] = convergence(runs)
         details[layer] = {
             "setting": Setting("embedding", layer, "ip", "none").to_dict(),
             **found[layer].to_dict(),
-            "training": convergence(runs),
+            "training": trainings[layer],
         }
     shown = {"kNN-LM, att": yardstick.knn, **{f"V x D, {n}": one for n, one in found.items()}}
     att, ffn = found["att"], found["ffn"]
@@ -76,7 +84,8 @@ def run(lab: Lab) -> Findings:
         f"{share_text(att.share, att.share_interval)} of the kNN-LM's gain in log perplexity "
         f"(by perplexity per word, tuned on test: {100 * att.paper_share:.0f} %), on ffn "
         f"{share_text(ffn.share, ffn.share_interval)}. Alone it stands at {att.mean('alone'):.1f} "
-        f"on att and {ffn.mean('alone'):.1f} on ffn, the base LM at {yardstick.base:.1f}.",
+        f"on att and {ffn.mean('alone'):.1f} on ffn, the base LM at {yardstick.base:.1f}."
+        + still_falling(trainings),
         headline=share_text(att.share, att.share_interval) + " recovered (att)",
         series={
             "labels": list(shown),

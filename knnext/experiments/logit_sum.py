@@ -17,7 +17,13 @@ from knnext.experiments import learned_embedding
 from knnext.experiments.claims import holds
 from knnext.experiments.figures import bars, dress
 from knnext.experiments.lab import Lab
-from knnext.experiments.recovery import Replacement, Yardstick, convergence, share_text
+from knnext.experiments.recovery import (
+    Replacement,
+    Yardstick,
+    convergence,
+    share_text,
+    still_falling,
+)
 from knnext.experiments.results import Description, Findings, PaperFigure, percent_interval
 from knnext.experiments.training import Schedule, Trained, layer_examples, trained
 from knnext.experiments.word_rows import even_layout, word_log_p
@@ -94,12 +100,11 @@ def run(lab: Lab) -> Findings:
         "logit sum alone": alone,
         "V x D on att, mixed with the LM": probabilities,
     }
-    training = convergence(runs)
-    rivals_training = convergence(rivals)
+    trainings = {"logit sum": convergence(runs), "V x D": convergence(rivals)}
     return Findings(
         rows=[one.row(system=name) for name, one in shown.items()],
         agreement=holds(yardstick.difference(yardstick.knn, mixed)),
-        words=_words(yardstick, alone, mixed, probabilities),
+        words=_words(yardstick, alone, mixed, probabilities) + still_falling(trainings),
         headline=share_text(mixed.share, mixed.share_interval) + " recovered",
         series={
             "labels": list(shown),
@@ -109,7 +114,7 @@ def run(lab: Lab) -> Findings:
         },
         details={
             **{name: one.to_dict() for name, one in shown.items()},
-            "training": {"logit sum": training, "V x D": rivals_training},
+            "training": trainings,
         },
     )
 

@@ -20,7 +20,13 @@ from knnext.experiments.claims import holds, together
 from knnext.experiments.family import Setting
 from knnext.experiments.figures import COLORS, dress, line, reference_line
 from knnext.experiments.lab import Lab
-from knnext.experiments.recovery import Replacement, Yardstick, convergence, share_text
+from knnext.experiments.recovery import (
+    Replacement,
+    Yardstick,
+    convergence,
+    share_text,
+    still_falling,
+)
 from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
 from knnext.experiments.training import Schedule, train_log_p_lm
 from knnext.experiments.word_rows import PUBLISHED_FLOOR, Layout, even_layout, trained_rows
@@ -130,6 +136,7 @@ def run(lab: Lab) -> Findings:
     found: list[tuple[Variant, Replacement]] = []
     rows: list[dict[str, Any]] = []
     details: dict[str, Any] = {"kNN-LM": yardstick.knn.to_dict()}
+    trainings: dict[str, dict[str, Any]] = {}
     for variant in variants(lab):
         few = lab.preset.name in ROWS and variant.rows > _SEEDED_ROWS
         seeds = lab.preset.seeds[: 1 if few else None]
@@ -145,7 +152,7 @@ def run(lab: Lab) -> Findings:
             for seed in seeds
         ]
         measured = yardstick.measure([one.component for one in runs])
-        training = convergence(runs)
+        training = trainings[variant.name] = convergence(runs)
         found.append((variant, measured))
         rows.append(
             measured.row(
@@ -165,13 +172,15 @@ def run(lab: Lab) -> Findings:
     rows.append({name: knn.get(name) for name in rows[0]})
     return Findings(
         rows=rows,
-        **_verdict(found, yardstick),
+        **_verdict(found, yardstick, still_falling(trainings)),
         series=_series(found, yardstick),
         details=details,
     )
 
 
-def _verdict(found: Sequence[tuple[Variant, Replacement]], yardstick: Yardstick) -> dict[str, Any]:
+def _verdict(
+    found: Sequence[tuple[Variant, Replacement]], yardstick: Yardstick, unsettled: str
+) -> dict[str, Any]:
     even = {(v.key_layer, v.rows): one for v, one in found if v.by == "even"}
     few, most = min(n for _, n in even), max(n for _, n in even)
     best = max((n for layer, n in even if layer == "att"), key=lambda n: even["att", n].gain)
@@ -186,7 +195,7 @@ def _verdict(found: Sequence[tuple[Variant, Replacement]], yardstick: Yardstick)
         "agreement": agreement,
         "words": f"The best on att ({best} a word) recovers {text} of the kNN-LM's gain, {most} a "
         f"word on ffn {share_text(ffn.share, ffn.share_interval)}. From {few} to {most} rows a "
-        f"word the gain in log perplexity went: {gains}.",
+        f"word the gain in log perplexity went: {gains}." + unsettled,
         "headline": f"{text} recovered by {best} a word (att)",
     }
 

@@ -8,7 +8,7 @@ documents for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,15 @@ def convergence(runs: Sequence[Trained]) -> dict[str, Any]:
         "converged": all(run.converged for run in runs),
         "seconds": [run.seconds for run in runs],
     }
+
+
+def still_falling(trainings: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on what had not settled, from `convergence` by name; empty where all had."""
+    names = [name for name, one in trainings.items() if not one["converged"]]
+    if not names:
+        return ""
+    which = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(trainings)} trainings"
+    return f" Not settled (the valid loss fell by 0.01 nats in the last quarter): {which}."
 
 
 def share_text(share: float, interval: Interval) -> str:
