@@ -137,4 +137,5 @@ def _curve(layer: str, moved: bool, mean_share: float, depth: Tensor) -> dict[st
         "mean_share": mean_share,
         "depth": dict(zip(("low", "median", "high"), quantiles.tolist(), strict=True)),
         "places": [places_share(depth, kept) for kept in _KEPT.tolist()],
+        "at paper": {name: places_share(depth, kept) for name, kept in PAPER_KEPT.items()},
     }
