@@ -181,6 +181,16 @@ def test_nan_and_infinity():
         check(queries, keys, 40, metric)
 
 
+def test_distances_of_identical_rows_end_at_zero():
+    # By expansion some come out a little below.
+    keys = torch.randn(600, 72).half()
+    queries = keys[100:140].contiguous()
+    distances, indices = search(queries, keys, 40, shape="owner", **sampled(rank=60))
+    assert torch.equal(indices[:, 0], torch.arange(100, 140))
+    assert (distances[:, 0] < 1e-4).all() and (distances >= 0).all()
+    assert (distances[:, 0] == 0).any()
+
+
 def test_chunks_and_passes_and_what_went_before():
     queries, keys = integers(50, 24), integers(1500, 24)
     assert check(queries, keys, 40, chunk_keys=700, queries_per_pass=20, rank=90) == 0
