@@ -15,13 +15,15 @@
 //   warps 4-11, two warpgroups: product, comparison, and the candidates' words to global memory
 //
 // Bytes moved: each tile its 48 KB a step from L2 (32 in a cluster); from memory every key once and
-// the queries once per 12 MB of keys (sm90_raster.h). 8 for each candidate, and one atomic for each
-// query of a tile that has some.
+// the queries once per 12 MB of keys (sm90_raster.h). 8 and an atomic for each candidate.
 //
 // The epilogue first asks of each product p only whether p - |x|^2 / 2 reaches a number of its row:
 // one FMA and one comparison. It is a little lower than the exact bound would have it, so that
-// rounding loses nobody; the few that pass meet the portable layer's exact test (candidates.cuh).
-// The second warpgroup starts kStagger steps late: one multiplies while the other compares.
+// rounding loses nobody; the few that pass meet the portable layer's exact test (candidates.cuh),
+// each lane at its own 32 columns. Words are gathered 32 to a warp over tiles, and no one waits for
+// the slots that the lists give them. The second warpgroup starts kStagger steps late: one
+// multiplies while the other compares. A longer delay hides a longer epilogue (512 clocks a step)
+// and leaves fewer stages to hide the copies in.
 #pragma once
 
 #include "sm90_filter_epilogue.cuh"
@@ -45,7 +47,9 @@ struct FilterShape {
   static_assert(kStagger < kStages, "the second warpgroup would wait for steps it holds up");
 
   static constexpr int kSidesAt = kStages * kStageBytes;
-  static constexpr int kBarriersAt = kSidesAt + kSideStages * static_cast<int>(sizeof(FilterSide));
+  static constexpr int kStagesAt = kSidesAt + kSideStages * static_cast<int>(sizeof(FilterSide));
+  static constexpr int kBarriersAt =
+      kStagesAt + kConsumerWarps * static_cast<int>(sizeof(FilterStage::Memory));
   static constexpr int kBarriers = 2 * kStages + 2 * kSideStages;
   static constexpr int kSharedBytes = kBarriersAt + kBarriers * 8 + kSwizzleSlack;
 };
@@ -74,6 +78,9 @@ struct FilterMemory {
   }
   __device__ __forceinline__ FilterSide* side(int stage) const {
     return reinterpret_cast<FilterSide*>(base + FilterShape::kSidesAt) + stage;
+  }
+  __device__ __forceinline__ FilterStage::Memory* staged(int warp) const {
+    return reinterpret_cast<FilterStage::Memory*>(base + FilterShape::kStagesAt) + warp;
   }
   __device__ __forceinline__ Mbarrier* full(int stage) const { return barriers() + stage; }
   __device__ __forceinline__ Mbarrier* empty(int stage) const {
@@ -232,15 +239,17 @@ class FilterConsumer {
 
   __device__ __forceinline__ void run() {
     RingPlace<FilterShape::kSideStages> side;
+    FilterStage stage(p_, memory_.staged(threadIdx.x / 32 - 4));
     if (FilterShape::kStagger && threadIdx.x >= 256) barrier_sync(1, 256);
     for (; walk_.more(); walk_.advance()) {
       multiply();
       mbarrier_wait(memory_.side_full(side.stage), side.parity);
-      filter_tile(p_, sums_, *memory_.side(side.stage));
+      filter_tile(p_, sums_, *memory_.side(side.stage), stage);
       __syncwarp();
       if (threadIdx.x % 32 == 0) mbarrier_arrive(memory_.side_empty(side.stage));
       side.advance();
     }
+    stage.end();
     let_second_start(FilterShape::kStagger);  // a walk of fewer steps than that
   }
 

@@ -116,123 +116,161 @@ __device__ __forceinline__ unsigned promising_parts(const FilterSums& sums,
   return parts;
 }
 
-// Bit 16 (i % 2) + e of candidates[i / 2]: element e of part i is a candidate. `parts` is the
-// warp's.
-__device__ __forceinline__ void find_candidates(const ScanParams& p, const FilterSums& sums,
-                                                const FilterSide& side, unsigned parts,
-                                                unsigned (&candidates)[4], unsigned (&ties)[4]) {
-  const float norms[2] = {side.query_norms[filter_row(0)], side.query_norms[filter_row(1)]};
-  const float bounds[2] = {side.bounds[filter_row(0)], side.bounds[filter_row(1)]};
-#pragma unroll
-  for (int i = 0; i < kFilterParts; ++i) {
-    if (!(parts >> i & 1)) continue;
-#pragma unroll
-    for (int e = 0; e < 16; ++e) {
-      const float distance = tile_distance(p, sums[i * 16 + e], norms[e >> 1 & 1],
-                                           side.key_norms[filter_column(i, e)]);
-      const float bound = bounds[e >> 1 & 1];
-      const int bit = i % 2 * 16 + e;
-      candidates[i / 2] |= static_cast<unsigned>(distance <= bound) << bit;
-      ties[i / 2] |= static_cast<unsigned>(is_tie(p, distance, bound)) << bit;
+// Candidates of one warp on their way to the lists. They are gathered 32 at a time, from one tile
+// or several, and the slots that they ask for are not waited for: the words go out when the next 32
+// ask.
+class FilterStage {
+ public:
+  static constexpr int kPlaces = 64;  // of a warp, in a ring
+  struct Memory {
+    Word words[kPlaces];
+    int queries[kPlaces];
+  };
+
+  __device__ __forceinline__ FilterStage(const ScanParams& params, Memory* memory)
+      : p_(params), memory_(memory) {}
+
+  // All lanes; up to one candidate of each.
+  __device__ __forceinline__ void add(bool mine, Word word, int query) {
+    const unsigned who = __ballot_sync(~0u, mine);
+    const unsigned before = __popc(who & ((1u << threadIdx.x % 32) - 1));
+    if (mine) {
+      const unsigned place = (first_ + count_ + before) % kPlaces;
+      memory_->words[place] = word;
+      memory_->queries[place] = query;
     }
+    count_ += __popc(who);
+    if (count_ >= 32) send(32);
+  }
+
+  __device__ __forceinline__ void end() {
+    send(count_);
+    settle();
+  }
+
+ private:
+  // Asks for slots for the oldest `number`.
+  __device__ __forceinline__ void send(unsigned number) {
+    const unsigned lane = threadIdx.x % 32;
+    settle();
+    __syncwarp();
+    query_ = -1;
+    if (lane < number) {
+      const unsigned place = (first_ + lane) % kPlaces;
+      word_ = memory_->words[place];
+      query_ = memory_->queries[place];
+      slot_ = atomicAdd(&p_.counts[query_], 1u);
+    }
+    __syncwarp();  // all have read, and the places may be written again
+    first_ += number;
+    count_ -= number;
+  }
+
+  // What finds no room is dropped, and was counted.
+  __device__ __forceinline__ void settle() const {
+    if (query_ >= 0 && slot_ < p_.capacity) p_.lists[query_ * p_.list_words + slot_] = word_;
+  }
+
+  const ScanParams& p_;
+  Memory* memory_;
+  unsigned first_ = 0, count_ = 0;  // the same in all lanes
+  // Of this lane: a word that waits for its slot.
+  Word word_ = 0;
+  int query_ = -1;
+  unsigned slot_ = 0;
+};
+
+// a where `which`, else b. With masks: from a choice of registers the compiler would make one of
+// addresses, and put all sums into memory.
+__device__ __forceinline__ float choose(bool which, float a, float b) {
+  const unsigned mask = which ? ~0u : 0u;
+  return __uint_as_float((__float_as_uint(a) & mask) | (__float_as_uint(b) & ~mask));
+}
+
+// A part of the thread's sums by number, which a register cannot be asked for by.
+__device__ __forceinline__ void take_part(const FilterSums& sums, int part, float (&own)[16]) {
+#pragma unroll
+  for (int e = 0; e < 16; ++e) {
+    float pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = choose(part & 1, sums[32 * i + 16 + e], sums[32 * i + e]);
+    const float low = choose(part & 2, pairs[1], pairs[0]);
+    own[e] = choose(part & 4, choose(part & 2, pairs[3], pairs[2]), low);
   }
 }
 
-__device__ __forceinline__ void drop_late_ties(const ScanParams& p, const FilterSide& side,
-                                               int key_tile, unsigned ties, int word,
-                                               unsigned& candidates) {
-  for (; ties; ties &= ties - 1) {
-    const int bit = __ffs(static_cast<int>(ties)) - 1;
-    const int row = filter_key_row(p, key_tile, filter_column(word * 2 + bit / 16, bit % 16));
-    if (is_late(row, side.last_ties[filter_row(bit >> 1 & 1)])) candidates &= ~(1u << bit);
-  }
-}
-
-// Room in the lists of the thread's two queries, asked for once for the four lanes that share them.
-__device__ __forceinline__ void claim_slots(const ScanParams& p, int first_query,
-                                            const unsigned (&candidates)[4], unsigned (&slots)[2]) {
-  const unsigned lane = threadIdx.x % 32;
-  unsigned before[2], first[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    unsigned count = 0;
-#pragma unroll
-    for (int word = 0; word < 4; ++word)
-      count += __popc(candidates[word] & (r ? 0xCCCCCCCCu : 0x33333333u));
-    const unsigned next = __shfl_xor_sync(~0u, count, 1), pair = count + next;
-    const unsigned others = __shfl_xor_sync(~0u, pair, 2);
-    before[r] = (lane & 1 ? next : 0) + (lane & 2 ? others : 0);
-    first[r] = 0;
-    if (lane % 4 == 0 && pair + others)
-      first[r] = atomicAdd(&p.counts[first_query + filter_row(r)], pair + others);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r)
-    slots[r] = __shfl_sync(~0u, first[r], static_cast<int>(lane & ~3u)) + before[r];
-}
-
-// Halves the choice by one bit of `e`. With masks: from a choice of registers the compiler would
-// make one of addresses, and put all sums into memory.
 template <int half>
-__device__ __forceinline__ void halve(float (&left)[16], int e) {
-  const unsigned mask = e & half ? ~0u : 0u;
+__device__ __forceinline__ void take_half(float (&left)[16], int e) {
 #pragma unroll
-  for (int i = 0; i < half; ++i)
-    left[i] = __uint_as_float((__float_as_uint(left[half + i]) & mask) |
-                              (__float_as_uint(left[i]) & ~mask));
+  for (int i = 0; i < half; ++i) left[i] = choose(e & half, left[half + i], left[i]);
 }
-
-// Sum `e` of a part: a register cannot be asked for by number.
-__device__ __forceinline__ float pick_sum(const FilterSums& sums, int part, int e) {
+__device__ __forceinline__ float take_sum(const float (&own)[16], int e) {
   float left[16];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) left[i] = sums[part * 16 + i];
-  halve<8>(left, e);
-  halve<4>(left, e);
-  halve<2>(left, e);
-  halve<1>(left, e);
+  for (int i = 0; i < 16; ++i) left[i] = own[i];
+  take_half<8>(left, e);
+  take_half<4>(left, e);
+  take_half<2>(left, e);
+  take_half<1>(left, e);
   return left[0];
 }
 
-__device__ __forceinline__ void store_part(const ScanParams& p, const FilterSums& sums, int part,
-                                           const FilterSide& side, int first_query, int key_tile,
-                                           unsigned candidates, unsigned (&slots)[2]) {
-  unsigned slot0 = slots[0], slot1 = slots[1];
-  for (; candidates; candidates &= candidates - 1) {
-    const int e = __ffs(static_cast<int>(candidates)) - 1, r = e >> 1 & 1;
-    const int row = filter_row(r), column = filter_column(part, e);
+// Bit e: element e of the part is a candidate, by the exact test.
+__device__ __forceinline__ unsigned part_candidates(const ScanParams& p, const float (&own)[16],
+                                                    int part, const FilterSide& side) {
+  const float norms[2] = {side.query_norms[filter_row(0)], side.query_norms[filter_row(1)]};
+  const float bounds[2] = {side.bounds[filter_row(0)], side.bounds[filter_row(1)]};
+  unsigned candidates = 0;
+  bool ties = false;
+#pragma unroll
+  for (int e = 0; e < 16; ++e) {
+    const float bound = bounds[e >> 1 & 1];
     const float distance =
-        tile_distance(p, pick_sum(sums, part, e), side.query_norms[row], side.key_norms[column]);
-    Word* list = p.lists + (first_query + row) * p.list_words;
-    store_candidate(p, list, r ? slot1 : slot0, distance, filter_key_row(p, key_tile, column));
-    slot0 += 1 - r;
-    slot1 += r;
+        tile_distance(p, own[e], norms[e >> 1 & 1], side.key_norms[filter_column(part, e)]);
+    candidates |= static_cast<unsigned>(distance <= bound) << e;
+    ties |= is_tie(p, distance, bound);
   }
-  slots[0] = slot0;
-  slots[1] = slot1;
+  for (unsigned rest = ties ? candidates : 0; rest; rest &= rest - 1) {
+    const int e = __ffs(static_cast<int>(rest)) - 1, row = filter_row(e >> 1 & 1);
+    const int column = filter_column(part, e);
+    const float distance =
+        tile_distance(p, take_sum(own, e), side.query_norms[row], side.key_norms[column]);
+    if (is_tie(p, distance, side.bounds[row]) &&
+        is_late(filter_key_row(p, side.key_tile, column), side.last_ties[row]))
+      candidates &= ~(1u << e);
+  }
+  return candidates;
 }
 
-// The whole warp comes here where one of its lanes found something.
+// The whole warp comes here where one of its lanes has promising parts, and each takes its own.
 __device__ __forceinline__ void append_parts(const ScanParams& p, const FilterSums& sums,
-                                             const FilterSide& side, unsigned parts) {
-  const int first_query = side.query_tile * 128, key_tile = side.key_tile;
-  unsigned candidates[4] = {}, ties[4] = {}, slots[2];
-  find_candidates(p, sums, side, parts, candidates, ties);
-#pragma unroll
-  for (int word = 0; word < 4; ++word)
-    if (ties[word]) drop_late_ties(p, side, key_tile, ties[word], word, candidates[word]);
-  claim_slots(p, first_query, candidates, slots);
-#pragma unroll
-  for (int i = 0; i < kFilterParts; ++i)
-    if (parts >> i & 1)
-      store_part(p, sums, i, side, first_query, key_tile, candidates[i / 2] >> i % 2 * 16 & 0xFFFF,
-                 slots);
+                                             const FilterSide& side, unsigned parts,
+                                             FilterStage& stage) {
+  do {
+    const int part = parts ? __ffs(static_cast<int>(parts)) - 1 : 0;
+    float own[16];
+    take_part(sums, part, own);
+    unsigned candidates = parts ? part_candidates(p, own, part, side) : 0;
+    while (__any_sync(~0u, candidates != 0)) {
+      const int e = candidates ? __ffs(static_cast<int>(candidates)) - 1 : 0;
+      const int row = filter_row(e >> 1 & 1), column = filter_column(part, e);
+      const float distance =
+          tile_distance(p, take_sum(own, e), side.query_norms[row], side.key_norms[column]);
+      const Word word =
+          make_word(fmaxf(p.floor, distance), filter_key_row(p, side.key_tile, column));
+      stage.add(candidates != 0, word, side.query_tile * 128 + row);
+      candidates &= candidates - 1;
+    }
+    parts &= parts - 1;
+  } while (__any_sync(~0u, parts != 0));
 }
 
 // One vote a tile; most warps end there where keys are many.
 __device__ __forceinline__ void filter_tile(const ScanParams& p, const FilterSums& sums,
-                                            const FilterSide& side) {
+                                            const FilterSide& side, FilterStage& stage) {
 #ifdef KNNEXT_NULL_EPILOGUE
+  (void)stage;
   // For measuring the pipeline alone (NVCC_APPEND_FLAGS=-DKNNEXT_NULL_EPILOGUE): every list counts
   // as filled, with what an earlier scan left there. Results are wrong.
   const int query = side.query_tile * 128 + filter_row(0);
@@ -240,10 +278,9 @@ __device__ __forceinline__ void filter_tile(const ScanParams& p, const FilterSum
   if (any && query < p.num_queries) p.counts[query] = p.wanted;
   if (any && query + 8 < p.num_queries) p.counts[query + 8] = p.wanted;
 #else
-  const unsigned mine =
+  const unsigned parts =
       p.key_norms ? promising_parts<true>(sums, side) : promising_parts<false>(sums, side);
-  const unsigned parts = __reduce_or_sync(~0u, mine);
-  if (parts) append_parts(p, sums, side, parts);
+  if (__any_sync(~0u, parts != 0)) append_parts(p, sums, side, parts, stage);
 #endif
 }
 
