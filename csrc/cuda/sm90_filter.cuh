@@ -1,18 +1,17 @@
 // Kernel sm90_filter, the fused scan on Hopper for many queries: scan.cuh's work, with the copy
 // engine and the warpgroup product, so that a search costs what its matrix product costs.
 //
-//                          256 keys                     stage of 48 KB, four of them:
-//                    +------------------+                 128 queries x 64 elements  16 KB
-//   128     warps 4-7|  64 x 256 sums   |                 256 keys    x 64 elements  32 KB
-//   queries    warps |  64 x 256 sums   |
-//              8-11  +------------------+               + 3 KB of norms and bounds a tile, four
-//              deep
+//                        256 keys                  stages of 48 KB, four of them:
+//                   +-----------------+              128 queries x 64 elements, 16 KB
+//   128    warps    | 64 x 256 sums   |              256 keys    x 64 elements, 32 KB
+//   queries  4..7   +-----------------+            sides of 3 KB, four of them:
+//          warps    | 64 x 256 sums   |              norms, bounds, last ties of a tile
+//            8..11  +-----------------+            64 candidates of each warp, 6 KB in all
 //
-//   warp 0   the copy engine's: per step one box of queries, one of keys (half of the keys where
-//   two
-//            blocks, with two query tiles, form a cluster: each then sends its half to both)
-//   warp 1   what the epilogue needs beside the products; a sample's norms have to be gathered
-//   warps 4-11, two warpgroups: product, comparison, and the candidates' words to global memory
+//   warp 0   the copy engine's: per step one box of queries and one of keys. Two blocks with two
+//            query tiles may form a cluster: each then copies half of the keys, to both
+//   warp 1   the sides; a sample's norms have to be gathered
+//   warps 4-11, two warpgroups: product, comparison, and the candidates' words to the lists
 //
 // Bytes moved: each tile its 48 KB a step from L2 (32 in a cluster); from memory every key once and
 // the queries once per 12 MB of keys (sm90_raster.h). 8 and an atomic for each candidate.
