@@ -15,25 +15,19 @@ namespace {
 
 constexpr int kThreads = 128, kEntries = 128;
 
-// A stretch of a list in shared memory, so that its rows can be read ahead.
-struct Entry {
-  int64_t row;
-  float weight;  // 0: adds nothing, also where the row holds inf or NaN
-};
-
+// One place of a list. A weight of 0 adds nothing, also where the row holds inf or NaN.
 template <class T>
-struct RowsOf {
-  const T* data;
-  int64_t stride;
-  __device__ __forceinline__ const T* operator[](int64_t row) const { return data + row * stride; }
+struct Entry {
+  const T* row;  // one that can be read, whatever the weight
+  float weight;
 };
 
 // In dimension d of a thread: out = sum over the list of weight (own - other), or -weight other.
+// Rows are read before their weights are looked at, so that eight reads are under way at once.
 template <class T, class List>
 __device__ __forceinline__ void sum_list(const RescoreGradientsParams& p, int64_t d, const T* own,
-                                         const RowsOf<T>& others, int64_t length, T* out,
-                                         List entry) {
-  SHARED(Entry[kEntries], entries);
+                                         int64_t length, T* out, List entry) {
+  SHARED(Entry<T>[kEntries], entries);
   const float mine = d < p.dim && !p.inner_product ? to_float(own[d]) : 0.0f;
   float sum = 0;
   for (int64_t start = 0; start < length; start += kEntries) {
@@ -44,8 +38,9 @@ __device__ __forceinline__ void sum_list(const RescoreGradientsParams& p, int64_
     if (d >= p.dim) continue;
 #pragma unroll 8
     for (int i = 0; i < count; ++i) {
-      const float weight = entries[i].weight;
-      if (weight != 0) sum = __fmaf_rn(weight, mine - to_float(others[entries[i].row][d]), sum);
+      const float weight = entries[i].weight, other = to_float(__ldg(entries[i].row + d));
+      const float more = __fmaf_rn(weight, mine - other, sum);
+      sum = weight != 0 ? more : sum;
     }
   }
   if (d < p.dim) out[d] = from_float<T>(sum);
@@ -61,11 +56,11 @@ __global__ void __launch_bounds__(kThreads)
     query_gradients_kernel(RescoreGradientsParams p, int64_t tiles) {
   const int64_t q = blockIdx.x / tiles, d = blockIdx.x % tiles * kThreads + threadIdx.x;
   const T* own = static_cast<const T*>(p.queries) + q * p.query_stride;
-  const RowsOf<T> keys{static_cast<const T*>(p.keys), p.key_stride};
-  sum_list(p, d, own, keys, p.m, static_cast<T*>(p.out_queries) + q * p.dim, [&](int64_t i) {
+  const T* keys = static_cast<const T*>(p.keys);
+  sum_list(p, d, own, p.m, static_cast<T*>(p.out_queries) + q * p.dim, [&](int64_t i) {
     const int64_t key = p.indices[q * p.index_stride + i];
     device_assert(key >= -1 && key < p.num_keys, "knnext::rescore: an index is not in [-1, N)");
-    return key < 0 ? Entry{0, 0.0f} : Entry{key, weight_of(p, q, i)};
+    return key < 0 ? Entry<T>{own, 0.0f} : Entry<T>{keys + key * p.key_stride, weight_of(p, q, i)};
   });
 }
 
@@ -85,12 +80,12 @@ __global__ void __launch_bounds__(kThreads) key_gradients_kernel(RescoreGradient
     (key_at(middle) == key ? low : high) = middle;
   }
   const T* own = static_cast<const T*>(p.keys) + key * p.key_stride;
-  const RowsOf<T> queries{static_cast<const T*>(p.queries), p.query_stride};
+  const T* queries = static_cast<const T*>(p.queries);
   T* out = static_cast<T*>(p.out_keys) + key * p.dim;
   for (int64_t tile = 0; tile < p.dim; tile += kThreads)
-    sum_list(p, tile + threadIdx.x, own, queries, high - first, out, [&](int64_t i) {
-      const int64_t at = p.order[first + i];
-      return Entry{at / p.m, weight_of(p, at / p.m, at % p.m)};
+    sum_list(p, tile + threadIdx.x, own, high - first, out, [&](int64_t i) {
+      const int64_t at = p.order[first + i], q = at / p.m;
+      return Entry<T>{queries + q * p.query_stride, weight_of(p, q, at % p.m)};
     });
 }
 
