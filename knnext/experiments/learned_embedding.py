@@ -28,7 +28,8 @@ DESCRIPTION = Description(
     question="How much of the kNN-LM's gain does one trained vector a word recover?",
     claim="A freshly trained V x D matrix on the att states, mixed with the frozen LM, recovers "
     "about 55 % of the kNN-LM's gain.",
-    varies="W_ds: V trained rows in place of the datastore; h_ds att and ffn; no mask",
+    varies="W_ds: V trained rows in place of the datastore; h_ds att and ffn; no mask; the LM "
+    "frozen with its dropout off (the authors left it on)",
     paper=(
         PaperFigure("V x D with att recovers about 55 % of the gain", "digest"),
         PaperFigure("base 21.75, with kNN-LM 19.17 at lmbda 0.263", "code"),

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,8 @@ def train(
         since += torch.stack([value.detach().double(), torch.ones_like(since[0])])
         if not schedule.is_check(step + 1):
             continue
-        measured = float(loss(log_p(component, valid, device), valid.at(slice(None), device)))
+        beside = replace(valid, states=()).at(slice(None), device)
+        measured = float(loss(log_p(component, valid, device), beside))
         history.append({"step": step + 1, "train": float(since[0] / since[1]), "valid": measured})
         since.zero_()
         if measured < best:

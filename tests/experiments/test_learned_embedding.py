@@ -10,7 +10,7 @@ import torch
 from knnext.bootstrap import Interval
 from knnext.experiments.figures import new_figure
 from knnext.experiments.learned_embedding import judge, plot
-from knnext.experiments.recovery import Replacement, Yardstick, share_text
+from knnext.experiments.recovery import Replacement, Yardstick, share_text, still_falling
 from knnext.experiments.run import run_experiment
 
 
@@ -72,6 +72,13 @@ def test_an_interval_holds_its_share(tiny_lab):
     assert found.share_interval.low < found.share < found.share_interval.high
     assert share_text(0.5, Interval(0.4, 0.6, 0.95)) == "50 % [40, 60]"
     assert share_text(0.5, Interval(math.nan, math.nan, 0.95)) == "50 %"
+
+
+def test_what_had_not_settled_is_named():
+    trainings = {"att": {"converged": True}, "ffn": {"converged": False}}
+    assert "ffn" in still_falling(trainings) and "att" not in still_falling(trainings)
+    assert still_falling({"att": {"converged": True}}) == ""
+    assert "4 of 5" in still_falling({str(i): {"converged": i == 0} for i in range(5)})
 
 
 def test_it_runs_and_what_it_says_is_consistent(tiny_lab):
