@@ -28,6 +28,7 @@ SOURCES = {
     "recalled": "recalled, unverified",
 }
 _SHORT = {"code": "", "digest": " (digest)", "recalled": " (recalled, unverified)"}
+_MOST_FIGURES = 2  # of the paper in the first table
 _CLASSES = {"agrees": "yes", "agrees in part": "part", "disagrees": "no", "undecided": "open"}
 
 
@@ -76,7 +77,10 @@ def _cell(text: str) -> str:
 
 
 def _paper_text(result: Result) -> str:
-    return "; ".join(f["text"] + _SHORT[f["source"]] for f in result["paper"]) or "–"
+    """The first figures, each with its mark; the section of the experiment has all of them."""
+    shown = [f["text"] + _SHORT[f["source"]] for f in result["paper"][:_MOST_FIGURES]]
+    more = len(result["paper"]) - len(shown)
+    return "; ".join(shown + [f"{more} more"] * (more > 0)) or "–"
 
 
 def render(results: Mapping[str, Result], folder: Path, missing: Sequence[str] = ()) -> str:
