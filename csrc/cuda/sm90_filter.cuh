@@ -143,7 +143,7 @@ class FilterProducer {
       : queries_(queries), keys_(keys), p_(params), walk_(raster), memory_(memory) {
     // Where one group is all, no one reads a key again.
     key_policy_ = raster.groups == 1 ? evict_first() : evict_normal();
-    query_policy_ = evict_last();
+    query_policy_ = evict_normal();
   }
 
   __device__ __forceinline__ void run() {
