@@ -170,4 +170,8 @@ def percent_interval(gain: float, low: float, high: float) -> str:
     """`percent` of a gain with its interval: `-9.5 % [-11.3, -7.7]`."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return percent(gain)
-    return f"{percent(gain)} [{100 * math.expm1(-high):+.1f}, {100 * math.expm1(-low):+.1f}]"
+    return f"{percent(gain)} [{_change(high):+.1f}, {_change(low):+.1f}]"
+
+
+def _change(log_gain: float) -> float:
+    return 100 * math.expm1(-log_gain) + 0.0  # -0.0 + 0.0 is 0.0: no gain is no loss

@@ -215,7 +215,9 @@ def findings(
     words = (
         f"Mixed with the base LM, a student on its labels changes perplexity by {gains[BASE]}, one "
         f"on the kNN-LM's labels by {gains[KNN]} and one on hard labels by {gains[HARD]} (mean of "
-        f"{len(lab.preset.seeds)} seeds, {tokens:,} tokens each); the kNN-LM itself by {knn_gain}."
+        f"{len(lab.preset.seeds)} seeds); the kNN-LM itself by {knn_gain}. The students saw "
+        f"{tokens:,} tokens each: alone, in this order, they have {_alone(rows)}, the base LM "
+        f"{knn.mixture.base:.0f}."
     )
     series = {
         "labels": [*fits, _TEACHER],
@@ -232,6 +234,13 @@ def findings(
     }
     verdict = agreement(gains[BASE], leads[BASE])
     return Findings(rows, verdict, words, str(gains[BASE]), series, details)
+
+
+def _alone(rows: list[dict[str, Any]]) -> str:
+    """Perplexities of the students, in the order in which the words name them."""
+    by_name = {row["second component"]: row["alone"] for row in rows}
+    found = [by_name[labels] for labels in (BASE, KNN, HARD)]
+    return ", ".join("none" if one is None else f"{one:.0f}" for one in found)
 
 
 def _row(name: str, runs: list[Fitted], gain: Gain, lead: Gain | None) -> dict[str, Any]:

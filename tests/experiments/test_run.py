@@ -142,6 +142,7 @@ def test_markdown_of_nothing_recalled():
 
 def test_percentages():
     assert percent_interval(0.0, -0.01, 0.01) == "+0.0 % [-1.0, +1.0]"
+    assert percent_interval(0.0, 0.0, 0.0) == "+0.0 % [+0.0, +0.0]"
     assert percent_interval(0.1, float("nan"), float("nan")) == "-9.5 %"
     assert plain({"a": (1, float("nan"))}) == {"a": [1, None]}
 
