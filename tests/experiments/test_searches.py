@@ -66,9 +66,7 @@ def test_each_pair_keeps_its_mask_and_its_score(store, index, queries):
         assert (distances.diff(dim=1) >= 0).all()
     same = [
         set(a) == set(b)
-        for a, b in zip(
-            found[MASKS[0]][1].tolist(), found[MASKS[2]][1].tolist(), strict=True
-        )
+        for a, b in zip(found[MASKS[0]][1].tolist(), found[MASKS[2]][1].tolist(), strict=True)
     ]
     assert not all(same)  # 4 of 16 lists: the masks do differ
 
