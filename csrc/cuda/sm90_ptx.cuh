@@ -106,14 +106,6 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity
 #endif
 }
 
-// What ordinary stores of this thread wrote to shared memory is seen by later copies and products,
-// after the barrier that follows.
-__device__ __forceinline__ void proxy_fence() {
-#ifndef KNNEXT_EMULATOR
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // How L2 treats the lines of a copy.
 using CachePolicy = unsigned long long;
 
@@ -217,20 +209,6 @@ __device__ __forceinline__ void tensor_load_3d_multicast(void* to, const TensorM
           shared_address(to)),
       "l"(reinterpret_cast<unsigned long long>(&map)), "r"(shared_address(full)), "r"(x), "r"(y),
       "r"(z), "h"(ranks), "l"(policy)
-      : "memory");
-#endif
-}
-
-// One thread: copies adjacent bytes; all three of them in multiples of 16.
-__device__ __forceinline__ void bulk_load(void* to, const void* from, unsigned bytes,
-                                          Mbarrier* full KNNEXT_PLACE) {
-#ifdef KNNEXT_EMULATOR
-  emulate::bulk_load(to, from, bytes, full, place);
-#else
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(full))
       : "memory");
 #endif
 }

@@ -119,18 +119,6 @@ inline void tensor_load(void* to, const TensorMap& map, std::array<int, 3> at, v
   }
 }
 
-inline void bulk_load(void* to, const void* from, unsigned bytes, void* barrier,
-                      Place place = Place::current()) {
-  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  if ((address(to) | address(from) | bytes) % 16)
-    fail("cp.async.bulk: all in multiples of 16 bytes", place);
-  std::memset(to, kPoison, bytes);
-  later([=] {
-    std::memcpy(to, from, bytes);
-    land(barrier, bytes, place);
-  });
-}
-
 // Products
 
 struct Product {
