@@ -218,6 +218,7 @@ def test_the_experiment_tries_every_set_and_a_rerun_computes_nothing(tiny_lab: L
         assert 0 <= row["lmbda"] <= 1 and row["perplexity"] > 1
         assert row["lmbda"] > 0 or row["perplexity"] == pytest.approx(base)
     assert rows[-2]["state"] == "fine-tuned" and rows[-1]["rows from"] == "datastore"
+    assert all((row["at t = 1"] is None) == (row["state"] == "fine-tuned") for row in rows)
     assert rows[0]["rows"] <= 256 < len(lab.store("att")) == rows[-1]["rows"]
     assert (lab.folder / "clustering.png").stat().st_size > 10_000
     again = Lab(lab.preset, lab.folder, lambda line: pytest.fail(f"computed again: {line}"))
