@@ -87,8 +87,9 @@ def run(lab: Lab) -> Findings:
         rows=[{n: v for n, v in r.items() if n not in ("low", "high", "gain")} for r in rows],
         agreement="undecided",
         words=f"There is no claim to compare with. {_extremes(rows)} Spearman's correlation of a "
-        "token's gain with: " + "; ".join(f"{name} {c}" for name, c in ranks.items()) + ". Ranks "
-        "say less than means here: few tokens gain much, and most of the others lose a little.",
+        "token's gain with: "
+        + "; ".join(f"{name} {c}" for name, c in ranks.items())
+        + f". {_spread(gain)}",
         headline=_headline(rows),
         series={"rows": rows},
         details={
@@ -199,6 +200,15 @@ def _by_word(lab: Lab, test: Split, wins: Tensor) -> dict[str, Any]:
         c = spearman(share, entropy[kept], ids, resamples=lab.preset.resamples)
         found[name] = [c.value, c.interval.low, c.interval.high]
     return found
+
+
+def _spread(gain: Tensor) -> str:
+    """How unevenly the gain lies over tokens, which ranks do not show."""
+    tenth = gain.sort(descending=True).values[: -(-len(gain) // 10)]
+    return (
+        f"{float((gain > 0).double().mean()):.0%} of the tokens gain; the tenth that gains most "
+        f"gains {float(tenth.sum() / gain.sum()):.1f} times what all tokens together do."
+    )
 
 
 def _extremes(rows: list[dict[str, Any]]) -> str:
