@@ -22,7 +22,9 @@ from typing import Any, TextIO
 from knnext.cli_parser import build_parser
 
 _EXTRAS = {
-    **dict.fromkeys(("transformers", "tokenizers", "datasets", "matplotlib", "pyarrow"), "lm"),
+    **dict.fromkeys(
+        ("transformers", "tokenizers", "datasets", "matplotlib", "pyarrow", "scipy"), "lm"
+    ),
     "faiss": "faiss",
 }
 
