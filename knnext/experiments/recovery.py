@@ -182,7 +182,7 @@ def still_falling(trainings: Mapping[str, Mapping[str, Any]]) -> str:
     if not names:
         return ""
     which = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(trainings)} trainings"
-    return f" Not settled (the valid loss fell by 0.01 nats or more in the last quarter): {which}."
+    return f" Not settled (the valid loss fell by 0.02 nats or more in the second half): {which}."
 
 
 def share_text(share: float, interval: Interval) -> str:

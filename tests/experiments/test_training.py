@@ -102,13 +102,13 @@ def test_bad_sizes_are_named():
         Schedule(0)
 
 
-def test_convergence_is_read_from_the_last_quarter():
+def test_convergence_is_read_from_the_second_half():
     def run(*losses):
         history = [{"step": i, "train": 0.0, "valid": v} for i, v in enumerate(losses)]
         return Trained({}, {}, history, 0.0)
 
-    assert run(5, 4, 3, 2, 1.5, 1.2, 1.101, 1.1).converged is False
-    assert run(5, 4, 3, 2, 1.5, 1.104, 1.101, 1.1).converged
+    assert run(5, 4, 3, 1.5, 1.13, 1.11, 1.101, 1.1).converged is False
+    assert run(5, 4, 3, 1.115, 1.11, 1.104, 1.101, 1.1).converged
     assert not run(5.0).converged
 
 
