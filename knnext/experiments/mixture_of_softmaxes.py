@@ -108,7 +108,7 @@ def schedule(lab: Lab) -> Schedule:
     """Of every variant."""
     option = lab.preset.option
     return Schedule(
-        steps=max(1, round(lab.preset.steps * option("mixture-of-softmaxes.steps", 1))),
+        steps=max(1, round(lab.preset.steps * option("mixture-of-softmaxes.steps", 2))),
         batch_size=option("mixture-of-softmaxes.batch_size", 256),
         learning_rate=option("mixture-of-softmaxes.learning_rate", 2e-3),
         checks=6,

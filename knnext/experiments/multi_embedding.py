@@ -75,7 +75,7 @@ def schedule(lab: Lab) -> Schedule:
     """Of every variant, so that they differ in their rows alone."""
     option = lab.preset.option
     return Schedule(
-        steps=max(1, round(lab.preset.steps * option("multi-embedding.steps", 1.5))),
+        steps=max(1, round(lab.preset.steps * option("multi-embedding.steps", 3))),
         batch_size=option("multi-embedding.batch_size", 512),
         learning_rate=option("multi-embedding.learning_rate", 5e-3),
         checks=6,
