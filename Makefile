@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-cuda demo test bench lint format wheel clean
+.PHONY: help setup build build-cuda demo experiments test bench lint format wheel clean
 
 help:  ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## a .venv with pinned versions (TORCH=2.13.0 unless said otherwise)
 
@@ -31,6 +31,9 @@ build-cuda: $(READY)  ## compile the CUDA library too, also beside a CPU-only to
 
 demo: build  ## train a small LM on Python's own sources, and see neighbors improve it
 	$(BIN)/knnext demo $(ARGS)
+
+experiments: build  ## every experiment of the paper, in under an hour on two cores
+	$(BIN)/knnext experiment all $(ARGS)
 
 test: build  ## the tests (those marked gpu are skipped without one)
 	$(BIN)/python -m pytest $(ARGS)
