@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from knnext.demo import Say
-from knnext.experiments.catalog import NAMES, load
+from knnext.experiments.catalog import NAMES, OPTIONS, load
 from knnext.experiments.presets import Preset, preset
 
 #: Options of the command line that are fields of `Preset`.
@@ -81,6 +81,9 @@ def _option(text: str) -> tuple[str, Any]:
     experiment_name, dot, option = name.partition(".")
     if not equals or not dot or not option or experiment_name not in NAMES:
         raise ValueError(f"--set must be EXPERIMENT.OPTION=JSON, got {text!r}")
+    if option not in OPTIONS[experiment_name]:
+        known = ", ".join(OPTIONS[experiment_name])
+        raise ValueError(f"--set {name}: {experiment_name} has no such option, but {known}")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -36,6 +36,16 @@ def negligible(interval: Interval, margin: float = MARGIN) -> Agreement:
     return "disagrees" if interval.low > margin or interval.high < -margin else "undecided"
 
 
+def no_gain(interval: Interval, margin: float = MARGIN) -> Agreement:
+    """Of "this brings no gain": below the margin for sure; above zero for sure and perhaps above
+    the margin; or it is not known."""
+    if not _known(interval):
+        return "undecided"
+    if interval.high < margin:
+        return "agrees"
+    return "disagrees" if interval.low > 0 else "undecided"
+
+
 def together(*parts: Agreement) -> Agreement:
     """Of several parts: what all say; in part, where one agrees at least; else that they do not."""
     if len(set(parts)) == 1:

@@ -165,9 +165,10 @@ def _words(answers: dict[str, Gain]) -> str:
     """Every question with its change of perplexity."""
     listed = "; ".join(f"{name}: {gain}" for name, gain in answers.items())
     still = answers.get("kNN added to both LMs")
-    help_ = ""
-    if still is not None:
-        kept = still.value / answers["kNN added to the LM"].value
+    first = answers["kNN added to the LM"]
+    help_ = " The LM was given, so there is no second one of another seed." if still is None else ""
+    if still is not None and first.interval.low > 0:
+        kept = still.value / first.value
         help_ = f" To the ensemble of two LMs the kNN adds {kept:.0%} of what it adds to one."
     return f"Change of perplexity on test, weights fitted on valid: {listed}.{help_}"
 

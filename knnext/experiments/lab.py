@@ -21,7 +21,7 @@ from torch import Tensor
 
 from knnext.demo import faiss_recipe, take_documents
 from knnext.experiments import searches
-from knnext.experiments.cache import Cache
+from knnext.experiments.cache import Cache, settings_key
 from knnext.experiments.family import Setting
 from knnext.experiments.mixture import LogP, Split
 from knnext.experiments.presets import Preset
@@ -94,7 +94,7 @@ class Lab:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.seconds: dict[str, float] = {}
         self._lms: dict[int, LM] = {}
-        self._splits: dict[tuple[int, str], Split] = {}
+        self._splits: dict[tuple[str, str], Split] = {}
         self._indexes: dict[str, Any] = {}
 
     # Text
@@ -110,7 +110,16 @@ class Lab:
     def _text_settings(self) -> dict[str, Any]:
         p = self.preset
         vocab = None if p.model else p.train.vocab_size
-        return {"corpus": p.corpus, "max_bytes": p.max_bytes, "model": p.model, "vocab": vocab}
+        settings = {"corpus": p.corpus, "max_bytes": p.max_bytes, "model": p.model, "vocab": vocab}
+        return settings | self._files
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """What lies in a corpus or model that is a path now: other files there are other text."""
+        corpus, model = self.preset.corpus, self.preset.model
+        named = {"corpus files": "" if corpus == "stdlib" else corpus, "model files": model or ""}
+        paths = {name: Path(given).expanduser() for name, given in named.items() if given}
+        return {name: files_key(path) for name, path in paths.items() if path.exists()}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -173,7 +182,7 @@ class Lab:
                 f"model {self.preset.model} is given as it is: there is none of seed {seed}"
             )
         model, tokenizer = load_lm(str(self.preset.model))
-        return LM(model.to(self.device), tokenizer, {"model": self.preset.model}, 0)
+        return LM(model.to(self.device), tokenizer, self._text_settings, 0)
 
     def _trained_lm(self, seed: int) -> LM:
         from knnext.demo_config import write_json
@@ -213,7 +222,7 @@ class Lab:
     def split(self, name: str, lm: LM | None = None) -> Split:
         """Targets, log p_lm and denominators of `"valid"` or `"test"`."""
         lm = lm or self.lm()
-        key = (id(lm), name)
+        key = (settings_key(lm.settings), name)
         if key not in self._splits:
             arrays = self._state_arrays(name, "att", lm)
             scores = self._scores(name, arrays)
@@ -491,6 +500,14 @@ class Lab:
         spent = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         self.say(f"    {format_duration(spent)}")
+
+
+def files_key(path: str | Path) -> str:
+    """Stands for a file, or for all files of a folder: their names, sizes and times of change."""
+    start = Path(path)
+    files = [start] if start.is_file() else sorted(p for p in start.rglob("*") if p.is_file())
+    seen = [[str(p.relative_to(start)), (s := p.stat()).st_size, s.st_mtime_ns] for p in files]
+    return settings_key({"files": seen})
 
 
 def _save_text(path: Path, text: TokenizedDocuments) -> None:

@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from knnext.experiments import figures, lm_training
+from knnext.experiments.claims import no_gain
 from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
 from knnext.experiments.correlation import Correlation, pearson, spearman
 from knnext.experiments.family import Setting
 from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.memorizing import Checkpoint, load_checkpoints, memorize, memorized_lm
+from knnext.experiments.memorizing import (
+    NLL_TOKENS,
+    Checkpoint,
+    load_checkpoints,
+    memorize,
+    memorized_lm,
+)
 from knnext.experiments.mixture import DEFAULT_TEMPERATURES, LogP, by_name
 from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
 
@@ -177,7 +184,8 @@ class Analysis:
         final = self.correlations(last.log_p["test"])[0]
         words = (
             f"Trained on {tokens:,} tokens for {last.epoch} epochs, to {last.train_nll:.2f} nats "
-            f"on them, the LM changes the mixture's perplexity by {gain} at its best epoch "
+            f"on the first {min(tokens, NLL_TOKENS):,} of them, the LM changes the "
+            f"mixture's perplexity by {gain} at its best epoch "
             f"({checkpoints[chosen].epoch}, chosen on valid); a datastore of the same tokens by "
             f"{datastore}. Its help correlates with the whole datastore's by {final} at the end."
         )
@@ -202,8 +210,9 @@ class Analysis:
 
 def agreement(gain: Gain, lead: Gain) -> Agreement:
     """No gain agrees; a gain below that of a datastore of the same tokens agrees in part."""
-    if not gain.interval.low > 0:
-        return "agrees"
+    found = no_gain(gain.interval)
+    if found != "disagrees":
+        return found
     return "agrees in part" if lead.interval.low > 0 else "disagrees"
 
 

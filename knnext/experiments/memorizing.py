@@ -17,7 +17,7 @@ from knnext.demo_config import write_json
 from knnext.experiments import lm_training
 from knnext.experiments.lab import LM, Lab
 
-_NLL_TOKENS = 10_000
+NLL_TOKENS = 10_000  # of the memorized text, on which its loss is measured
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _resume(
 def _save(lab: Lab, part: Lab, model: Any, folder: Path, epoch: int) -> None:
     log_p = {n: one.numpy() for n, one in lm_training.score_splits(lab, model).items()}
     text = part.text("store")
-    head = replace(text, tokens=text.tokens[: _NLL_TOKENS + 1])
+    head = replace(text, tokens=text.tokens[: NLL_TOKENS + 1])
     nll = -float(lm_training.score_text(lab, model, head).mean())
     np.savez(folder / f"epoch-{epoch}.npz", allow_pickle=False, **log_p)
     write_json(folder / f"epoch-{epoch}.json", {"train_nll": nll})

@@ -39,8 +39,8 @@ DESCRIPTION = Description(
     name="representation",
     title="Representation and distance",
     question="Which state should the datastore hold, and does the distance matter?",
-    claim="The state matters much: att helps far more than ffn. For att, squared distances and "
-    "inner products differ little.",
+    claim="The state matters much. (Recalled, unverified: att helps far more than ffn; for att, "
+    "squared distances and inner products differ little.)",
     varies="h_ds (att, ffn) and the product (l2, ip); true and FAISS neighbors; t fitted and t = 1",
     paper=(
         PaperFigure("norms drawn up to 7 for att and up to 75 for ffn states; t = 1", "code"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from knnext.demo_config import write_json
 from knnext.experiments import figures, lm_training
+from knnext.experiments.claims import no_gain
 from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
 from knnext.experiments.family import Setting
 from knnext.experiments.lab import EVALUATED, Lab
@@ -41,6 +42,7 @@ _TEACHER = "kNN-LM (the teacher)"
 _SETTING = Setting(mask="faiss", score="real")
 _STEP_FACTOR, _BLOCKS, _NEIGHBORS = 1.25, 1500, 128
 _TEMPERATURES = DEFAULT_TEMPERATURES[6:28:2]
+_BEHIND = 0.1  # nats a token by which a student may be a worse LM than the base and still tell
 _FIRST_SEED = 1000  # a student that starts where the base LM started would be half a copy of it
 
 
@@ -232,7 +234,15 @@ def findings(
         "blocks": blocks,
         "against hard labels": {n: leads[n].to_dict() for n in (BASE, KNN)},
     }
-    verdict = agreement(gains[BASE], leads[BASE])
+    alone = torch.stack([run[test.name].mean() for run in students[BASE]])
+    behind = float(test.log_p_lm.mean() - alone.mean())
+    verdict = agreement(gains[BASE], leads[BASE], behind)
+    if behind > _BEHIND and verdict == "undecided":
+        words += (
+            " A student so much weaker than the base LM could hardly help it, whatever its labels: "
+            "this decides little."
+        )
+    details["behind the base LM, nats"] = behind
     return Findings(rows, verdict, words, str(gains[BASE]), series, details)
 
 
@@ -259,10 +269,15 @@ def _row(name: str, runs: list[Fitted], gain: Gain, lead: Gain | None) -> dict[s
     }
 
 
-def agreement(gain: Gain, lead: Gain) -> Agreement:
-    """No gain agrees; a gain, but none above hard labels', agrees in part: any LM gives that."""
-    if not gain.interval.low > 0:
-        return "agrees"
+def agreement(gain: Gain, lead: Gain, behind: float) -> Agreement:
+    """No gain agrees; a gain, but none above hard labels', agrees in part: any LM gives that.
+
+    `behind`: by how many nats a token the student alone is worse than the base LM. Where that is
+    much, no gain says nothing of its labels.
+    """
+    found = no_gain(gain.interval)
+    if found != "disagrees":
+        return "undecided" if behind > _BEHIND else found
     return "disagrees" if lead.interval.low > 0 else "agrees in part"
 
 

@@ -205,9 +205,12 @@ def _by_word(lab: Lab, test: Split, wins: Tensor) -> dict[str, Any]:
 def _spread(gain: Tensor) -> str:
     """How unevenly the gain lies over tokens, which ranks do not show."""
     tenth = gain.sort(descending=True).values[: -(-len(gain) // 10)]
+    winning, whole = f"{float((gain > 0).double().mean()):.0%} of the tokens gain", gain.sum()
+    if not whole > 0:
+        return f"{winning}, but not all together."
+    times = float(tenth.sum() / whole)
     return (
-        f"{float((gain > 0).double().mean()):.0%} of the tokens gain; the tenth that gains most "
-        f"gains {float(tenth.sum() / gain.sum()):.1f} times what all tokens together do."
+        f"{winning}; the tenth that gains most gains {times:.1f} times what all tokens together do."
     )
 
 
@@ -236,7 +239,10 @@ def _large(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 
 def _headline(rows: list[dict[str, Any]]) -> str:
     """Documents new to the training text against those that repeat it."""
-    first, *_, last = [r for r in rows if r["by"] == SEEN]
+    first, *more = [r for r in rows if r["by"] == SEEN]
+    if not more:  # one document, or all alike
+        return f"{first['change of perplexity']} with {first['bucket']} of n-grams seen in training"
+    last = more[-1]
     return (
         f"{first['change of perplexity']} in documents with {first['bucket']} of n-grams seen in "
         f"training, {last['change of perplexity']} with {last['bucket']}"

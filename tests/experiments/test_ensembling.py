@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from knnext.bootstrap import Interval
 from knnext.experiments import ensembling
+from knnext.experiments.contrast import Gain
 from knnext.experiments.ensembling import L2, LM, METRICS, OTHER, QUESTIONS, SYSTEMS, mix_system
 from knnext.experiments.figures import new_figure
 from knnext.experiments.mixture import Split, fit_weights
@@ -119,6 +121,15 @@ def test_a_tiny_run(result, tiny_lab):
     first, second = (tiny_lab.split("test", tiny_lab.lm(seed)) for seed in (0, 1))
     assert torch.equal(first.targets, second.targets)  # or nothing could be mixed token by token
     assert not torch.equal(first.log_p_lm, second.log_p_lm)
+
+
+def test_words_say_what_is_missing_and_no_share_of_nothing():
+    gain = Gain(0.1, Interval(0.05, 0.15, 0.95))
+    none = Gain(0.0, Interval(-0.1, 0.1, 0.95))
+    both = {"kNN added to the LM": gain, "kNN added to both LMs": gain}
+    assert "adds 100% of what" in ensembling._words(both)
+    assert "of what it adds" not in ensembling._words({**both, "kNN added to the LM": none})
+    assert "no second one" in ensembling._words({"kNN added to the LM": gain})
 
 
 def test_the_figure_draws(result):

@@ -98,6 +98,19 @@ def test_a_given_model_is_used_as_it_is(tiny_lab, tmp_path):
         lab.lm(1)
 
 
+def test_text_of_changed_files_is_not_that_of_the_cache(tmp_path):
+    from knnext.experiments.lab import files_key
+
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} words")
+    lab = Lab(TINY.with_options(corpus=str(tmp_path)), tmp_path / "lab")
+    before = lab._text_settings
+    assert before["corpus files"] == files_key(tmp_path)
+    (tmp_path / "valid.txt").write_text("other words")
+    assert Lab(lab.preset, lab.folder)._text_settings != before
+    assert "corpus files" not in Lab(TINY, lab.folder)._text_settings  # stdlib is no path
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

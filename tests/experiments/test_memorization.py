@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def gain(low: float, high: float) -> Gain:
 
 def test_no_gain_agrees_and_a_gain_is_held_against_the_datastore() -> None:
     ahead, behind = gain(0.1, 0.2), gain(-0.2, -0.1)
-    assert memorization.agreement(gain(-0.1, 0.1), behind) == "agrees"
+    assert memorization.agreement(gain(-0.1, 0.005), behind) == "agrees"
+    assert memorization.agreement(gain(-0.1, 0.1), behind) == "undecided"
+    assert memorization.agreement(gain(math.nan, math.nan), behind) == "undecided"
     assert memorization.agreement(gain(0.0, 0.0), behind) == "agrees"
     assert memorization.agreement(gain(0.1, 0.2), ahead) == "agrees in part"
     assert memorization.agreement(gain(0.1, 0.2), behind) == "disagrees"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -161,7 +162,8 @@ def test_presets():
         (["nothing"], "experiment must be one of representation"),
         (["all", "--only", "representation,x"], "got 'x'"),
         (["representation", "--set", "x.y=1"], "--set must be EXPERIMENT.OPTION=JSON"),
-        (["representation", "--set", "padding.y={"], "must be given JSON"),
+        (["representation", "--set", "padding.share={"], "must be given JSON"),
+        (["padding", "--set", "padding.shares=1"], "has no such option, but fractions, share"),
         (["representation", "--only", "padding"], "--only goes with all and report"),
         (["report", "--out", "/nonexistent"], "holds no results"),
     ],
@@ -190,6 +192,18 @@ def test_options_reach_the_preset(fake, tmp_path, capsys, monkeypatch):
     assert settings == TINY.with_options(k=7, seeds=(4, 5), options={"padding.share": 0.5})
     assert settings.option("padding.share", 0.1) == 0.5
     assert settings.option("padding.other", 0.1) == 0.1
+
+
+def test_the_options_named_are_those_that_are_read():
+    """By the source: `option("NAME.OPTION", ...)`, or `_option(lab, "OPTION", ...)` in NAME.py."""
+    read = set()
+    for path in Path(catalog.__file__).parent.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        read |= set(re.findall(r'option\(\s*"([a-z-]+\.\w+)"', source))
+        own = re.findall(r'_option\(lab, "(\w+)"', source)
+        read |= {f"{path.stem.replace('_', '-')}.{option}" for option in own}
+    named = {f"{name}.{option}" for name in catalog.NAMES for option in catalog.OPTIONS[name]}
+    assert read == named
 
 
 def test_every_experiment_describes_itself(capsys):

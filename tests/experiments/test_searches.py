@@ -60,7 +60,7 @@ def test_each_pair_keeps_its_mask_and_its_score(store, index, queries):
     ).square()
     for (mask, score), (distances, rows) in found.items():
         other = found[(mask, "faiss" if score == "real" else "real")][1]
-        assert [set(a) == set(b) for a, b in zip(rows.tolist(), other.tolist(), strict=True)]
+        assert all(set(a) == set(b) for a, b in zip(rows.tolist(), other.tolist(), strict=True))
         wanted = (real if score == "real" else decoded).gather(1, rows)
         torch.testing.assert_close(distances.double(), wanted, atol=2e-3, rtol=1e-3)
         assert (distances.diff(dim=1) >= 0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -39,9 +40,16 @@ def gain(low: float, high: float) -> Gain:
 
 def test_only_a_gain_above_hard_labels_disagrees() -> None:
     up, across = gain(0.1, 0.2), gain(-0.1, 0.1)
-    assert soft_labels.agreement(across, up) == "agrees"
-    assert soft_labels.agreement(up, across) == "agrees in part"
-    assert soft_labels.agreement(up, up) == "disagrees"
+    assert soft_labels.agreement(gain(-0.1, 0.001), up, 0.0) == "agrees"
+    assert soft_labels.agreement(across, up, 0.0) == "undecided"  # nor is a gain ruled out
+    assert soft_labels.agreement(gain(math.nan, math.nan), up, 0.0) == "undecided"
+    assert soft_labels.agreement(up, across, 0.0) == "agrees in part"
+    assert soft_labels.agreement(up, up, 0.0) == "disagrees"
+
+
+def test_a_student_far_weaker_than_the_base_lm_decides_nothing_by_not_helping() -> None:
+    assert soft_labels.agreement(gain(0.0, 0.0), gain(0.0, 0.0), 0.5) == "undecided"
+    assert soft_labels.agreement(gain(0.1, 0.2), gain(0.1, 0.2), 0.5) == "disagrees"
 
 
 def test_a_row_is_dropped_by_its_number_wherever_it_stands() -> None:

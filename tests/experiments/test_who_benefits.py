@@ -174,3 +174,10 @@ def test_the_figure_draws(result):
     who_benefits.plot(result, axes)
     assert len(figure.axes) == 6
     assert result["agreement"] == "undecided"
+
+
+def test_one_document_has_a_headline():
+    row = {"by": who_benefits.SEEN, "bucket": "0.5 to 0.5", "change of perplexity": "-1.0 %"}
+    assert who_benefits._headline([row]) == "-1.0 % with 0.5 to 0.5 of n-grams seen in training"
+    assert "nan" not in who_benefits._spread(torch.zeros(20))
+    assert "2.0 times" in who_benefits._spread(torch.tensor([2.0, *[0.0] * 8, -1.0]))
