@@ -18,7 +18,13 @@ from knnext.experiments.recovery import (
     share_text,
     still_falling,
 )
-from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
+from knnext.experiments.results import (
+    Agreement,
+    Description,
+    Findings,
+    PaperFigure,
+    percent_interval,
+)
 from knnext.experiments.training import Schedule, Trained
 from knnext.experiments.word_rows import even_layout, trained_rows
 
@@ -78,13 +84,16 @@ def run(lab: Lab) -> Findings:
         }
     shown = {"kNN-LM, att": yardstick.knn, **{f"V x D, {n}": one for n, one in found.items()}}
     att, ffn = found["att"], found["ffn"]
+    spread = yardstick.difference(att, ffn)
+    against = percent_interval(att.gain - ffn.gain, spread.low, spread.high)
     return Findings(
         rows=rows,
         agreement=judge(att, yardstick.knn),
         words=f"Mixed with the LM, the trained matrix on att recovers "
         f"{share_text(att.share, att.share_interval)} of the kNN-LM's gain in log perplexity "
         f"(by perplexity per word, tuned on test: {100 * att.paper_share:.0f} %), on ffn "
-        f"{share_text(ffn.share, ffn.share_interval)}. Alone it stands at {att.mean('alone'):.1f} "
+        f"{share_text(ffn.share, ffn.share_interval)}; att instead of ffn changes perplexity by "
+        f"{against}. Alone it stands at {att.mean('alone'):.1f} "
         f"on att and {ffn.mean('alone'):.1f} on ffn, the base LM at {yardstick.base:.1f}."
         + still_falling(trainings),
         headline=share_text(att.share, att.share_interval) + " recovered (att)",

@@ -32,8 +32,9 @@ DESCRIPTION = Description(
     name="logit-sum",
     title="Fusing before the softmax",
     question="Is it enough to add att's logits to the LM's, before the softmax?",
-    claim="More capacity of the output layer explains only part of the gain: with a second matrix "
-    "on att inside its softmax the LM stays behind the kNN-LM.",
+    claim="More capacity of the output layer explains only part of the gain. (What the paper found "
+    "with a second matrix in the softmax was not at hand; tested is that it stays behind the "
+    "kNN-LM.)",
     varies="where the second state comes in: logits W_sm ffn + W_2 att, W_2 trained",
     paper=(
         PaperFigure("logits W_sm ffn + W_2 att with W_2 alone trained", "code"),

@@ -45,6 +45,8 @@ class Replacement:
         gain, interval: the mean gain over seeds and its interval over documents.
         share, share_interval: of the kNN-LM's gain.
         paper_share: the same by perplexities per word, tuned on test, as the paper counts.
+        valid_nll: nats a token of the mixture on valid, the mean over seeds: which of several
+            replacements is the best is read here, and not from what is reported.
     """
 
     mixtures: list[Mixture]
@@ -54,6 +56,7 @@ class Replacement:
     share: float
     share_interval: Interval
     paper_share: float
+    valid_nll: float = math.nan
 
     def row(self, **first: Any) -> dict[str, Any]:
         """A row of a results table: `first`, then the figures; perplexities are test's."""
@@ -88,6 +91,7 @@ class Replacement:
             "interval": [self.interval.low, self.interval.high],
             "share": self.share,
             "share_interval": [self.share_interval.low, self.share_interval.high],
+            "valid_nll": self.valid_nll,
         }
 
 
@@ -99,10 +103,11 @@ class Yardstick:
         self.valid, self.test = lab.splits()
         self.setting = Setting()
         self.base_log_p = self.test.log_p_lm.double()
-        log_p, mixture = self._mix(lab.component(self.setting), DEFAULT_TEMPERATURES)
+        component = lab.component(self.setting)
+        log_p, mixture = self._mix(component, DEFAULT_TEMPERATURES)
         self._knn_log_p, self._knn_paper = log_p, mixture.paper
         self.temperature = mixture.temperature
-        self.knn = self._replacement([mixture], log_p)
+        self.knn = self._replacement([mixture], log_p, self._valid_nll(component, mixture))
 
     @property
     def base(self) -> float:
@@ -116,7 +121,9 @@ class Yardstick:
         """
         mixed = [self._mix(one, (1.0,), lmbda) for one in components]
         log_p = torch.stack([log_p for log_p, _ in mixed]).mean(0)
-        return self._replacement([mixture for _, mixture in mixed], log_p)
+        pairs = zip(components, mixed, strict=True)
+        losses = [self._valid_nll(one, mixture) for one, (_, mixture) in pairs]
+        return self._replacement([m for _, m in mixed], log_p, sum(losses) / len(losses))
 
     def difference(self, better: Replacement, worse: Replacement) -> Interval:
         """Of mean log p, `better` minus `worse`, over the same draws of documents."""
@@ -137,7 +144,11 @@ class Yardstick:
         other = component(self.test.name, mixture.temperature).double()
         return mix_log_probs(self.base_log_p, other, mixture.lmbda), mixture
 
-    def _replacement(self, mixtures: list[Mixture], log_p: Tensor) -> Replacement:
+    def _valid_nll(self, component: LogP, mixture: Mixture) -> float:
+        log_p = component(self.valid.name, mixture.temperature).double()
+        return -float(mix_log_probs(self.valid.log_p_lm.double(), log_p, mixture.lmbda).mean())
+
+    def _replacement(self, mixtures: list[Mixture], log_p: Tensor, valid_nll: float) -> Replacement:
         gain = float((log_p - self.base_log_p).mean())
         knn_gain = float((self._knn_log_p - self.base_log_p).mean())
         return Replacement(
@@ -148,6 +159,7 @@ class Yardstick:
             share=gain / knn_gain if knn_gain else math.nan,
             share_interval=self._share_interval(log_p),
             paper_share=self._paper_share(mixtures),
+            valid_nll=valid_nll,
         )
 
     def _share_interval(self, log_p: Tensor) -> Interval:

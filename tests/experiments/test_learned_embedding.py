@@ -48,6 +48,8 @@ def test_a_share_is_the_ratio_of_gains(tiny_lab):
 
     none = yardstick.measure([nothing, nothing])
     assert none.gain == pytest.approx(0, abs=1e-12) == none.share
+    assert none.valid_nll == pytest.approx(-float(tiny_lab.split("valid").log_p_lm.mean()))
+    assert yardstick.knn.valid_nll < none.valid_nll
     assert none.row(component="x")["recovers"].startswith("0 %")
 
     # p_lm^(1/2) gives every target more: alone, its gain is half of the loss of the base.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from knnext.bootstrap import Interval
+from knnext.experiments import mixture_of_softmaxes
 from knnext.experiments.figures import new_figure
-from knnext.experiments.mixture_of_softmaxes import MixtureOfSoftmaxes, plot, variants
+from knnext.experiments.mixture_of_softmaxes import MixtureOfSoftmaxes, Variant, plot, variants
+from knnext.experiments.recovery import Replacement
 from knnext.experiments.run import run_experiment
 from knnext.experiments.training import Examples, Schedule, log_p, train
 
@@ -60,6 +64,19 @@ def test_two_softmaxes_say_what_one_cannot():
         losses.append(-float(log_p(module, examples).mean()))
     one, two = math.log(3) / 3, math.log(2) / 3  # a third of the states are 0
     assert losses[0] == pytest.approx(one, abs=0.03) and losses[1] == pytest.approx(two, abs=0.03)
+
+
+def test_the_best_variant_is_chosen_without_the_test_split():
+    spread = Interval(0.1, 0.2, 0.95)
+
+    def replacement(gain, valid_nll):
+        return Replacement([], torch.zeros(1), gain, spread, gain, spread, gain, valid_nll)
+
+    lucky, good = (Variant("att", k, False) for k in (1, 2))
+    found = [(lucky, replacement(0.9, 3.0)), (good, replacement(0.5, 2.0))]
+    yardstick = SimpleNamespace(knn=None, difference=lambda _better, _worse: spread)
+    said = mixture_of_softmaxes._verdict(found, yardstick, "")
+    assert said["headline"].startswith("at best 50 %") and "k = 2" in said["words"]
 
 
 def test_it_runs_and_what_it_says_is_consistent(tiny_lab):
