@@ -90,13 +90,13 @@ __device__ __forceinline__ void wgmma_wait(float (&sums)[count] KNNEXT_PLACE) {
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, "                                             \
   "%120, %121, %122, %123, %124, %125, %126, %127"
-#define KNNEXT_WGMMA(n, count, type, a_at, b_at, add_at)                                  \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #add_at                           \
-               ", 0;\n"                                                                   \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type            \
-               " {" KNNEXT_NAMES_##count "}, %" #a_at ", %" #b_at ", add, 1, 1, 0, 0;\n}" \
-               : KNNEXT_SUMS_##count(0)                                                   \
-               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))                        \
+#define KNNEXT_WGMMA(n, count, type, a_at, b_at, add_at)                                   \
+  asm volatile("{\n.reg .pred onto;\nsetp.ne.b32 onto, %" #add_at                          \
+               ", 0;\n"                                                                    \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type             \
+               " {" KNNEXT_NAMES_##count "}, %" #a_at ", %" #b_at ", onto, 1, 1, 0, 0;\n}" \
+               : KNNEXT_SUMS_##count(0)                                                    \
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))                         \
                : "memory")
 #define KNNEXT_WGMMA_OF(n, count, a_at, b_at, add_at)     \
   if constexpr (columns == n) {                           \
