@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,10 @@ class Correlation:
     interval: Interval
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.interval.low:.2f}, {self.interval.high:.2f}]"
+        low, high = self.interval.low, self.interval.high
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return f"{self.value:.2f}"
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def pearson(

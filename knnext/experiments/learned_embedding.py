@@ -111,12 +111,12 @@ def judge(att: Replacement, knn: Replacement) -> Agreement:
     """Agrees where the share is 55 % give or take 15 points, in part where it is another part of
     the gain (its interval above 0 and below 1), disagrees where it is nothing or everything.
 
-    Undecided where the kNN-LM has no gain to share.
+    Undecided where the kNN-LM has no gain to share, or where about 55 % may as well be nothing.
     """
     if not knn.interval.low > 0:
         return "undecided"
     if abs(att.share - CLAIMED) <= ABOUT:
-        return "agrees"
+        return "agrees" if att.share_interval.low > 0 else "undecided"
     inside = att.share_interval.low > 0 and att.share_interval.high < 1
     return "agrees in part" if inside else "disagrees"
 

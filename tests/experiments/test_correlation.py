@@ -26,6 +26,12 @@ def test_pearson_is_numpys_and_lies_in_its_interval() -> None:
     assert found.interval.high - found.interval.low < 0.25
 
 
+def test_one_document_has_no_interval() -> None:
+    x = draw(1)
+    assert str(pearson(x, x, torch.zeros(400, dtype=torch.int64))) == "1.00"
+    assert str(pearson(x, x, DOCUMENTS)) == "1.00 [1.00, 1.00]"
+
+
 def test_a_line_correlates_fully_and_a_constant_not_at_all() -> None:
     x = draw(1)
     assert pearson(x, -3 * x + 1, DOCUMENTS).value == pytest.approx(-1)

@@ -24,6 +24,7 @@ def replacement(share, low, high, gain_low=0.1):
     [
         (0.55, 0.4, 0.7, "agrees"),
         (0.41, 0.3, 0.5, "agrees"),
+        (0.5, -0.1, 1.1, "undecided"),
         (0.25, 0.1, 0.4, "agrees in part"),
         (0.85, 0.7, 0.97, "agrees in part"),
         (0.85, 0.7, 1.1, "disagrees"),
