@@ -119,7 +119,8 @@ class Lab:
         corpus, model = self.preset.corpus, self.preset.model
         named = {"corpus files": "" if corpus == "stdlib" else corpus, "model files": model or ""}
         paths = {name: Path(given).expanduser() for name, given in named.items() if given}
-        return {name: files_key(path) for name, path in paths.items() if path.exists()}
+        found = {name: path for name, path in paths.items() if path.exists()}
+        return {name: files_key(path, self.folder) for name, path in found.items()}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -502,11 +503,20 @@ class Lab:
         self.say(f"    {format_duration(spent)}")
 
 
-def files_key(path: str | Path) -> str:
-    """Stands for a file, or for all files of a folder: their names, sizes and times of change."""
-    start = Path(path)
+def files_key(path: str | Path, without: str | Path | None = None) -> str:
+    """Stands for a file, or for the files of a folder: their names, sizes and times of change.
+
+    Hidden ones are left out, as from a corpus, and those below `without` (results may be written
+    into the folder that is read).
+    """
+    start, apart = Path(path).resolve(), None if without is None else Path(without).resolve()
     files = [start] if start.is_file() else sorted(p for p in start.rglob("*") if p.is_file())
-    seen = [[str(p.relative_to(start)), (s := p.stat()).st_size, s.st_mtime_ns] for p in files]
+    seen = []
+    for file in files:
+        name, stat = file.relative_to(start), file.stat()
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not hidden and (apart is None or apart not in file.parents):
+            seen.append([str(name), stat.st_size, stat.st_mtime_ns])
     return settings_key({"files": seen})
 
 

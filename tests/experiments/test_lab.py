@@ -105,9 +105,14 @@ def test_text_of_changed_files_is_not_that_of_the_cache(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"{name} words")
     lab = Lab(TINY.with_options(corpus=str(tmp_path)), tmp_path / "lab")
     before = lab._text_settings
-    assert before["corpus files"] == files_key(tmp_path)
+    assert before["corpus files"] == files_key(tmp_path) == files_key(tmp_path, lab.folder)
     (tmp_path / "valid.txt").write_text("other words")
-    assert Lab(lab.preset, lab.folder)._text_settings != before
+    after = Lab(lab.preset, lab.folder)._text_settings
+    assert after != before
+    lab.folder.mkdir()
+    (lab.folder / "report.md").write_text("a result, in the corpus' own folder")
+    (tmp_path / ".hidden").write_text("")
+    assert Lab(lab.preset, lab.folder)._text_settings == after
     assert "corpus files" not in Lab(TINY, lab.folder)._text_settings  # stdlib is no path
 
 
