@@ -504,19 +504,21 @@ class Lab:
 
 
 def files_key(path: str | Path, without: str | Path | None = None) -> str:
-    """Stands for a file, or for the files of a folder: their names, sizes and times of change.
+    """Stands for a file, or for the files of a folder: their names, sizes and checksums.
 
     Hidden ones are left out, as from a corpus, and those below `without` (results may be written
     into the folder that is read).
     """
+    from knnext.index.sidecar import file_crc32
+
     start, apart = Path(path).resolve(), None if without is None else Path(without).resolve()
     files = [start] if start.is_file() else sorted(p for p in start.rglob("*") if p.is_file())
     seen = []
     for file in files:
-        name, stat = file.relative_to(start), file.stat()
+        name = file.relative_to(start)
         hidden = any(part.startswith(".") for part in name.parts)
         if not hidden and (apart is None or apart not in file.parents):
-            seen.append([str(name), stat.st_size, stat.st_mtime_ns])
+            seen.append([str(name), file.stat().st_size, file_crc32(file)])
     return settings_key({"files": seen})
 
 

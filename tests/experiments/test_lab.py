@@ -106,7 +106,9 @@ def test_text_of_changed_files_is_not_that_of_the_cache(tmp_path):
     lab = Lab(TINY.with_options(corpus=str(tmp_path)), tmp_path / "lab")
     before = lab._text_settings
     assert before["corpus files"] == files_key(tmp_path) == files_key(tmp_path, lab.folder)
-    (tmp_path / "valid.txt").write_text("other words")
+    (tmp_path / "valid.txt").write_text("valid words")  # written again, and the same
+    assert Lab(lab.preset, lab.folder)._text_settings == before
+    (tmp_path / "valid.txt").write_text("valid wards")
     after = Lab(lab.preset, lab.folder)._text_settings
     assert after != before
     lab.folder.mkdir()
