@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from knnext.index import FaissIndex
 
 EVALUATED = ("valid", "test")
+_LINEAR_TOLERANCE = 0.05  # nats; models in half precision differ by a hundredth
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,24 @@ class Lab:
         return self.split("valid", lm), self.split("test", lm)
 
     def lm_logits(self, split: str, lm: LM | None = None) -> Tensor:
-        """(n, V) float32 logits of the LM, from its `"ffn"` states and output layer."""
+        """(n, V) float32 logits of the LM, from its `"ffn"` states and output layer; see
+        `check_output_layer`."""
         lm = lm or self.lm()
-        logits = self.states(split, "ffn", lm).keys @ lm.output_embedding.T
-        return logits if lm.output_bias is None else logits + lm.output_bias
+        self.check_output_layer(lm)
+        return _logits(self.states(split, "ffn", lm).keys, lm)
+
+    def check_output_layer(self, lm: LM | None = None) -> None:
+        """ValueError where the LM's logits are not W h + b: where it scales or caps them."""
+        lm = lm or self.lm()
+        states, head = self.states("valid", "ffn", lm), slice(0, 256)
+        log_p = _logits(states.keys[head], lm).log_softmax(1)
+        found = log_p.gather(1, states.targets[head, None]).squeeze(1).double()
+        worst = float((found - self.split("valid", lm).log_p_lm[head]).abs().max())
+        if worst > _LINEAR_TOLERANCE:
+            raise ValueError(
+                f"{type(lm.model).__name__} does more with its logits than W h + b (log p differs "
+                f"by up to {worst:.2g}), so experiments that need them cannot run on it"
+            )
 
     def _state_arrays(self, split: str, key_layer: str, lm: LM) -> dict[str, Tensor]:
         if split not in EVALUATED:
@@ -520,6 +535,11 @@ def files_key(path: str | Path, without: str | Path | None = None) -> str:
         if not hidden and (apart is None or apart not in file.parents):
             seen.append([str(name), file.stat().st_size, file_crc32(file)])
     return settings_key({"files": seen})
+
+
+def _logits(states: Tensor, lm: LM) -> Tensor:
+    logits = states @ lm.output_embedding.T
+    return logits if lm.output_bias is None else logits + lm.output_bias
 
 
 def _save_text(path: Path, text: TokenizedDocuments) -> None:

@@ -15,6 +15,7 @@ from knnext.experiments.recovery import (
     Replacement,
     Yardstick,
     convergence,
+    settled,
     share_text,
     still_falling,
 )
@@ -88,7 +89,7 @@ def run(lab: Lab) -> Findings:
     against = percent_interval(att.gain - ffn.gain, spread.low, spread.high)
     return Findings(
         rows=rows,
-        agreement=judge(att, yardstick.knn),
+        agreement=settled(judge(att, yardstick.knn), trainings),
         words=f"Mixed with the LM, the trained matrix on att recovers "
         f"{share_text(att.share, att.share_interval)} of the kNN-LM's gain in log perplexity "
         f"(by perplexity per word, tuned on test: {100 * att.paper_share:.0f} %), on ffn "

@@ -21,6 +21,7 @@ from knnext.experiments.recovery import (
     Replacement,
     Yardstick,
     convergence,
+    settled,
     share_text,
     still_falling,
 )
@@ -104,7 +105,7 @@ def run(lab: Lab) -> Findings:
     trainings = {"logit sum": convergence(runs), "V x D": convergence(rivals)}
     return Findings(
         rows=[one.row(system=name) for name, one in shown.items()],
-        agreement=holds(yardstick.difference(yardstick.knn, mixed)),
+        agreement=settled(holds(yardstick.difference(yardstick.knn, mixed)), trainings),
         words=_words(yardstick, alone, mixed, probabilities) + still_falling(trainings),
         headline=share_text(mixed.share, mixed.share_interval) + " recovered",
         series={

@@ -8,7 +8,7 @@ One component (k = 1) is the control: what a linear layer gives without any mixi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from knnext.experiments.recovery import (
     Replacement,
     Yardstick,
     convergence,
+    settled,
     share_text,
     still_falling,
 )
@@ -175,14 +176,16 @@ def run(lab: Lab) -> Findings:
     rows.append({name: knn.get(name) for name in rows[0]})
     return Findings(
         rows=rows,
-        **_verdict(found, yardstick, still_falling(trainings)),
+        **_verdict(found, yardstick, trainings),
         series=_series(found, yardstick),
         details=details,
     )
 
 
 def _verdict(
-    found: Sequence[tuple[Variant, Replacement]], yardstick: Yardstick, unsettled: str
+    found: Sequence[tuple[Variant, Replacement]],
+    yardstick: Yardstick,
+    trainings: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Agrees where the kNN-LM is better than the variant that is best on valid, beyond its
     interval."""
@@ -193,10 +196,10 @@ def _verdict(
     gained = percent_interval(best.gain - control.gain, mixing.low, mixing.high)
     text = share_text(best.share, best.share_interval)
     return {
-        "agreement": holds(yardstick.difference(yardstick.knn, best)),
+        "agreement": settled(holds(yardstick.difference(yardstick.knn, best)), trainings),
         "words": f"The best variant on valid ({variant.series}, k = {variant.components}) recovers "
         f"{text} of the kNN-LM's gain; against k = {min(same)} of the same kind its softmaxes "
-        f"change perplexity by {gained}." + unsettled,
+        f"change perplexity by {gained}." + still_falling(trainings),
         "headline": f"at best {text} recovered",
     }
 

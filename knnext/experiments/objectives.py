@@ -27,6 +27,7 @@ from knnext.experiments.recovery import (
     Replacement,
     Yardstick,
     convergence,
+    settled,
     share_text,
     still_falling,
 )
@@ -179,7 +180,7 @@ def run(lab: Lab) -> Findings:
     rows.append({name: knn.get(name) for name in rows[0]})
     return Findings(
         rows=rows,
-        agreement=judge(yardstick, found),
+        agreement=settled(judge(yardstick, found), trainings),
         **_words(yardstick, found, objectives, still_falling(trainings)),
         series={
             "labels": [f"{name}, {layer}, n = {n}" for layer, n, name in found],

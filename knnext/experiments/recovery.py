@@ -29,7 +29,7 @@ from knnext.experiments.mixture import (
     report,
     seed_interval,
 )
-from knnext.experiments.results import percent_interval
+from knnext.experiments.results import Agreement, percent_interval
 from knnext.experiments.training import Trained
 from knnext.perplexity import bootstrap_nll
 from knnext.scores import mix_log_probs
@@ -195,6 +195,15 @@ def still_falling(trainings: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     which = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(trainings)} trainings"
     return f" Not settled (the valid loss fell by 0.02 nats or more in the second half): {which}."
+
+
+def settled(agreement: Agreement, trainings: Mapping[str, Mapping[str, Any]]) -> Agreement:
+    """The verdict, where what it rests on had settled; else `"agrees"` becomes `"agrees in part"`.
+
+    That something trained stays behind the datastore also comes true by stopping early.
+    """
+    short = not all(one["converged"] for one in trainings.values())
+    return "agrees in part" if agreement == "agrees" and short else agreement
 
 
 def share_text(share: float, interval: Interval) -> str:

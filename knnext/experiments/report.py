@@ -196,7 +196,8 @@ def _facts(result: Result) -> str:
     preset, machine = result["preset"], result["machine"]
     model = preset["model"] or (
         f"GPT-2 of {preset['train']['num_layers']} layers, dim {preset['train']['dim']}, "
-        f"{preset['train_steps']:,} steps"
+        f"{preset['train_steps']:,} steps of "
+        f"{preset['train']['batch_size'] * preset['train']['block_size']:,} tokens"
     )
     entries = {
         "preset": preset["name"],

@@ -76,6 +76,7 @@ def train_log_p_lm(lab: Lab, lm: LM | None = None) -> Tensor:
     store = lab.store("ffn", lm=lm)
 
     def make(folder: Path) -> None:
+        lab.check_output_layer(lm)
         weight, bias = lm.output_embedding.to(lab.device), lm.output_bias
         bias = None if bias is None else bias.to(lab.device)
         examples, parts = layer_examples(lab, "ffn", lm=lm)("train"), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,15 @@ def test_text_of_changed_files_is_not_that_of_the_cache(tmp_path):
     (tmp_path / ".hidden").write_text("")
     assert Lab(lab.preset, lab.folder)._text_settings == after
     assert "corpus files" not in Lab(TINY, lab.folder)._text_settings  # stdlib is no path
+
+
+def test_a_model_that_scales_its_logits_is_refused(tiny_lab):
+    lm = tiny_lab.lm()
+    tiny_lab.check_output_layer(lm)
+    scaled = copy.deepcopy(lm.model)
+    scaled.lm_head.weight = torch.nn.Parameter(2 * scaled.lm_head.weight)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel does more .* than W h \+ b"):
+        tiny_lab.lm_logits("test", replace(lm, model=scaled))
 
 
 @pytest.mark.parametrize(

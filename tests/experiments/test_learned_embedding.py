@@ -10,7 +10,13 @@ import torch
 from knnext.bootstrap import Interval
 from knnext.experiments.figures import new_figure
 from knnext.experiments.learned_embedding import judge, plot
-from knnext.experiments.recovery import Replacement, Yardstick, share_text, still_falling
+from knnext.experiments.recovery import (
+    Replacement,
+    Yardstick,
+    settled,
+    share_text,
+    still_falling,
+)
 from knnext.experiments.run import run_experiment
 
 
@@ -104,3 +110,17 @@ def test_it_runs_and_what_it_says_is_consistent(tiny_lab):
     figure, axes = new_figure()
     plot(result, axes)
     assert len(axes.patches) == 3 and figure is axes.figure
+
+
+@pytest.mark.parametrize(
+    ("given", "converged", "wanted"),
+    [
+        ("agrees", True, "agrees"),
+        ("agrees", False, "agrees in part"),
+        ("disagrees", False, "disagrees"),
+        ("undecided", False, "undecided"),
+    ],
+)
+def test_no_verdict_rests_on_training_that_had_not_settled(given, converged, wanted):
+    trainings = {"a": {"converged": True}, "b": {"converged": converged}}
+    assert settled(given, trainings) == wanted

@@ -75,7 +75,7 @@ def test_the_best_variant_is_chosen_without_the_test_split():
     lucky, good = (Variant("att", k, False) for k in (1, 2))
     found = [(lucky, replacement(0.9, 3.0)), (good, replacement(0.5, 2.0))]
     yardstick = SimpleNamespace(knn=None, difference=lambda _better, _worse: spread)
-    said = mixture_of_softmaxes._verdict(found, yardstick, "")
+    said = mixture_of_softmaxes._verdict(found, yardstick, {})
     assert said["headline"].startswith("at best 50 %") and "k = 2" in said["words"]
 
 
