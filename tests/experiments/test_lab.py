@@ -100,7 +100,7 @@ def test_a_given_model_is_used_as_it_is(tiny_lab, tmp_path):
 
 
 def test_text_of_changed_files_is_not_that_of_the_cache(tmp_path):
-    from knnext.experiments.lab import files_key
+    from knnext.experiments.texts import files_key
 
     for name in ("train", "valid", "test"):
         (tmp_path / f"{name}.txt").write_text(f"{name} words")
