@@ -28,6 +28,7 @@ SOURCES = {
     "recalled": "recalled, unverified",
 }
 _SHORT = {"code": "", "digest": " (digest)", "recalled": " (recalled, unverified)"}
+_PLURAL = {"agrees": "agree", "agrees in part": "agree in part", "disagrees": "disagree"}
 _MOST_FIGURES = 2  # of the paper in the first table
 _CLASSES = {"agrees": "yes", "agrees in part": "part", "disagrees": "no", "undecided": "open"}
 
@@ -89,7 +90,7 @@ def render(results: Mapping[str, Result], folder: Path, missing: Sequence[str] =
     style += files("knnext.experiments").joinpath("report.css").read_text(encoding="utf-8")
     first = next(iter(results.values()))
     counts = {a: sum(r["agreement"] == a for r in results.values()) for a in _CLASSES}
-    tally = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    tally = ", ".join(f"{count} {_PLURAL.get(a, a)}" for a, count in counts.items() if count)
     preset = first["preset"]
     lead = (
         f"{len(results)} experiments on {preset['corpus']}, preset {preset['name']}: {tally}. "
