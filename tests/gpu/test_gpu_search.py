@@ -7,16 +7,14 @@ KNNEXT_FUZZ_SECONDS (default 20) bounds the fuzz.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from search_on_gpu import assert_exact, failed_queries, gaussian, integers
 
 import knnext
 from knnext import reference
@@ -39,28 +37,6 @@ def _needs_the_kernel() -> None:
     from knnext.ops._library import cuda_symbols
 
     assert "knn_search" in cuda_symbols(), "the CUDA library does not carry knn_search"
-
-
-def integers(*size: int, dtype: torch.dtype = torch.float16, high: int = 4) -> Tensor:
-    return torch.randint(-high, high + 1, size, device="cuda").to(dtype)
-
-
-def gaussian(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.randn(size, device="cuda").to(dtype)
-
-
-def assert_exact(queries: Tensor, keys: Tensor, k: int, metric: str = "l2", **kwargs: Any) -> None:
-    got = knnext.knn_search(queries, keys, k, metric, **kwargs)
-    want = reference.knn_search(queries, keys, k, metric, compute_dtype=torch.float64, **kwargs)
-    assert_equal_results(got, want)
-
-
-def failed_queries() -> int:
-    library = Path(knnext.__file__).parent / "lib/libknnext_cuda.so"
-    count = ctypes.CDLL(str(library)).knnext_failed_queries
-    count.restype = ctypes.c_ulonglong
-    torch.cuda.synchronize()
-    return count()
 
 
 # Shapes
