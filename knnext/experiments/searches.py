@@ -53,7 +53,7 @@ def search(
         if setting.mask == "exact":
             distances, rows = exact.search(batch, k)
             if setting.score == "faiss" and index is not None:
-                distances, rows = faiss_scores(index, batch, rows, nprobe)
+                distances, rows = faiss_scores(index, batch, rows)
         else:
             assert index is not None
             real = setting.score == "real"
@@ -63,14 +63,11 @@ def search(
     return distances, rows
 
 
-def faiss_scores(
-    index: FaissIndex, queries: Tensor, rows: Tensor, nprobe: int
-) -> tuple[Tensor, Tensor]:
+def faiss_scores(index: FaissIndex, queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The distances that the index's codes give to chosen rows, and the rows in their order.
 
     A code's distance is the distance to the vector that it decodes to, so the rows are decoded.
     """
-    del nprobe  # every row has one code, whatever lists a search would visit
     queries = queries.to(index.datastore.dtype).float()
     step = max(1, _GATHER_BYTES // (rows.shape[1] * index.datastore.dim * 4))
     found = torch.full(rows.shape, float("inf"))

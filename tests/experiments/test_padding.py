@@ -162,5 +162,15 @@ def test_the_figure_draws(result, tiny_lab):
     figure, axes = new_figure()
     padding.plot(result, axes)
     assert len(figure.axes) == 4
-    assert result["agreement"] in ("agrees", "agrees in part", "disagrees", "undecided")
     assert all(math.isfinite(r["perplexity"]) for r in result["rows"])
+
+
+def test_the_verdict_is_the_one_of_the_intervals_without_rows(result, tiny_lab):
+    nprobe = tiny_lab.preset.nprobe
+    main = [c["without"] for c in result["series"]["contrasts"] if c["nprobe"] == nprobe]
+    assert len(main) == 4
+    better, worse = sum(c["low"] > 0 for c in main), sum(c["high"] < 0 for c in main)
+    wanted = "disagrees" if worse else "undecided"
+    if better:
+        wanted = "agrees" if better == len(main) else "agrees in part"
+    assert result["agreement"] == wanted

@@ -84,7 +84,7 @@ def test_padding_of_a_search_that_finds_too_few(store, index, queries):
 def test_scores_of_missing_rows_stay_missing(index, queries):
     rows = torch.arange(30 * 4).reshape(30, 4)
     rows[:, 1] = -1
-    distances, ordered = faiss_scores(index, queries, rows, 1)
+    distances, ordered = faiss_scores(index, queries, rows)
     assert (ordered[:, -1] == -1).all()
     assert distances[:, -1].isinf().all()
     assert distances[:, :-1].isfinite().all()
