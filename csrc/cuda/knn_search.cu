@@ -57,8 +57,6 @@ std::tuple<Tensor, Tensor> knn_search_cuda(const Tensor& queries, const Tensor& 
                                              init_distances, init_indices);
   check_max_k("knn_search", k);
   const OnDevice device(queries);
-  // This library's own CUDA runtime has its own idea of the current device.
-  check_cuda(cudaSetDevice(queries.get_device_index()), "device");
   const Rows q(queries), x(keys);
   const auto whole = [](const std::optional<Tensor>& t) {
     return t ? std::optional<Tensor>(as_contiguous(*t)) : std::nullopt;
