@@ -139,9 +139,9 @@ class NinjaFile:
 
     def _rules(self) -> None:
         torch = self.torch
-        include = " ".join(f"-isystem {p}" for p in torch.includes) + f" -I{CSRC}"
+        include = " ".join(f"-isystem {p}" for p in torch.includes)
         link = f"-L{torch.root / 'lib'} -ltorch_cpu -lc10"
-        common = f"-std=c++20 {optimization()} -DTORCH_TARGET_VERSION={TARGET} {include}"
+        common = f"-std=c++20 {optimization()} -I{CSRC}"
         cxx = os.environ.get("CXX", "g++")
         self.lines += [
             "ninja_required_version = 1.5",
@@ -156,6 +156,7 @@ class NinjaFile:
             "rule link",
             f"  command = {cxx} -shared -o $out $in $libs",
             "  description = LINK $out",
+            f"torch_flags = -DTORCH_TARGET_VERSION={TARGET} {include}",
             f"torch_libs = {link}",
         ]
         if self.cuda:
@@ -174,7 +175,7 @@ class NinjaFile:
                 "  description = LINK $out",
             ]
 
-    def library(self, output: Path, sources: list[Path], libs: str, flags: str = "") -> None:
+    def library(self, output: Path, sources: list[Path], flags: str, libs: str = "") -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = self.build / output.name.split(".")[0]
         objects = []
@@ -225,11 +226,13 @@ def add_host_module(ninja: NinjaFile, torch: Torch, cuda: Cuda | None, version: 
     }
     flags = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
     flags += f" {hopper_flag(cuda)}"
+    # None of torch's headers: with them comes a pybind11 of torch's own, which some versions refuse
+    # to compile for the stable ABI.
     python = sysconfig.get_paths()["include"]
     flags += f" -isystem {pybind11.get_include()} -isystem {python}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     ours = [*sources("host/*.cpp"), *sources("plan*.cpp"), CSRC / "cpu/isa.cpp"]
-    ninja.library(ninja.package / f"_host{suffix}", ours, "", flags)
+    ninja.library(ninja.package / f"_host{suffix}", ours, flags)
 
 
 class Build(build_ext):
@@ -244,14 +247,15 @@ class Build(build_ext):
         ninja = NinjaFile(torch, cuda, build, package)
         shared = [CSRC / "checks.cpp"]
         ops = [CSRC / "library.cpp", *shared, *sources("plan*.cpp"), *sources("cpu/*.cpp")]
-        ninja.library(package / "lib/libknnext_cpu.so", ops, "$torch_libs")
+        ninja.library(package / "lib/libknnext_cpu.so", ops, "$torch_flags", "$torch_libs")
         cuda_library = package / "lib/libknnext_cuda.so"
         if cuda:
             # The plan of a CPU search asks for the vector path.
             plan = [*sources("plan*.cpp"), CSRC / "cpu/isa.cpp"]
             kernels = [source for source in sources("cuda/*.cu") if cuda.gencode(source)]
             ours = [*shared, *plan, *kernels]
-            ninja.library(cuda_library, ours, "$torch_libs -ldl", hopper_flag(cuda))
+            flags = f"$torch_flags {hopper_flag(cuda)}"
+            ninja.library(cuda_library, ours, flags, "$torch_libs -ldl")
         else:
             cuda_library.unlink(missing_ok=True)  # of an earlier build: it would be loaded
         add_host_module(ninja, torch, cuda, self.distribution.get_version())

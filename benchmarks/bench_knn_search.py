@@ -60,7 +60,11 @@ IMPLEMENTATIONS = {
     "faiss_knn_gpu_bfloat16": _faiss_gpu(faiss_search.knn_gpu(BRAIN)),
     "faiss_knn_gpu_float32": _faiss_gpu(faiss_search.knn_gpu(SINGLE)),
     "faiss_ivfpq": Implementation(
-        faiss_search.ivfpq, exact=False, own_memory=True, when=lambda shape: shape.approximate
+        faiss_search.ivfpq,
+        exact=False,
+        own_memory=True,
+        late=True,
+        when=lambda shape: shape.approximate,
     ),
 }
 

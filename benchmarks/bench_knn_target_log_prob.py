@@ -55,7 +55,7 @@ IMPLEMENTATIONS = {
     "knnext": Implementation(fused, capturable=True),
     "torch_whole_row": Implementation(whole_row_eager, capturable=True),
     "torch_masked": Implementation(matching_eager, capturable=True),
-    "compiled_masked": Implementation(matching_compiled, capturable=True),
+    "compiled_masked": Implementation(matching_compiled, capturable=True, late=True),
 }
 
 

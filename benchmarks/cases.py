@@ -25,6 +25,7 @@ class Implementation:
     exact: the result is held to float64; if not, only its recall is reported.
     capturable: only enqueues work, so a CUDA graph can hold it.
     own_memory: allocates past torch, so that its memory is read from the device.
+    late: is compiled or built for each shape anew, for seconds: on a GPU it comes at the end.
     when: the shapes that it is measured at.
     """
 
@@ -32,6 +33,7 @@ class Implementation:
     exact: bool = True
     capturable: bool = False
     own_memory: bool = False
+    late: bool = False
     devices: tuple[str, ...] = DEVICES
     when: Callable[[Any], bool] = lambda shape: True
 

@@ -26,6 +26,7 @@ import torch
 from cases import ESSENTIAL, available_devices, cases
 from gpu_timing import gpu_clock
 from measure import Measure, kernels, versions
+from report_targets import names_shape
 
 _START = time.monotonic()
 
@@ -45,8 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available():
         # Not the default stream: libraries take its handle, zero, for "none given".
         torch.cuda.set_stream(torch.cuda.Stream())
-    elif os.environ.get("KNNEXT_REQUIRE_GPU") == "1":
-        raise pytest.UsageError("KNNEXT_REQUIRE_GPU=1, and torch sees no CUDA device")
+    elif int(os.environ.get("KNNEXT_REQUIRE_GPU") or 0) > 0:
+        raise pytest.UsageError("KNNEXT_REQUIRE_GPU is set, and torch sees no CUDA device")
 
 
 def pytest_report_header() -> str:
@@ -72,9 +73,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("shape, device, implementation", chosen, ids=ids)
 
 
+def _urgency(item: pytest.Item) -> tuple[bool, ...]:
+    """Ascending: a run that is cut short has what the targets ask for, the search first."""
+    op = Path(str(item.path)).stem.removeprefix("bench_")
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if params.get("device") != "cuda" or "implementation" not in params:
+        return False, False, op != "knn_search"
+    late = item.module.IMPLEMENTATIONS[params["implementation"]].late  # type: ignore[attr-defined]
+    return late, not names_shape(op, params["shape"]), op != "knn_search"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # A run that is cut short has the search's rows.
-    items.sort(key=lambda item: "bench_knn_search" not in item.nodeid)
+    items.sort(key=_urgency)
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("device") == "cuda":

@@ -3,13 +3,20 @@
 #
 #     benchmarks/gpu_run.sh [FOLDER]      # logs and JSON go there; default $OUT, else benchmarks/out/gpu
 #
-# In this order: build for the GPU at hand, the tests marked gpu, once more with Hopper's own kernels,
-# compute-sanitizer over a short list, limits and rivals, Hopper's kernels, the report. Each step is
-# bounded in time, and all of them by the run's; a failing one is reported at the end, in summary.txt
-# and by the exit status, and does not stop the rest.
+# In this order: build for the GPU at hand; then side by side, since none of them looks at the clock,
+# the tests marked gpu, the same once more with Hopper's own kernels, compute-sanitizer over a short
+# list, and real keys made; then limits and rivals, Hopper's kernels, the report. Each step is bounded
+# in time, and all of them by the run's; a failing one is reported at the end, in summary.txt and by
+# the exit status, and does not stop the rest.
 #
 #   PYTHON=python3      the interpreter
 #   MINUTES=9           stretches or shortens all limits alike
+#   STEPS="a b"         these steps alone, each with all the time that is left. In their order:
+#                       machine build tests tests_sm90 memcheck racecheck initcheck memcheck_sm90
+#                       real_keys bench bench_sm90 report, and two that else are left out:
+#                       kernels kernels_null (NULL_EPILOGUE=1) and profile (Nsight Compute)
+#   ARCHIVE=1           leave few files: summary.txt, the JSON, README.md, and everything again in
+#                       results.tar.gz, which is renewed after every step
 #   FAISS_GPU=.gpu      a folder with FAISS for GPUs: faiss-gpu.tar.xz, or that unpacked. It holds
 #                       activate.sh, which is sourced for the benchmarks and sets PYTHONPATH
 #   DATASTORE=FOLDER    real keys; otherwise some are made, if transformers is installed
@@ -17,19 +24,46 @@
 set -u
 cd "$(dirname "$0")/.." || exit 2
 root=$PWD
-out=${1:-${OUT:-benchmarks/out/gpu}}
+final=${1:-${OUT:-benchmarks/out/gpu}}
 python=${PYTHON:-python3}
 minutes=${MINUTES:-9}
+steps=${STEPS:-}
 faiss=${FAISS_GPU:-.gpu}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
+mkdir -p "$final"
+final=$(cd "$final" && pwd)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+out=$final
+[ "${ARCHIVE:-0}" = 1 ] && out=$scratch/out && mkdir "$out"
 : >"$out/summary.txt"
-failures=0
 deadline=$((SECONDS + minutes * 60))
 export PYTHONUNBUFFERED=1 KNNEXT_REQUIRE_GPU=1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
+for name in $steps; do
+  case " machine build tests tests_sm90 memcheck racecheck initcheck memcheck_sm90 real_keys bench \
+bench_sm90 report kernels kernels_null profile " in *" $name "*) ;; *)
+    echo "gpu_run.sh: STEPS names $name, which is none of its steps" >&2
+    exit 2
+    ;;
+  esac
+done
+
 say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
+
+wanted() { [ -z "$steps" ] || [[ " $steps " = *" $1 "* ]]; }
+asked() { [[ " $steps " = *" $1 "* ]]; }
+
+# Puts what there is where it outlives this script, however that ends.
+publish() {
+  [ "$out" = "$final" ] && return
+  (
+    flock 9
+    tar czf "$scratch/results.tar.gz" -C "$out" . 2>/dev/null
+    cp "$scratch/results.tar.gz" "$out/summary.txt" "$final"
+    for file in "$out"/*.json "$out/README.md"; do [ -f "$file" ] && cp "$file" "$final"; done
+  ) 9>"$scratch/lock"
+}
 
 # step NAME SECONDS RESERVED COMMAND...: at most SECONDS of a nine-minute run, and so that RESERVED
 # seconds stay for the steps behind it. SIGINT lets pytest write what it has measured.
@@ -37,22 +71,29 @@ step() {
   local name=$1 limit=$(($2 * minutes / 9)) left=$((deadline - SECONDS - $3 * minutes / 9))
   local start=$SECONDS status=0 verdict=ok
   shift 3
+  wanted "$name" || return
+  [ -n "$steps" ] && left=$((deadline - SECONDS)) && limit=$left
   if [ "$left" -lt 5 ]; then
     say "$(printf '%-14s %-20s' "$name" "NO TIME LEFT")"
-    failures=$((failures + 1))
     return
   fi
   [ "$limit" -gt "$left" ] && limit=$left
   [ "$limit" -lt 1 ] && limit=1
-  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  # Bash lets what runs in its background ignore SIGINT.
+  timeout --signal=INT --kill-after=10 "$limit" env --default-signal=INT "$@" \
+    >"$out/$name.log" 2>&1 || status=$?
   if [ "$status" -ne 0 ]; then
     verdict="FAILED ($status)"
     [ $((SECONDS - start)) -ge "$limit" ] && verdict="OUT OF TIME (${limit}s)"
-    failures=$((failures + 1))
   fi
   say "$(printf '%-14s %-20s %4ds  %s' "$name" "$verdict" $((SECONDS - start)) \
     "$(grep -aE '(passed|failed|error|skipped|ERROR SUMMARY)' "$out/$name.log" | tail -n 1 | cut -c1-120)")"
+  publish
 }
+
+# Beside others where there are processors for that.
+processors=$(nproc)
+beside() { if [ "$processors" -ge 8 ]; then step "$@" & else step "$@"; fi; }
 
 machine() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv
@@ -79,15 +120,20 @@ capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/nul
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability:-8.0}}
 
 gpu_tests() {
-  "$python" -m pytest -q -m gpu -p no:cacheprovider --timeout=120 --junitxml="$out/$1.xml" "${@:2}"
+  local workers=() each=$((processors / 3))
+  [ "$each" -ge 2 ] && "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$each" --dist worksteal)
+  "$python" -m pytest -q -m gpu -p no:cacheprovider --timeout=120 --junitxml="$out/$1.xml" \
+    "${workers[@]}" tests/gpu "${@:2}"
 }
 
 sanitize() {
+  # Filters see mangled names. What other kernels write must count as written, so initcheck sees all.
+  local only=(--kernel-name kernel_substring=6knnext)
+  [ "$1" = initcheck ] && only=()
   # PyTorch's caching allocator hides reads past a tensor's end from memcheck.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
-    --target-processes application-only --kernel-name-exclude 'kernel_substring=at::' \
-    "$python" -m pytest -q -x -p no:cacheprovider --timeout=600 tests/gpu/test_gpu_search.py \
-    -k "test_forced_failures_change_nothing or test_strided_and_unaligned_rows or test_empty_and_short"
+    --target-processes application-only "${only[@]}" \
+    "$python" -m pytest -q -x -p no:cacheprovider --timeout=600 tests/gpu/test_short_list.py
 }
 
 # Its libraries serve the benchmarks only: tests run beside what is installed.
@@ -108,7 +154,10 @@ benchmarks() {
 
 report() {
   local files=()
-  for name in bench bench_sm90; do [ -s "$out/$name.json" ] && files+=("$out/$name.json"); done
+  for name in bench bench_sm90; do
+    [ -s "$out/$name.json" ] || cp "$final/$name.json" "$out" 2>/dev/null  # of an earlier call
+    [ -s "$out/$name.json" ] && files+=("$out/$name.json")
+  done
   [ ${#files[@]} -gt 0 ] || { echo "error: no benchmark left its JSON"; return 1; }
   "$python" benchmarks/report.py "${files[@]}" --page "$out/README.md" --pictures "$out/pictures"
 }
@@ -127,13 +176,26 @@ null_epilogue() {
   rm -rf "$copy"
   return $status
 }
-export -f machine gpu_tests sanitize activate_faiss benchmarks report kernel_times null_epilogue
-export python out root
+
+# Why the scans take as long as they do: which unit is busy, what warps wait for.
+profile() {
+  for shape in "--queries 4096 --entries 1000000" "--queries 64 --entries 4000000"; do
+    # shellcheck disable=SC2086
+    ncu --clock-control none --target-processes application-only \
+      --kernel-name 'regex:scan_kernel|sm90_' --launch-count 4 --section LaunchStats \
+      --section Occupancy --section SpeedOfLight --section ComputeWorkloadAnalysis \
+      --section MemoryWorkloadAnalysis --section MemoryWorkloadAnalysis_Tables \
+      --section SchedulerStats --section WarpStateStats \
+      "$python" benchmarks/kernel_times.py $shape --calls 1 --run-only || return
+  done
+}
+export -f machine gpu_tests sanitize activate_faiss benchmarks report kernel_times null_epilogue profile
+export python out final root processors
 
 faiss_site=$faiss
-if [ -f "$faiss/faiss-gpu.tar.xz" ]; then
-  faiss_site=$(mktemp -d)
-  trap 'rm -rf "$faiss_site"' EXIT
+if [ -f "$faiss/faiss-gpu.tar.xz" ] && { wanted bench || wanted bench_sm90; }; then
+  faiss_site=$scratch/faiss
+  mkdir "$faiss_site"
   tar xf "$faiss/faiss-gpu.tar.xz" -C "$faiss_site"
 fi
 faiss_site=$(cd "$faiss_site" 2>/dev/null && pwd)
@@ -142,29 +204,37 @@ export faiss_site
 say "knnext on $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1), $(date -u +%FT%TZ), $(git rev-parse --short HEAD 2>/dev/null)"
 [ -f "$faiss_site/activate.sh" ] || say "no FAISS for GPUs in ${faiss}: what is installed counts"
 step machine 20 0 bash -c machine
-step build 140 0 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
+step build 150 0 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
+
 export KNNEXT_FUZZ_SECONDS=$((20 * minutes / 9))
-step tests 140 210 bash -c 'gpu_tests tests tests'
-step tests_sm90 60 210 env KNNEXT_SM90=all bash -c \
-  'gpu_tests tests_sm90 tests -k "search or sm90"'
+beside tests 150 230 bash -c 'gpu_tests tests'
+beside tests_sm90 150 230 env KNNEXT_SM90=all bash -c 'gpu_tests tests_sm90 -k "search or sm90"'
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck initcheck; do step "$tool" 25 190 bash -c "sanitize $tool"; done
-  step memcheck_sm90 25 190 env KNNEXT_SM90=all bash -c "sanitize memcheck"
+  for tool in memcheck racecheck initcheck; do beside $tool 150 230 bash -c "sanitize $tool"; done
+  beside memcheck_sm90 150 230 env KNNEXT_SM90=all bash -c "sanitize memcheck"
 else
   say "compute-sanitizer is not installed: its steps were left out"
 fi
 if [ -z "${DATASTORE:-}" ] && "$python" -c 'import transformers' 2>/dev/null; then
-  step real_keys 30 180 "$python" benchmarks/real_keys.py --steps 1500
+  beside real_keys 120 230 "$python" benchmarks/real_keys.py --steps 1500
 fi
-step bench 200 65 bash -c "benchmarks bench --budget=$((100 * minutes / 9))"
+wait
+
+budget=$((130 * minutes / 9))
+[ -n "$steps" ] && budget=$(((deadline - SECONDS) * 6 / 10))
+step bench 200 65 bash -c "benchmarks bench --budget=$budget"
 step bench_sm90 60 15 env KNNEXT_SM90=1 bash -c \
   'benchmarks bench_sm90 --only=bare_product,knnext,knnext_sqnorms -k "cuda and knn_search"'
 step report 30 0 bash -c report
-if [ "${NULL_EPILOGUE:-0}" = 1 ]; then
-  deadline=$((SECONDS + 240))
+if [ "${NULL_EPILOGUE:-0}" = 1 ] || asked kernels || asked kernels_null; then
+  [ -z "$steps" ] && deadline=$((SECONDS + 240))
   export KNNEXT_SM90=1
   step kernels 60 0 bash -c 'kernel_times "$root" kernels'
   step kernels_null 240 0 bash -c null_epilogue
 fi
-say "$failures step(s) failed; everything is in $out"
+asked profile && step profile 240 0 bash -c profile
+
+failures=$(grep -cE '^[a-z0-9_]+ +(FAILED|OUT OF TIME|NO TIME LEFT)' "$out/summary.txt")
+say "$failures step(s) failed; everything is in $final"
+publish
 exit $((failures > 0))

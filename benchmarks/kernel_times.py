@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import torch
 import knnext
 
 
-def kernel_times(queries: int, entries: int, dim: int, k: int, calls: int) -> list[dict[str, Any]]:
-    """One entry for each kernel, the longest first: name, launches and microseconds a search."""
+def searches(queries: int, entries: int, dim: int, k: int, calls: int) -> Callable[[], None]:
+    """What runs `calls` searches on gaussian data, norms given."""
     q = torch.randn(queries, dim, device="cuda").half()
     keys = torch.cat([torch.randn(n, dim, device="cuda").half() for n in _parts(entries)])
     norms = knnext.key_sqnorms(keys)
@@ -31,6 +32,12 @@ def kernel_times(queries: int, entries: int, dim: int, k: int, calls: int) -> li
         for _ in range(calls):
             knnext.knn_search(q, keys, k, key_sqnorms=norms)
 
+    return search
+
+
+def kernel_times(calls: int, **sizes: int) -> list[dict[str, Any]]:
+    """One entry for each kernel, the longest first: name, launches and microseconds a search."""
+    search = searches(calls=calls, **sizes)
     search()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -71,10 +78,17 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=1024)
     parser.add_argument("--calls", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--run-only", action="store_true", help="for a profiler that watches from outside"
+    )
     given = vars(parser.parse_args())
-    path = given.pop("json")
+    path, run_only = given.pop("json"), given.pop("run_only")
     if not torch.cuda.is_available():
         sys.exit("kernel_times: torch sees no CUDA device")
+    if run_only:
+        searches(**given)()
+        torch.cuda.synchronize()
+        return
     times = kernel_times(**given)
     if not times:
         sys.exit("kernel_times: the profiler saw no kernel; CUPTI may be closed on this machine")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from report_rows import Row
 
 Value = Callable[[Row, Sequence[Row]], float | None]
-Shapes = Callable[[Row], bool]
+#: Asked of a row, or of a shape's own facts: of what gives facts by name.
+Shapes = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,15 @@ _OURS = {
     ("portable", "knn_search"): "knnext_sqnorms",
     ("hopper", "knn_search"): "knnext_sqnorms (sm90)",
 }
+
+
+def names_shape(op: str, shape: Any) -> bool:
+    """Whether a portable target is about this very shape of a benchmark, and not about any."""
+    return any(
+        target.shapes(shape.facts())
+        for target in TARGETS
+        if target.kernels == "portable" and target.op == op and target.shapes is not _any
+    )
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:

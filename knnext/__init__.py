@@ -12,6 +12,7 @@ from importlib.metadata import version as _version
 from typing import Any
 
 from knnext.ops import (
+    failed_queries,
     gather_tokens,
     key_sqnorms,
     knn_interpolate,
@@ -40,6 +41,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "failed_queries",
     "gather_tokens",
     "key_sqnorms",
     "knn_interpolate",

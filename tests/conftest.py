@@ -1,4 +1,6 @@
-"""Markers `gpu` and `multi_gpu`: skipped without the devices, unless KNNEXT_REQUIRE_GPU=1."""
+"""Markers `gpu` and `multi_gpu`: skipped without the devices. KNNEXT_REQUIRE_GPU says how many
+there must be: with 1, no test of one device is skipped, and with 2, none of two.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if found >= needed:
         return
     reason = f"needs {needed} CUDA device(s), found {found}"
-    if os.environ.get("KNNEXT_REQUIRE_GPU") == "1":
-        pytest.fail(f"{reason}, and KNNEXT_REQUIRE_GPU=1", pytrace=False)
+    required = int(os.environ.get("KNNEXT_REQUIRE_GPU") or 0)
+    if found < min(needed, required):
+        pytest.fail(f"{reason}, and KNNEXT_REQUIRE_GPU={required}", pytrace=False)
     pytest.skip(reason)
 
 

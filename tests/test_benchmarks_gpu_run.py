@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -25,14 +26,23 @@ echo "sm90=${KNNEXT_SM90:-} faiss=${FAISS_ACTIVATED:-} null=${NVCC_APPEND_FLAGS:
 case "$*" in
   -) cat >/dev/null ;;
   *"import transformers"*) exit 1 ;;
+  *"import xdist"*) [ -e "$STUB/xdist" ] ;;
   *setup.py*) [ ! -e "$STUB/broken-build" ] || { echo "error: no such header"; exit 7; } ;;
   *report.py*) exec "$REAL_PYTHON" "$@" ;;
   *bench_sm90*) cp "$STUB/sm90.json" "$(sed 's/.*--benchmark-json=//; s/ .*//' <<<"$*")" ;;
   *--benchmark-json=*)
     [ ! -e "$STUB/slow" ] || sleep 60
     cp "$STUB/portable.json" "$(sed 's/.*--benchmark-json=//; s/ .*//' <<<"$*")" ;;
+  *"-m gpu"*) [ ! -e "$STUB/meeting" ] || meet; echo "3 passed" ;;
   *) echo "3 passed" ;;
 esac
+"""
+# Goes on where another call is here too.
+MEET = """meet() {
+  mkdir "$STUB/first" 2>/dev/null || { touch "$STUB/second"; return; }
+  for _ in $(seq 100); do [ ! -e "$STUB/second" ] || return; sleep 0.1; done
+  exit 9
+}
 """
 SMI = """#!/usr/bin/env bash
 case "$*" in *compute_cap*) echo 9.0 ;; *) echo "Stub GPU" ;; esac
@@ -45,8 +55,16 @@ exec "$@"
 
 @pytest.fixture
 def stub(tmp_path: Path) -> Path:
-    programs = {"nvidia-smi": SMI, "nvcc": "#!/bin/sh\n", "compute-sanitizer": SANITIZER}
-    for name, text in (programs | {"python-stub": INTERPRETER}).items():
+    programs = {
+        "nvidia-smi": SMI,
+        "nvcc": "#!/bin/sh\n",
+        "ncu": SANITIZER,
+        "nproc": "#!/bin/sh\ncat $STUB/processors\n",
+        "compute-sanitizer": SANITIZER,
+        "python-stub": INTERPRETER.replace("echo", f"{MEET}echo", 1),
+    }
+    (tmp_path / "processors").write_text("2\n")
+    for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     portable = [entry("bare_product", 4096, 10.0), entry("knnext_sqnorms", 4096, 20.0)]
@@ -84,15 +102,15 @@ def test_correctness_first_then_rivals_then_hopper_then_the_report(stub: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     order = [
         position(calls, "setup.py"),
-        position(calls, "sm90= ", "-m gpu", "tests"),
-        position(calls, "sm90=all", "-m gpu", "search or sm90"),
-        position(calls, "test_forced_failures"),
+        position(calls, "sm90= ", "-m gpu", "tests/gpu"),
+        position(calls, "sm90=all", "-m gpu", "tests/gpu", "search or sm90"),
+        position(calls, "test_short_list"),
         position(calls, "sm90= ", "benchmarks", "--budget"),
         position(calls, "sm90=1", "benchmarks", "--only=bare_product,knnext,knnext_sqnorms"),
         position(calls, "report.py"),
     ]
     assert order == sorted(order)
-    checked = [call.split()[0] for call in calls if "test_forced_failures" in call]
+    checked = [call.split()[0] for call in calls if "test_short_list" in call]
     assert checked == [*["sm90="] * 3, "sm90=all"], "three tools, and one with Hopper's kernels"
     for call in calls:
         wanted = "faiss=1" if "benchmark-json" in call or "get_num_gpus" in call else "faiss= "
@@ -133,3 +151,50 @@ def test_the_build_without_epilogue_is_a_copy(stub: Path) -> None:
     assert ["null=-DKNNEXT_NULL_EPILOGUE" in call for call in builds] == [False, True]
     assert sum("kernel_times.py" in call for call in calls) == 2
     assert not list((ROOT / "knnext").glob("**/*null*"))
+
+
+def test_checks_run_beside_each_other_where_there_are_processors(stub: Path) -> None:
+    (stub / "processors").write_text("16\n")
+    (stub / "meeting").touch()
+    (stub / "xdist").touch()
+    done, calls = run(stub)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "-n 5 --dist worksteal" in calls[position(calls, "sm90= ", "-m gpu")]
+    last_check = max(i for i, call in enumerate(calls) if "tests/gpu" in call)
+    assert last_check < position(calls, "--budget"), "nothing disturbs what is timed"
+
+
+@pytest.mark.slow
+def test_a_slow_check_in_the_background_is_interrupted(stub: Path) -> None:
+    """SIGINT reaches it, though a shell's background ignores that signal."""
+    (stub / "processors").write_text("16\n")
+    catch = "trap 'echo 1 failed; exit 2' INT; for _ in $(seq 600); do sleep 0.1; done"
+    text = (stub / "python-stub").read_text()
+    (stub / "python-stub").write_text(text.replace('*"-m gpu"*) ', f'*"-m gpu"*) {catch}; '))
+    done, _ = run(stub, MINUTES="1", STEPS="tests")
+    assert "tests          OUT OF TIME" in done.stdout and "1 failed" in done.stdout
+
+
+def test_chosen_steps_run_alone(stub: Path) -> None:
+    done, calls = run(stub, STEPS="build racecheck profile")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [call for call in calls if " -c " not in call]
+    assert "setup.py" in steps[0] and "test_short_list" in steps[1] and len(steps) == 4
+    assert all("--run-only" in call for call in steps[2:])
+    refused, _ = run(stub, STEPS="build rececheck")
+    assert refused.returncode == 2 and "STEPS names rececheck" in refused.stderr
+
+
+def test_an_archive_holds_everything_and_few_files_lie_beside_it(stub: Path) -> None:
+    done, _ = run(stub, ARCHIVE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    beside = {path.name for path in (stub / "out").iterdir()}
+    wanted = {"results.tar.gz", "summary.txt", "README.md", "bench.json", "bench_sm90.json"}
+    assert beside == wanted
+    with tarfile.open(stub / "out/results.tar.gz") as archive:
+        names = {name.removeprefix("./") for name in archive.getnames()}
+    assert {"summary.txt", "tests.log", "memcheck.log", "bench.json", "report.log"} <= names
+    # A later call for the report alone finds what an earlier one measured.
+    (stub / "out/README.md").unlink()
+    done, _ = run(stub, ARCHIVE="1", STEPS="report")
+    assert done.returncode == 0 and (stub / "out/README.md").exists()

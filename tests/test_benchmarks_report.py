@@ -14,7 +14,8 @@ from kernel_times import short_name, summed
 from report_plots import LIMIT, pictures
 from report_rows import read
 from report_tables import duration, number, size
-from report_targets import verdicts
+from report_targets import names_shape, verdicts
+from search_shapes import SHAPES
 
 COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
 PNG = b"\x89PNG"
@@ -134,6 +135,16 @@ def test_what_is_no_benchmark_file_is_named(
     assert stopped.value.code == 2
     assert "other.json is no benchmark JSON" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+def test_shapes_that_targets_name_are_known() -> None:
+    """They are timed first; targets of any shape name none."""
+    named = [s for s in SHAPES["cuda"] if names_shape("knn_search", s)]
+    assert {(s.queries, s.entries) for s in named} == {
+        *((q, 10_000_000) for q in (1, 16, 64)),
+        (4096, 1_000_000),
+    }
+    assert not any(names_shape("merge_topk", s) for s in SHAPES["cuda"])
 
 
 def test_numbers_read_well() -> None:

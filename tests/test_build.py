@@ -141,3 +141,20 @@ def test_build_info_names_this_build():
     assert cpu_isa() in info["vector_paths"] and best_cpu_isa() in info["vector_paths"]
     forced = os.environ.get("KNNEXT_CPU_ISA")
     assert cpu_isa() == (forced or best_cpu_isa())
+
+
+def test_the_host_module_is_compiled_without_torch(build, monkeypatch, tmp_path):
+    """torch's headers bring an older pybind11, which from torch 2.11 on refuses to be compiled with
+    TORCH_TARGET_VERSION.
+    """
+    fake_torch(tmp_path, "2.11.0+cu130", "13.0")
+    torch = find_in(build, monkeypatch, tmp_path)
+    ninja = build.NinjaFile(torch, None, tmp_path / "build", tmp_path / "knnext")
+    ninja.library(tmp_path / "libknnext_cpu.so", build.sources("cpu/isa.cpp"), "$torch_flags")
+    build.add_host_module(ninja, torch, None, "1.0")
+    text = "\n".join(ninja.lines)
+    host = text.partition("host_module.cpp.o:")[2]
+    rule = text.partition("rule cxx")[2].partition("\nrule ")[0]
+    assert "flags" in host and "torch/include" in text
+    assert "torch" not in rule, "what every object is given"
+    assert "torch_flags" not in host and "torch/include" not in host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import ptxas
 import pytest
+import torch
 
+import knnext
 from knnext.ops._schemas import GRADIENT_NAMES, NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +46,15 @@ def test_package_loads_it() -> None:
         sys.executable, "-c", "from knnext.ops import REPORT; print(REPORT.cuda or 'loaded')"
     )
     assert done.strip() == "loaded"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it can")
+def test_failed_queries_are_told_or_refused() -> None:
+    count = ctypes.CDLL(str(LIBRARY)).knnext_failed_queries
+    count.argtypes, count.restype = [ctypes.c_int], ctypes.c_longlong
+    assert count(0) == -1, "without a device there is no count, and no crash"
+    with pytest.raises(RuntimeError, match="failed_queries: torch sees no CUDA device"):
+        knnext.failed_queries()
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")

@@ -95,10 +95,15 @@ std::tuple<Tensor, Tensor> knn_search_cuda(const Tensor& queries, const Tensor& 
 }  // namespace
 }  // namespace knnext
 
-// How many queries have left the usual path since the library was loaded, on the current device.
+// How many queries have left the usual path on a device since the library was loaded; -1: unknown.
 // For monitoring; it waits for the device.
-extern "C" __attribute__((visibility("default"))) unsigned long long knnext_failed_queries() {
-  return knnext::failed_queries();
+extern "C" __attribute__((visibility("default"))) long long knnext_failed_queries(int device) {
+  try {
+    knnext::check_cuda(cudaSetDevice(device), "device");
+    return static_cast<long long>(knnext::failed_queries());
+  } catch (const std::exception&) {
+    return -1;
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {

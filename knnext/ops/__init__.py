@@ -7,6 +7,7 @@ overload from the argument.
 from __future__ import annotations
 
 from knnext.ops._library import REPORT, FallbackWarning
+from knnext.ops.failed_queries import failed_queries
 from knnext.ops.gather_tokens import gather_tokens
 from knnext.ops.key_sqnorms import key_sqnorms
 from knnext.ops.knn_interpolate import knn_interpolate
@@ -19,6 +20,7 @@ from knnext.ops.rescore import rescore
 __all__ = [
     "REPORT",
     "FallbackWarning",
+    "failed_queries",
     "gather_tokens",
     "key_sqnorms",
     "knn_interpolate",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,11 +35,3 @@ def kernels_of(run: Callable[[], Any]) -> set[str]:
         run()
         torch.cuda.synchronize()
     return {event.key for event in seen.key_averages()}
-
-
-def failed_queries() -> int:
-    library = Path(knnext.__file__).parent / "lib/libknnext_cuda.so"
-    count = ctypes.CDLL(str(library)).knnext_failed_queries
-    count.restype = ctypes.c_ulonglong
-    torch.cuda.synchronize()
-    return count()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from search_on_gpu import assert_exact, failed_queries, gaussian, integers
+from search_on_gpu import assert_exact, gaussian, integers
 
 import knnext
 from knnext import reference
@@ -116,9 +116,9 @@ def test_products_of_sizes_beyond_32_bits() -> None:
 def test_forced_failures_change_nothing(forced: str, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setenv("KNNEXT_TEST_SEARCH", FORCED[forced])
     for q, metric in ((40, "l2"), (300, "ip")):
-        before = failed_queries()
+        before = knnext.failed_queries()
         assert_exact(integers(q, 40, dtype=dtype), integers(6000, 40, dtype=dtype), 100, metric)
-        assert failed_queries() - before == (0 if forced == "as planned" else q)
+        assert knnext.failed_queries() - before == (0 if forced == "as planned" else q)
 
 
 @pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
@@ -138,9 +138,9 @@ def test_orders_that_fill_lists(order: str, fail: bool, monkeypatch) -> None:
         keys = keys[:500].repeat(400, 1)
     if fail:
         monkeypatch.setenv("KNNEXT_TEST_SEARCH", "fail=1")
-    before = failed_queries()
+    before = knnext.failed_queries()
     assert_exact(queries, keys, 1024)
-    assert failed_queries() - before == 40 * fail
+    assert knnext.failed_queries() - before == 40 * fail
 
 
 def test_all_equal_keys_end_in_time() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from search_on_gpu import assert_exact, failed_queries, gaussian, integers, kernels_of
+from search_on_gpu import assert_exact, gaussian, integers, kernels_of
 
 import knnext
 from knnext import reference
@@ -99,19 +99,19 @@ def test_every_k(k: int, cluster: str) -> None:
 @pytest.mark.parametrize("dim", [64, 1024])
 def test_real_numbers(dim: int, dtype: torch.dtype, metric: str, cluster: str) -> None:
     queries, keys = gaussian(300, dim, dtype=dtype), gaussian(200_000, dim, dtype=dtype)
-    before = failed_queries()
+    before = knnext.failed_queries()
     got = knnext.knn_search(queries, keys, 128, metric)
     assert_search(got, queries, keys, 128, metric, kind="tensor_core")
-    assert failed_queries() == before
+    assert knnext.failed_queries() == before
 
 
 def test_far_from_the_origin_no_one_is_lost(cluster: str) -> None:
     # Distances are all rounding error: the quick test before the exact one must let all pass.
     keys = (torch.randn(100_000, 128, device="cuda") * 0.02 + 20).half()
-    before = failed_queries()
+    before = knnext.failed_queries()
     got = knnext.knn_search(keys[:300], keys, 1000)
     assert_search(got, keys[:300], keys, 1000, "l2", kind="tensor_core")
-    assert failed_queries() == before
+    assert knnext.failed_queries() == before
 
 
 def test_rows_apart_and_unaligned(cluster: str) -> None:
@@ -133,9 +133,9 @@ def test_forced_failures_change_nothing(
 ) -> None:
     monkeypatch.setenv("KNNEXT_TEST_SEARCH", ",".join(filter(None, (FORCED[forced], size))))
     for q, metric in ((130, "l2"), (300, "ip")):
-        before = failed_queries()
+        before = knnext.failed_queries()
         assert_exact(integers(q, 40, dtype=dtype), integers(40_000, 40, dtype=dtype), 500, metric)
-        assert failed_queries() - before == (q if forced in FAILS else 0)
+        assert knnext.failed_queries() - before == (q if forced in FAILS else 0)
 
 
 @pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
@@ -160,9 +160,9 @@ def test_a_store_with_a_period_does_not_bend_the_sample(cluster: str) -> None:
     for period in (64, 128, 512):
         keys = gaussian(400_000, 64) + 3
         keys[::period] = gaussian(len(keys[::period]), 64)
-        before = failed_queries()
+        before = knnext.failed_queries()
         knnext.knn_search(gaussian(200, 64), keys, 256)
-        assert failed_queries() == before, period
+        assert knnext.failed_queries() == before, period
 
 
 @pytest.mark.parametrize("metric", METRICS)

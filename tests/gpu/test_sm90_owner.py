@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from search_on_gpu import assert_exact, failed_queries, gaussian, integers, kernels_of
+from search_on_gpu import assert_exact, gaussian, integers, kernels_of
 
 import knnext
 from knnext import reference
@@ -91,9 +91,9 @@ def test_real_numbers(dim: int, dtype: torch.dtype, metric: str) -> None:
 def test_forced_failures_change_nothing(forced: str, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setenv("KNNEXT_TEST_SEARCH", FORCED[forced])
     for metric in METRICS:
-        before = failed_queries()
+        before = knnext.failed_queries()
         assert_exact(integers(40, 40, dtype=dtype), integers(40_000, 40, dtype=dtype), 500, metric)
-        assert failed_queries() - before == (0 if forced == "as planned" else 40)
+        assert knnext.failed_queries() - before == (0 if forced == "as planned" else 40)
 
 
 @pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
@@ -110,9 +110,9 @@ def test_orders_that_fill_lists(order: str) -> None:
         keys[1000:190_000] = integers(1, 16)
     else:
         keys = keys[:500].repeat(400, 1)
-    before = failed_queries()
+    before = knnext.failed_queries()
     assert_exact(queries, keys, 1024)
-    assert failed_queries() == before
+    assert knnext.failed_queries() == before
 
 
 def test_rows_apart_and_expanded() -> None:
