@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import cuvs_search
@@ -34,8 +35,12 @@ def search_with_sqnorms(data: Data) -> Callable[[], Result]:
     return lambda: knnext.knn_search(data.queries, data.keys, data.k, key_sqnorms=data.sqnorms)
 
 
-def _faiss_gpu(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
+def _cuvs(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
     return Implementation(prepare, exact=False, own_memory=True, devices=CUDA)
+
+
+def _faiss_gpu(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
+    return replace(_cuvs(prepare), warm_up=faiss_search.warm_up)
 
 
 def _torch(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
@@ -52,7 +57,7 @@ IMPLEMENTATIONS = {
         torch_search.torch_chunked_float32, capturable=True, devices=CUDA
     ),
     "torch_compiled": Implementation(torch_search.torch_compiled, exact=False),
-    "cuvs_brute_force": _faiss_gpu(cuvs_search.brute_force),
+    "cuvs_brute_force": _cuvs(cuvs_search.brute_force),
     "faiss_flat": Implementation(faiss_search.flat, devices=CPU),
     "faiss_gpu_flat_float16": _faiss_gpu(faiss_search.gpu_flat(HALF)),
     "faiss_gpu_flat_float32": _faiss_gpu(faiss_search.gpu_flat(SINGLE)),
@@ -64,6 +69,7 @@ IMPLEMENTATIONS = {
         exact=False,
         own_memory=True,
         late=True,
+        shared_index=True,
         when=lambda shape: shape.approximate,
     ),
 }
@@ -113,12 +119,14 @@ def _tried(
     chosen: Implementation, sets: Sequence[Data]
 ) -> tuple[list[Run], Result | None, dict[str, Any]]:
     """(what is timed, the first result, its memory). Skips where a rival needs more memory."""
-    memory = Memory(sets[0].device, chosen.own_memory)
     try:
+        chosen.warm_up()
+        memory = Memory(sets[0].device, chosen.own_memory)
         runs = [chosen.prepare(data) for data in sets]
-        return runs, *memory.watch(runs[0])
-    except RuntimeError as error:
+        result, facts = memory.watch(runs[0])
+        return runs, result, {} if chosen.shared_index else facts
+    except Exception as error:  # torch, FAISS and cuVS each have their own for it
         text = str(error).strip()
-        if "out of memory" in text or "alloc fail" in text:
+        if any(sign in text for sign in ("out of memory", "alloc fail", "bad_alloc")):
             pytest.skip(f"out of memory: {text.splitlines()[0]}")
         raise

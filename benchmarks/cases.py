@@ -26,6 +26,8 @@ class Implementation:
     capturable: only enqueues work, so a CUDA graph can hold it.
     own_memory: allocates past torch, so that its memory is read from the device.
     late: is compiled or built for each shape anew, for seconds: on a GPU it comes at the end.
+    warm_up: what the library keeps for all its calls, before their memory is looked at.
+    shared_index: built once for several shapes, so that its memory belongs to none of them.
     when: the shapes that it is measured at.
     """
 
@@ -34,6 +36,8 @@ class Implementation:
     capturable: bool = False
     own_memory: bool = False
     late: bool = False
+    shared_index: bool = False
+    warm_up: Callable[[], None] = lambda: None
     devices: tuple[str, ...] = DEVICES
     when: Callable[[Any], bool] = lambda shape: True
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from search_data import Data, Result
 
+HINT = (
+    "pip install cuvs-cu13==26.6.* rmm-cu13==26.6.* beside a torch for CUDA 13.0, which newer ones "
+    "do not go with, or their cu12 fellows"
+)
+
 
 def brute_force(data: Data) -> Callable[[], Result]:
-    module = pytest.importorskip(
-        "cuvs.neighbors.brute_force",
-        reason="cuVS is not installed: pip install cuvs-cu12 (or cuvs-cu13, as the driver wants)",
-    )
-    from cuvs.common import Resources
-
+    module = _load()
     if data.keys.dtype == torch.bfloat16:
         pytest.skip("cuVS brute force takes float16 and float32")
-    stream = torch.cuda.current_stream().cuda_stream
-    resources = Resources(stream=stream)
+    resources = _resources(torch.cuda.current_stream().cuda_stream)
     index = module.build(data.keys, metric="sqeuclidean", resources=resources)
     resources.sync()
     shape = (data.shape.queries, data.k)
@@ -33,3 +34,34 @@ def brute_force(data: Data) -> Callable[[], Result]:
         return distances, indices
 
     return run
+
+
+def _load() -> Any:
+    """The module, with memory from a pool: its tiles would otherwise be allocated at each call."""
+    try:
+        import rmm.mr
+        from cuvs.neighbors import brute_force
+    except ImportError as error:  # also where a library that it wants is missing or too old
+        pytest.skip(f"cuVS is not to be had ({error}): {HINT}")
+    if not _State.pooled:
+        rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
+        _State.pooled = True
+    return brute_force
+
+
+class _State:
+    pooled = False
+
+
+def _resources(stream: int) -> Any:
+    """On this stream. `Resources(stream=...)` would take the address of the Python integer for the
+    handle, in 26.06 and 26.10 (NVIDIA/cuvs#1863), so it is told through cuVS's C interface.
+    """
+    from cuvs.common import Resources
+
+    resources = Resources()
+    library = ctypes.CDLL("libcuvs_c.so")  # the import has loaded it
+    library.cuvsStreamSet.argtypes = [ctypes.c_size_t, ctypes.c_void_p]
+    if library.cuvsStreamSet(resources.get_c_obj(), stream) != 1:
+        raise RuntimeError("cuVS did not take the stream")
+    return resources

@@ -29,9 +29,10 @@ Run = Callable[[], Result]
 
 def load(device: str) -> ModuleType:
     """The faiss module with what `device` needs, or a skip that says what to install."""
-    faiss = pytest.importorskip(
-        "faiss", reason='FAISS is not installed: pip install "knnext[faiss]", or faiss-gpu'
-    )
+    try:
+        import faiss
+    except (ImportError, RuntimeError) as error:  # not there, or its libraries do not load
+        pytest.skip(f'no FAISS ({error}): pip install "knnext[faiss]", or faiss-gpu')
     if device == "cpu":
         return faiss
     if not hasattr(faiss, "StandardGpuResources"):
@@ -47,7 +48,16 @@ def load(device: str) -> ModuleType:
 def _resources() -> Any:
     import faiss
 
-    return faiss.StandardGpuResources()
+    resources = faiss.StandardGpuResources()
+    # It takes its memory at first use; one that failed there must not be used again.
+    resources.getDefaultStream(torch.cuda.current_device())
+    return resources
+
+
+def warm_up() -> None:
+    """Takes the memory that FAISS keeps for all its searches, so that none is charged with it."""
+    load("cuda")
+    _resources()
 
 
 def _refuse_large_k(data: Data) -> None:
@@ -140,7 +150,7 @@ def _train(keys: Tensor, device: str) -> Any:
     index.do_polysemous_training = False  # for Hamming filters, unused; takes most of the time
     if device == "cuda":
         index = _to_gpu(faiss, index)
-    picked = keys[:: max(1, len(keys) // TRAINED_ROWS)][:TRAINED_ROWS].float()
+    picked = keys[:: max(1, len(keys) // TRAINED_ROWS)][:TRAINED_ROWS].float().contiguous()
     index.train(picked if device == "cuda" else picked.numpy())
     _add(index, keys)
     index.nprobe = NPROBE

@@ -17,7 +17,8 @@
 #                       kernels kernels_null (NULL_EPILOGUE=1) and profile (Nsight Compute)
 #   ARCHIVE=1           leave few files: summary.txt, the JSON, README.md, and everything again in
 #                       results.tar.gz, which is renewed after every step
-#   FAISS_GPU=.gpu      a folder with FAISS for GPUs: faiss-gpu.tar.xz, or that unpacked. It holds
+#   RIVALS=.gpu         a folder with what the benchmarks compare with and the machine lacks (FAISS for
+#                       GPUs, cuVS): *.tar.xz that unpack into one folder, or that folder. It holds
 #                       activate.sh, which is sourced for the benchmarks and sets PYTHONPATH
 #   DATASTORE=FOLDER    real keys; otherwise some are made, if transformers is installed
 #   NULL_EPILOGUE=1     also build without the scan's epilogue and compare kernel times (3 minutes more)
@@ -28,7 +29,7 @@ final=${1:-${OUT:-benchmarks/out/gpu}}
 python=${PYTHON:-python3}
 minutes=${MINUTES:-9}
 steps=${STEPS:-}
-faiss=${FAISS_GPU:-.gpu}
+rivals=${RIVALS:-.gpu}
 mkdir -p "$final"
 final=$(cd "$final" && pwd)
 scratch=$(mktemp -d)
@@ -137,17 +138,17 @@ sanitize() {
 }
 
 # Its libraries serve the benchmarks only: tests run beside what is installed.
-activate_faiss() {
-  [ -f "$faiss_site/activate.sh" ] || return 0
+activate_rivals() {
+  [ -f "$site/activate.sh" ] || return 0
   set +u
-  . "$faiss_site/activate.sh"
+  . "$site/activate.sh"
   "$python" -c 'import torch, faiss; print("faiss", faiss.__version__, "on", faiss.get_num_gpus(), "GPUs")'
 }
 
 benchmarks() {
   local name=$1
   shift
-  activate_faiss
+  activate_rivals
   "$python" -m pytest -q benchmarks -k cuda -p no:cacheprovider --benchmark-json="$out/$name.json" \
     ${DATASTORE:+--datastore="$DATASTORE"} "$@"
 }
@@ -189,20 +190,24 @@ profile() {
       "$python" benchmarks/kernel_times.py $shape --calls 1 --run-only || return
   done
 }
-export -f machine gpu_tests sanitize activate_faiss benchmarks report kernel_times null_epilogue profile
-export python out final root processors
+export -f machine gpu_tests sanitize activate_rivals benchmarks report kernel_times null_epilogue profile
+export PYTHON=$python python out final root processors
 
-faiss_site=$faiss
-if [ -f "$faiss/faiss-gpu.tar.xz" ] && { wanted bench || wanted bench_sm90; }; then
-  faiss_site=$scratch/faiss
-  mkdir "$faiss_site"
-  tar xf "$faiss/faiss-gpu.tar.xz" -C "$faiss_site"
+site=$rivals
+if ls "$rivals"/*.tar.xz >/dev/null 2>&1 && { wanted bench || wanted bench_sm90; }; then
+  site=$scratch/rivals
+  mkdir "$site"
+  # Not every machine has xz; Python has one of its own.
+  for archive in "$rivals"/*.tar.xz; do
+    tar xf "$archive" -C "$site" 2>/dev/null || "$python" -m tarfile -e "$archive" "$site"
+  done
 fi
-faiss_site=$(cd "$faiss_site" 2>/dev/null && pwd)
-export faiss_site
+site=$(cd "$site" 2>/dev/null && pwd)
+export site
 
 say "knnext on $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1), $(date -u +%FT%TZ), $(git rev-parse --short HEAD 2>/dev/null)"
-[ -f "$faiss_site/activate.sh" ] || say "no FAISS for GPUs in ${faiss}: what is installed counts"
+{ wanted bench || wanted bench_sm90; } && [ ! -f "$site/activate.sh" ] &&
+  say "no rivals in ${rivals}: what is installed counts"
 step machine 20 0 bash -c machine
 step build 150 0 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
 

@@ -150,12 +150,13 @@ class GpuSampler:
         self._issue() if self.graph is None else self.graph.replay()
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(graph):
                 self._issue()
         except RuntimeError as error:  # it waits for the device after all: events time it then
+            torch.cuda.set_stream(stream)  # torch 2.11 leaves the capture's own one current
             warnings.warn(f"no graph: {str(error).splitlines()[0]}", stacklevel=2)
         else:
             self.graph = graph

@@ -16,7 +16,7 @@ from search_shapes import Shape
 from torch import Tensor
 
 import knnext
-from knnext.testing import TOLERANCES
+from knnext.testing import tensor_core_tolerance
 
 Result = tuple[Tensor, Tensor]
 SAMPLED_QUERIES = 4
@@ -138,7 +138,7 @@ def truth_of(data: Data) -> Truth:
     distances = torch.cat([_squared_distances(q, x.double()) for x in data.keys.split(step)], 1)
     nearest = distances.topk(min(data.k, distances.shape[1]), largest=False).values
     scale = q.square().sum(1, keepdim=True) + data.sqnorms.max().double()
-    return Truth(rows, distances, nearest, TOLERANCES["tensor_core"].relative * scale)
+    return Truth(rows, distances, nearest, tensor_core_tolerance(data.shape.dim) * scale)
 
 
 def _squared_distances(q: Tensor, x: Tensor) -> Tensor:

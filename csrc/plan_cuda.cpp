@@ -76,7 +76,7 @@ size_t scan_shared_bytes(const ScanShape& shape, int64_t row_bytes, bool residen
   const int64_t blocks = divide_up(row_bytes, shape.row_bytes);
   const int64_t queries = int64_t{shape.query_tile} * shape.row_bytes;
   const int64_t keys = int64_t{shape.key_tile} * shape.row_bytes;
-  const int64_t side = 4 * (shape.key_tile + 2 * shape.query_tile);
+  const int64_t side = scan_side_bytes(shape.query_tile, shape.key_tile);
   const int64_t stage = keys + side + (resident ? 0 : queries);
   return static_cast<size_t>(shape.stages * stage + (resident ? blocks * queries : 0));
 }

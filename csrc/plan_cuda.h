@@ -21,9 +21,14 @@ struct ScanShape {
 
 // Decoding: a query tile stays in shared memory while the keys stream by once.
 constexpr ScanShape kScanFew = {"few", 16, 128, 128, 4, 128};
-constexpr ScanShape kScanSmall = {"small", 64, 128, 128, 4, 128};
+constexpr ScanShape kScanSmall = {"small", 64, 256, 64, 4, 256};
 // Evaluation: bound by the tensor cores. float32 has no such shape and uses the one above.
 constexpr ScanShape kScanLarge = {"large", 128, 256, 64, 3, 256};
+
+// What a stage holds beside keys and queries (csrc/cuda/tile_side.cuh).
+constexpr int scan_side_bytes(int query_tile, int key_tile) {
+  return (4 * (2 * key_tile + 3 * query_tile) + 127) / 128 * 128;
+}
 
 constexpr int64_t kSelectRun = 2048;  // words that a block sorts in shared memory at once
 constexpr int64_t kMaxKeysPerChunk = int64_t{1} << 24;

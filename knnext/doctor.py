@@ -138,7 +138,10 @@ def _cpu() -> dict[str, Any]:
 def _faiss() -> dict[str, Any]:
     if importlib.util.find_spec("faiss") is None:
         return {"version": None, "gpus": 0, "text": 'not installed (pip install "knnext[faiss]")'}
-    import faiss
+    try:
+        import faiss
+    except (ImportError, RuntimeError) as error:  # its libraries do not load
+        return {"version": None, "gpus": 0, "text": f"installed, but does not load: {error}"}
 
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     kind = "with GPU support" if hasattr(faiss, "StandardGpuResources") else "CPU build"

@@ -9,6 +9,7 @@ is one millisecond apart, so the times are known and say nothing.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 MILLISECONDS_APART = 1.0
 L2_BYTES = 1 << 20
+STREAM = 7
 
 
 class OnCpu(TorchFunctionMode):
@@ -94,9 +96,31 @@ class Flat:
         return self.index.search(queries, k)
 
 
+class Resources:
+    def getDefaultStream(self, device: int) -> int:
+        return STREAM
+
+
 def knn_gpu(resources: Any, queries: torch.Tensor, keys: torch.Tensor, k: int) -> Any:
     assert queries.dtype == keys.dtype
     return tuple(map(torch.from_numpy, faiss.knn(queries.float().numpy(), keys.float().numpy(), k)))
+
+
+class CuvsResources:
+    """Takes no stream: the real one would take the address of a number for it."""
+
+    def get_c_obj(self) -> int:
+        return 11
+
+    def sync(self) -> None:
+        pass
+
+
+def set_stream(resources: int, stream: int) -> int:
+    return int((resources, stream) == (11, STREAM))  # 1 is success
+
+
+CuvsLibrary = SimpleNamespace(cuvsStreamSet=set_stream)
 
 
 def cuvs_search(
@@ -110,7 +134,7 @@ def cuvs_search(
 def _pretend_torch() -> None:
     torch.Generator = Generator  # type: ignore[misc]
     torch.compile = lambda step, **_: step  # type: ignore[assignment]
-    stream = SimpleNamespace(cuda_stream=7)
+    stream = SimpleNamespace(cuda_stream=STREAM)
     made_up = {
         "is_available": lambda: True,
         "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=L2_BYTES),
@@ -120,6 +144,7 @@ def _pretend_torch() -> None:
         "memory_allocated": lambda *_: 1000,
         "max_memory_allocated": lambda *_: 1234,
         "current_stream": lambda *_: stream,
+        "current_device": lambda: 0,
         "Stream": lambda *_: stream,
         "Event": Event,
         "CUDAGraph": CUDAGraph,
@@ -132,18 +157,30 @@ def _pretend_torch() -> None:
 
 
 def _pretend_rivals() -> None:
-    faiss.StandardGpuResources = SimpleNamespace
+    faiss.StandardGpuResources = Resources
     faiss.GpuClonerOptions, faiss.GpuIndexFlatConfig = ClonerOptions, FlatConfig
     faiss.get_num_gpus = lambda: 1
     faiss.GpuIndexFlatL2, faiss.knn_gpu = Flat, knn_gpu
     faiss.index_cpu_to_gpu = lambda resources, device, index, options: index
-    for name in ("cuvs", "cuvs.neighbors", "cuvs.neighbors.brute_force", "cuvs.common"):
+    names = ("cuvs", "cuvs.neighbors", "cuvs.neighbors.brute_force", "cuvs.common", "rmm", "rmm.mr")
+    for name in names:
         sys.modules[name] = ModuleType(name)
+    for name in names:
+        package, _, attribute = name.rpartition(".")
+        if package:
+            setattr(sys.modules[package], attribute, sys.modules[name])
+    memory = sys.modules["rmm.mr"]
+    memory.CudaAsyncMemoryResource = object  # type: ignore[attr-defined]
+    memory.set_current_device_resource = lambda resource: None  # type: ignore[attr-defined]
     force = sys.modules["cuvs.neighbors.brute_force"]
     force.build = lambda keys, metric, resources: keys  # type: ignore[attr-defined]
     force.search = cuvs_search  # type: ignore[attr-defined]
     common = sys.modules["cuvs.common"]
-    common.Resources = lambda stream: SimpleNamespace(sync=lambda: None)  # type: ignore[attr-defined]
+    common.Resources = CuvsResources  # type: ignore[attr-defined]
+    open_library = ctypes.CDLL
+    ctypes.CDLL = lambda name, *args, **options: (  # type: ignore[assignment,misc]
+        CuvsLibrary if name == "libcuvs_c.so" else open_library(name, *args, **options)
+    )
 
 
 _pretend_torch()

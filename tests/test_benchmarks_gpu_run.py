@@ -81,7 +81,7 @@ def run(stub: Path, **settings: str) -> tuple[subprocess.CompletedProcess[str], 
         "PYTHON": str(stub / "python-stub"),
         "REAL_PYTHON": sys.executable,
         "STUB": str(stub),
-        "FAISS_GPU": str(stub / "faiss"),
+        "RIVALS": str(stub / "rivals"),
     }
     environment.pop("KNNEXT_SM90", None)
     command = ["bash", str(BENCHMARKS / "gpu_run.sh"), str(stub / "out")]
@@ -96,8 +96,12 @@ def position(calls: list[str], *words: str) -> int:
 
 
 def test_correctness_first_then_rivals_then_hopper_then_the_report(stub: Path) -> None:
-    (stub / "faiss").mkdir()
-    (stub / "faiss/activate.sh").write_text("export FAISS_ACTIVATED=1\n")
+    packed = stub / "packed"
+    packed.mkdir()
+    (packed / "activate.sh").write_text("export FAISS_ACTIVATED=1\n")
+    (stub / "rivals").mkdir()
+    with tarfile.open(stub / "rivals/faiss-gpu.tar.xz", "w:xz") as archive:
+        archive.add(packed / "activate.sh", "activate.sh")
     done, calls = run(stub)
     assert done.returncode == 0, done.stdout + done.stderr
     order = [
@@ -122,13 +126,32 @@ def test_correctness_first_then_rivals_then_hopper_then_the_report(stub: Path) -
     assert not any("kernel_times" in call for call in calls), "that step is optional"
 
 
+def test_an_archive_needs_no_xz_and_an_unpacked_folder_no_archive(stub: Path) -> None:
+    (stub / "rivals").mkdir()
+    (stub / "rivals/activate.sh").write_text("export FAISS_ACTIVATED=1\n")
+    done, calls = run(stub, STEPS="bench")
+    assert done.returncode == 0 and "faiss=1" in calls[position(calls, "--budget")]
+    with tarfile.open(stub / "rivals/cuvs.tar.xz", "w:xz") as archive:
+        archive.add(stub / "rivals/activate.sh", "activate.sh")
+    (stub / "rivals/activate.sh").unlink()
+    (stub / "tar").write_text("#!/bin/sh\nexit 2\n")
+    (stub / "tar").chmod(0o755)
+    text = (stub / "python-stub").read_text()
+    unpack = '*"-m tarfile"*) exec "$REAL_PYTHON" "$@" ;;'
+    (stub / "python-stub").write_text(text.replace('case "$*" in', f'case "$*" in {unpack}', 1))
+    (stub / "log").unlink()
+    done, calls = run(stub, STEPS="bench")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "faiss=1" in calls[position(calls, "--budget")]
+
+
 def test_a_failing_step_is_told_and_stops_nothing(stub: Path) -> None:
     (stub / "broken-build").touch()
     done, calls = run(stub)
     assert done.returncode == 1
     summary = (stub / "out/summary.txt").read_text()
     assert "build          FAILED (7)" in summary and "error: no such header" in summary
-    assert "1 step(s) failed" in summary and "no FAISS for GPUs" in summary
+    assert "1 step(s) failed" in summary and "no rivals in" in summary
     assert position(calls, "report.py")
     assert json.loads((stub / "out/bench.json").read_text())["benchmarks"]
 

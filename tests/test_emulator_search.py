@@ -69,6 +69,31 @@ def test_strided_and_unaligned_rows():
     expect(search(queries, keys, 6, shape="small"), queries, keys, 6)
 
 
+@pytest.mark.parametrize("shape", ["few", "small", "large"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [97, 98, 100, 104])
+def test_rows_at_any_alignment(dim: int, dtype: torch.dtype, shape: str):
+    """Rows begin at multiples of 2, 4, 8 or 16 bytes, and are copied so many at a time."""
+    if shape == "large" and dtype == torch.float32:
+        pytest.skip("float32 has no such shape")
+    queries, keys = integers(21, dim, dtype=dtype), integers(300, dim, dtype=dtype)
+    expect(search(queries, keys, 6, shape=shape), queries, keys, 6)
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(65, torch.float16), (100, torch.float16), (65, torch.float32)]
+)
+def test_identical_keys_tie_at_any_alignment(dim: int, dtype: torch.dtype, refine: int):
+    """Norms and real scores are summed in one order, however a row can be loaded."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        queries, key = torch.randn(2, dim).to(dtype), torch.randn(1, dim).to(dtype)
+        distances, indices = search(queries, key.repeat(40, 1), 12, refine=refine)
+        assert torch.equal(indices, torch.arange(12).expand(2, 12))
+        assert (distances == distances[:, :1]).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_numbers_come_close(dtype: torch.dtype):
     queries, keys = torch.randn(20, 96).to(dtype), torch.randn(400, 96).to(dtype)

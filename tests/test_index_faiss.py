@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -258,3 +260,59 @@ def test_bad_requests(stores: dict[str, Datastore], tmp_path: Path) -> None:
             FaissIndex.build(store, tmp_path / "bad", **arguments)
     with pytest.raises(FileNotFoundError, match="no finished index"):
         FaissIndex.open(tmp_path / "none", store)
+
+
+class PretendedGpus:
+    """As much of FAISS for GPUs as FaissIndex calls; replicas are the indexes themselves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+        self.fails, self.replicas, self.nprobes = fails, [], []
+        pretended = {
+            "get_num_gpus": lambda: 1,
+            "GpuMultipleClonerOptions": SimpleNamespace,
+            "index_cpu_to_all_gpus": self.replicate,
+            "index_gpu_to_cpu": lambda index: index,
+            "GpuParameterSpace": lambda: SimpleNamespace(set_index_parameter=self.set),
+        }
+        for name, value in pretended.items():
+            monkeypatch.setattr(faiss, name, value, raising=False)
+
+    def replicate(self, index: Any, co: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("Error in clone:\nThis index type is not implemented on GPU")
+        self.replicas.append(index)
+        return index
+
+    def set(self, index: Any, name: str, nprobe: int) -> None:
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is None:
+            raise RuntimeError(f"could not set parameter {name}")
+        ivf.nprobe = nprobe
+        self.nprobes.append(nprobe)
+
+
+@pytest.mark.parametrize(("factory", "nprobes"), [("Flat", []), ("IVF16,Flat", [5])])
+def test_a_replica_on_gpus_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, nprobes: list[int]
+) -> None:
+    """nprobe is set where there are lists; a flat index on a GPU refuses it."""
+    store = make_datastore(tmp_path / "store", clustered(ROWS), "l2")
+    queries = store.keys[:7].float()
+    plain = FaissIndex.build(store, tmp_path / "cpu", factory, gpu=False)
+    gpus = PretendedGpus(monkeypatch)
+    index = FaissIndex.build(store, tmp_path / "gpu", factory)
+    got, want = index.search(queries, 9, nprobe=5), plain.search(queries, 9, nprobe=5)
+    assert gpus.replicas and gpus.nprobes == nprobes
+    assert torch.equal(got[1], want[1])
+
+
+def test_what_gpus_cannot_hold_stays_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_datastore(tmp_path / "store", clustered(ROWS), "l2")
+    PretendedGpus(monkeypatch, fails=True)
+    with pytest.warns(UserWarning, match="keeps this index on the CPU: .*not implemented on GPU"):
+        index = FaissIndex.build(store, tmp_path / "index", "Flat")
+    assert index.search(store.keys[:3].float(), 4)[1][:, 0].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="gpu=True, but FAISS cannot put this index on a GPU"):
+        FaissIndex.open(tmp_path / "index", store, gpu=True)

@@ -130,7 +130,9 @@ def test_the_shape_follows_the_number_of_queries():
     assert shape(65) == shape(16384) == ("large", False)
     assert shape(16384, element_bytes=4) == ("small", False)
     assert shape(64, capability=(8, 0)) == ("small", False)
-    assert shape(64, capability=(8, 6)) == ("few", False)
+    # With 99 KB of shared memory the tile of 64 queries still fits, of either element.
+    assert shape(64, capability=(8, 6)) == shape(64, capability=(12, 0)) == ("small", False)
+    assert shape(64, capability=(8, 9), element_bytes=4) == ("small", False)
 
 
 # Which kernel scans
@@ -241,7 +243,7 @@ def test_the_public_plan_is_the_same_plan():
     inner = plan_cuda(queries=64, entries=10**6, dim=1024, k=1024)
     plan = SearchPlan(queries=64, entries=10**6, dim=1024, k=1024, capability=(9, 0), num_units=132)
     assert plan.kernel == "cuda_mma_small_resident"
-    assert (plan.query_tile, plan.key_tile, plan.dim_tile) == (64, 128, 64)
+    assert (plan.query_tile, plan.key_tile, plan.dim_tile) == (64, 256, 32)
     assert plan.workspace_bytes == inner["workspace_bytes"]
     assert plan.threshold.rank == inner["steps"][-2]["wanted"]
     assert plan.bytes_read == 10**6 * 2048

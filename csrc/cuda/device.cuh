@@ -33,6 +33,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -76,16 +78,31 @@ inline void zero_memory(void* data, int64_t bytes, cudaStream_t stream) {
   check_cuda(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "memset");
 }
 
+// Lets the kernel have all the shared memory of a block that its static part leaves, once for each
+// device: were each launch to set what itself needs, another thread's could come between the two.
+inline void allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*> > allowed;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device, kernel})) return;
+  cudaFuncAttributes facts{};
+  check_cuda(cudaFuncGetAttributes(&facts, kernel), "kernel");
+  const auto set = [&](cudaFuncAttribute attribute, int value) {
+    check_cuda(cudaFuncSetAttribute(kernel, attribute, value), "shared memory");
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize,
+      static_cast<int>(shared_memory_limit() - facts.sharedSizeBytes));
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  allowed.insert({device, kernel});
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
             A&&... arguments) {
-  if (dynamic_bytes > 48 * 1024) {
-    const auto set = [&](cudaFuncAttribute attribute, int value) {
-      check_cuda(cudaFuncSetAttribute(kernel, attribute, value), "shared memory");
-    };
-    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
-    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  }
+  // Without leave a block has 48 KB, what is static in the kernel included: that is 16 KB at most.
+  if (dynamic_bytes > 32 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel));
   // clang-format off
   kernel<<<grid, block, dynamic_bytes, stream>>>(static_cast<P>(arguments)...);
   // clang-format on

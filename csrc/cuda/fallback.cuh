@@ -29,8 +29,8 @@ struct OwnerState {
 
 template <class Tile>
 __device__ __forceinline__ void keep_candidates(const ScanParams& p, const Tile& tile,
-                                                const TileSide& side, int key_tile, Word* lists,
-                                                OwnerState& state) {
+                                                const TileSide<Tile>& side, int key_tile,
+                                                Word* lists, OwnerState& state) {
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
     const int row = Tile::row_of(r);

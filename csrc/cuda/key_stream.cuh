@@ -4,7 +4,7 @@
 //
 //            D ->  step 0 | step 1 | ...          shared memory
 //   queries  +-----------+--------+               [resident queries: all steps, copied once]
-//   (tile)   | row_bytes |        |               stage 0: keys | queries | norms, bounds
+//   (tile)   | row_bytes |        |               stage 0: keys | TileSide | queries
 //   keys     +-----------+--------+               stage 1: ...
 //   (tile)   | row_bytes |        |
 //
@@ -15,16 +15,12 @@
 
 #include "sample.cuh"
 #include "tile.cuh"
+#include "tile_side.cuh"
 #include "word.cuh"
 
 namespace knnext {
 
 constexpr int kGroupTiles = 8;
-
-// What the epilogue needs beside the product, in the stage that held the item's last step.
-struct TileSide {
-  const float *key_norms, *query_norms, *bounds;
-};
 
 template <class Tile>
 class KeyStream {
@@ -57,23 +53,14 @@ class KeyStream {
   // The product of the current item. Afterwards side() holds until the next call.
   __device__ __forceinline__ void multiply(Tile& tile) {
     tile.clear();
-    for (int block = 0; block < p_.blocks; ++block) {
-      copy_async_wait<Tile::kStages - 2>();
-      __syncthreads();  // this step has landed for all threads, and all are done with the last one
-      copy_next();
-      const unsigned char* stage = stages_ + stage_ * stage_bytes_;
-      const unsigned char* queries =
-          p_.resident ? memory_ + block * kQueryBytes : stage + kKeyBytes + kSideBytes;
-      tile.multiply(queries, stage);
-      last_stage_ = stage_;
-      stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
-    }
+    if constexpr (Tile::kLoadsAhead)
+      multiply_ahead(tile);
+    else
+      multiply_in_place(tile);
   }
 
-  __device__ __forceinline__ TileSide side() const {
-    const auto* norms = side_of(last_stage_);
-    return {norms, norms + Tile::kKeys, norms + Tile::kKeys + Tile::kQueries};
-  }
+  // In the stage that held the item's last step.
+  __device__ __forceinline__ const TileSide<Tile>& side() const { return *side_of(last_stage_); }
 
   __device__ __forceinline__ void tiles(int& query_tile, int& key_tile) const {
     find_tiles(item_, query_tile, key_tile);
@@ -88,17 +75,66 @@ class KeyStream {
   }
 
  private:
+  // Waits for the next stage: it has landed for all threads, and all have read what they need of
+  // the one before.
+  __device__ __forceinline__ void next_stage() {
+    copy_async_wait<Tile::kStages - 2>();
+    __syncthreads();
+    last_stage_ = stage_;
+    stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
+  }
+  __device__ __forceinline__ const unsigned char* keys_at() const {
+    return stages_ + last_stage_ * stage_bytes_;
+  }
+  __device__ __forceinline__ const unsigned char* queries_at(int block) const {
+    return p_.resident ? memory_ + block * kQueryBytes : keys_at() + kKeyBytes + kSideBytes;
+  }
+
+  // The barrier of a stage, and the first loads from it, stand before the last products of the
+  // stage before; the copies, behind the first: the tensor cores are never out of work.
+  //
+  //   load 0 1 | multiply 0, copy | (barrier) load 2 | multiply 1 | load 3 | multiply 2, copy | ...
+  __device__ __forceinline__ void multiply_ahead(Tile& tile) {
+    static_assert(Tile::kSteps % 2 == 0);
+    typename Tile::Fragments fragments[2];
+    next_stage();
+    Tile::load(fragments[0], queries_at(0), keys_at(), 0);
+    for (int block = 0; block < p_.blocks; ++block) {
+      const unsigned char *keys = keys_at(), *queries = queries_at(block);
+#pragma unroll
+      for (int step = 0; step < Tile::kSteps; ++step) {
+        auto& next = fragments[(step + 1) % 2];
+        if (step + 1 < Tile::kSteps) {
+          Tile::load(next, queries, keys, step + 1);
+        } else if (block + 1 < p_.blocks) {
+          next_stage();
+          Tile::load(next, queries_at(block + 1), keys_at(), 0);
+        }
+        tile.multiply(fragments[step % 2]);
+        if (step == 0) copy_next();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_in_place(Tile& tile) {
+    for (int block = 0; block < p_.blocks; ++block) {
+      next_stage();
+      copy_next();
+      tile.multiply(queries_at(block), keys_at());
+    }
+  }
+
   static constexpr int kRow = Tile::kRowBytes, kChunks = kRow / 16;
   static constexpr int kRowsAtOnce = Tile::kThreads / kChunks;
   static constexpr int kKeyLoads = Tile::kKeys / kRowsAtOnce;
   static constexpr int kQueryLoads = Tile::kQueries / kRowsAtOnce;
   static constexpr int kQueryBytes = Tile::kQueries * kRow, kKeyBytes = Tile::kKeys * kRow;
-  static constexpr int kSideBytes = 4 * (Tile::kKeys + 2 * Tile::kQueries);
-  static_assert(kKeyLoads * kRowsAtOnce == Tile::kKeys && kSideBytes % 128 == 0);
+  static constexpr int kSideBytes = scan_side_bytes(Tile::kQueries, Tile::kKeys);
+  static_assert(kKeyLoads * kRowsAtOnce == Tile::kKeys && sizeof(TileSide<Tile>) <= kSideBytes);
   static_assert(kQueryLoads * kRowsAtOnce == Tile::kQueries);
 
-  __device__ __forceinline__ float* side_of(int stage) const {
-    return reinterpret_cast<float*>(stages_ + stage * stage_bytes_ + kKeyBytes);
+  __device__ __forceinline__ TileSide<Tile>* side_of(int stage) const {
+    return reinterpret_cast<TileSide<Tile>*>(stages_ + stage * stage_bytes_ + kKeyBytes);
   }
 
   // Key tiles of a group first, then query tiles, then groups.
@@ -119,7 +155,9 @@ class KeyStream {
   __device__ __forceinline__ void find_queries(int query_tile) {
     const int first = query_base_ + query_tile * Tile::kQueries + threadIdx.x / kChunks;
 #pragma unroll
-    for (int i = 0; i < kQueryLoads; ++i) query_rows_[i] = query_row(first + i * kRowsAtOnce);
+    for (int i = 0; i < kQueryLoads; ++i)
+      query_from_[i] = p_.queries + max(0, query_row(first + i * kRowsAtOnce)) * p_.query_stride +
+                       threadIdx.x % kChunks * 16;
   }
 
   __device__ __forceinline__ void find_keys(int key_tile) {
@@ -127,72 +165,91 @@ class KeyStream {
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i) {
       const int row = first + i * kRowsAtOnce;
-      key_rows_[i] = row < p_.num_rows ? sampled_row(row, p_.strides) : -1;
+      key_from_[i] = p_.keys + sampled_row(min(row, p_.num_rows - 1), p_.strides) * p_.key_stride +
+                     threadIdx.x % kChunks * 16;
     }
   }
 
-  // Sixteen bytes whose start is aligned to an element only.
+  // Sixteen bytes that begin at any half.
   static __device__ __forceinline__ uint4 gather(const unsigned char* from, int bytes) {
+    const auto* halves = reinterpret_cast<const unsigned short*>(from);
     unsigned words[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (Tile::kElementBytes == 4) {
-        if (4 * i < bytes) words[i] = *reinterpret_cast<const unsigned*>(from + 4 * i);
-      } else {
-        const auto* halves = reinterpret_cast<const unsigned short*>(from);
-        if (4 * i < bytes) words[i] = halves[2 * i];
-        if (4 * i + 2 < bytes) words[i] |= static_cast<unsigned>(halves[2 * i + 1]) << 16;
-      }
+      if (4 * i < bytes) words[i] = halves[2 * i];
+      if (4 * i + 2 < bytes) words[i] |= static_cast<unsigned>(halves[2 * i + 1]) << 16;
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
 
-  // One step of this thread's rows; what lies beyond D, or belongs to no row, becomes zero.
+  // One step of this thread's rows.
   template <int loads>
-  __device__ __forceinline__ void copy_rows(const unsigned char* base, int64_t stride,
-                                            const int (&rows)[loads], int block,
+  __device__ __forceinline__ void copy_rows(const unsigned char* const (&rows)[loads], int block,
                                             unsigned char* to) {
     const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-    const int byte = block * kRow + chunk * 16;
-    const int bytes = max(0, min(16, p_.dim_bytes - byte));
+    const int byte = block * kRow;
+    // Rows of a thread are so far apart that all are swizzled alike.
+    static_assert(kRowsAtOnce % 8 == 0);
+    unsigned char* place = to + first * kRow + swizzled<kRow>(first, chunk) * 16;
+    if (p_.row_alignment == 16 && byte + kRow <= p_.dim_bytes) {
+#pragma unroll
+      for (int i = 0; i < loads; ++i)
+        copy_async<16>(place + i * kRowsAtOnce * kRow, rows[i] + byte);
+      return;
+    }
+    const int bytes = max(0, min(16, p_.dim_bytes - byte - chunk * 16));
 #pragma unroll
     for (int i = 0; i < loads; ++i) {
-      const int at_row = first + i * kRowsAtOnce;
-      unsigned char* place = to + at_row * kRow + swizzled<kRow>(at_row, chunk) * 16;
-      const bool there = rows[i] >= 0 && bytes > 0;
-      const unsigned char* from = there ? base + rows[i] * stride + byte : base;
-      if (p_.wide)
-        copy_async_16(place, from, there ? bytes : 0);
+      unsigned char* at = place + i * kRowsAtOnce * kRow;
+      const unsigned char* from = bytes ? rows[i] + byte : p_.keys;
+      if (p_.row_alignment == 16)
+        copy_parts<16>(at, from, bytes);
+      else if (p_.row_alignment == 8)
+        copy_parts<8>(at, from, bytes);
+      else if (p_.row_alignment == 4)
+        copy_parts<4>(at, from, bytes);
       else
-        *reinterpret_cast<uint4*>(place) = gather(from, there ? bytes : 0);
+        *reinterpret_cast<uint4*>(at) = gather(from, bytes);
+    }
+  }
+
+  // Sixteen bytes, `size` at a time; what lies beyond `bytes` becomes zero.
+  template <int size>
+  static __device__ __forceinline__ void copy_parts(unsigned char* to, const unsigned char* from,
+                                                    int bytes) {
+#pragma unroll
+    for (int part = 0; part < 16; part += size) {
+      const int there = max(0, min(size, bytes - part));
+      copy_async<size>(to + part, there ? from + part : from, there);
     }
   }
 
   __device__ __forceinline__ void copy_queries(int block, unsigned char* to) {
-    copy_rows(p_.queries, p_.query_stride, query_rows_, block, to);
+    copy_rows(query_from_, block, to);
   }
 
-  // Keys beyond the last get an infinite norm, queries beyond the last a bound that nothing meets.
-  __device__ __forceinline__ void copy_side(int query_tile, int key_tile, float* to) {
+  __device__ __forceinline__ void copy_side(int query_tile, int key_tile, TileSide<Tile>& to) {
     for (int i = threadIdx.x; i < Tile::kKeys; i += Tile::kThreads) {
-      const int row = key_tile * Tile::kKeys + i;
-      if (row < p_.num_rows && p_.key_norms)
-        copy_async_4(&to[i], &p_.key_norms[sampled_row(row, p_.strides)]);
+      const int place = key_tile * Tile::kKeys + i, row = sampled_row(place, p_.strides);
+      const bool there = place < p_.num_rows;
+      to.key_rows[i] = row;
+      if (there && p_.key_norms)
+        copy_async<4>(&to.key_norms[i], &p_.key_norms[row]);
       else
-        to[i] = row < p_.num_rows ? 0.0f : __uint_as_float(0x7F800000u);
+        to.key_norms[i] = there ? 0.0f : __uint_as_float(0x7F800000u);
     }
-    float* norms = to + Tile::kKeys;
-    float* bounds = norms + Tile::kQueries;
     for (int i = threadIdx.x; i < Tile::kQueries; i += Tile::kThreads) {
       const int query = query_row(query_base_ + query_tile * Tile::kQueries + i);
       if (query >= 0 && p_.query_norms)
-        copy_async_4(&norms[i], &p_.query_norms[query]);
+        copy_async<4>(&to.query_norms[i], &p_.query_norms[query]);
       else
-        norms[i] = 0.0f;
-      if (query >= 0 && p_.bounds)
-        copy_async_4(&bounds[i], &p_.bounds[query]);
-      else
-        bounds[i] = query >= 0 ? kLargestFloat : __uint_as_float(0x7FC00000u);
+        to.query_norms[i] = 0.0f;
+      if (query >= 0 && p_.thresholds) {
+        copy_async<4>(&to.bounds[i], &p_.bounds[query]);
+        copy_async<4>(&to.last_ties[i], &p_.thresholds[query]);  // its lower half is the row
+      } else {
+        to.bounds[i] = query >= 0 ? kLargestFloat : __uint_as_float(0x7FC00000u);
+      }
     }
   }
 
@@ -206,10 +263,10 @@ class KeyStream {
         if (!p_.resident) find_queries(next_query_tile_);
       }
       unsigned char* stage = stages_ + next_stage_ * stage_bytes_;
-      copy_rows(p_.keys, p_.key_stride, key_rows_, next_block_, stage);
+      copy_rows(key_from_, next_block_, stage);
       if (!p_.resident) copy_queries(next_block_, stage + kKeyBytes + kSideBytes);
       if (++next_block_ == p_.blocks) {
-        copy_side(next_query_tile_, next_key_tile_, side_of(next_stage_));
+        copy_side(next_query_tile_, next_key_tile_, *side_of(next_stage_));
         next_block_ = 0;
         next_item_ += item_step_;
       }
@@ -224,7 +281,7 @@ class KeyStream {
   int item_, next_item_, item_step_, end_, query_base_;
   int next_block_, stage_, next_stage_, last_stage_ = 0;
   int next_query_tile_ = 0, next_key_tile_ = 0;
-  int key_rows_[kKeyLoads], query_rows_[kQueryLoads];
+  const unsigned char *key_from_[kKeyLoads], *query_from_[kQueryLoads];
 };
 
 }  // namespace knnext

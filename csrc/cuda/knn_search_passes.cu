@@ -135,7 +135,7 @@ class Search {
     s.key_stride = p_.key_stride * bytes_;
     s.num_queries = static_cast<int>(pass.num_queries);
     s.dim_bytes = static_cast<int>(p_.dim * bytes_);
-    s.wide = rows_are_aligned(p_);
+    s.row_alignment = row_alignment(p_);
     s.scale = p_.inner_product ? -1.0f : -2.0f;
     s.floor = p_.inner_product ? -std::numeric_limits<float>::infinity() : 0.0f;
     s.query_norms = query_norms;
@@ -304,24 +304,29 @@ CudaSearchExtras search_extras(const KnnSearchParams& params) {
   if (params.num_keys > kMaxKeysPerChunk) extras.merge_columns = 2 * params.k;
   if (params.num_init > 0 || params.refine)
     extras.merge_columns = std::max(extras.merge_columns, params.num_init + params.k);
-  if (extras.merge_columns > 0) {
+  // Every width that a pass may merge: a narrower one may need more words than a wider.
+  for (const int64_t columns : {params.num_init + params.k, 2 * params.k, params.k}) {
+    if (columns > extras.merge_columns) continue;
     MergeTopkParams merge{};
     merge.rows = 1;
-    merge.m = extras.merge_columns;
+    merge.m = columns;
     merge.k = params.k;
-    extras.merge_words = merge_workspace_words(merge);
+    extras.merge_words = std::max(extras.merge_words, merge_workspace_words(merge));
   }
   extras.key_norms = !params.inner_product && params.key_sqnorms == nullptr;
   return extras;
 }
 
-bool rows_are_aligned(const KnnSearchParams& params) {
+int row_alignment(const KnnSearchParams& params) {
   const int64_t bytes = params.dtype == Dtype::kFloat ? 4 : 2;
-  const auto aligned = [](const void* pointer, int64_t stride) {
-    return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride)) % 16 == 0;
+  const auto starts = [bytes](const void* pointer, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride * bytes);
   };
-  return aligned(params.queries, params.query_stride * bytes) &&
-         aligned(params.keys, params.key_stride * bytes);
+  const uintptr_t all =
+      starts(params.queries, params.query_stride) | starts(params.keys, params.key_stride);
+  int alignment = 16;
+  while (all % alignment) alignment /= 2;
+  return alignment;
 }
 
 bool copy_engine_takes_rows(const KnnSearchParams& params) {
@@ -330,7 +335,7 @@ bool copy_engine_takes_rows(const KnnSearchParams& params) {
   const auto apart = [row, bytes](int64_t rows, int64_t stride) {
     return rows <= 1 || (stride * bytes >= row && stride * bytes < int64_t{1} << 24);
   };
-  return rows_are_aligned(params) && apart(params.num_queries, params.query_stride) &&
+  return row_alignment(params) == 16 && apart(params.num_queries, params.query_stride) &&
          apart(params.num_keys, params.key_stride);
 }
 

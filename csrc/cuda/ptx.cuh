@@ -60,26 +60,39 @@ __device__ __forceinline__ void load_matrix_x2(unsigned (&r)[2], const void* row
 #endif
 }
 
-// Copies 16 bytes to shared memory past the L1; bytes beyond from_bytes (0..16) become zero.
-__device__ __forceinline__ void copy_async_16(void* to, const void* from,
-                                              unsigned from_bytes = 16 KNNEXT_PLACE) {
+// Copies `size` (4, 8 or 16) bytes to shared memory, 16 past the L1; both addresses are multiples
+// of the size.
+template <int size>
+__device__ __forceinline__ void copy_async(void* to, const void* from KNNEXT_PLACE) {
 #ifdef KNNEXT_EMULATOR
-  emulate::async_copy(to, from, 16, from_bytes, place);
+  emulate::async_copy(to, from, size, size, place);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(from_bytes)
-               : "memory");
+  if constexpr (size == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "n"(size)
+                 : "memory");
 #endif
 }
 
-// Copies one 4-byte element, for arrays that are aligned to no more.
-__device__ __forceinline__ void copy_async_4(void* to, const void* from KNNEXT_PLACE) {
+// The same; bytes beyond from_bytes (0..size) become zero.
+template <int size>
+__device__ __forceinline__ void copy_async(void* to, const void* from,
+                                           unsigned from_bytes KNNEXT_PLACE) {
 #ifdef KNNEXT_EMULATOR
-  emulate::async_copy(to, from, 4, 4, place);
+  emulate::async_copy(to, from, size, from_bytes, place);
 #else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)),
-               "l"(__cvta_generic_to_global(from))
-               : "memory");
+  if constexpr (size == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(from_bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "n"(size), "r"(from_bytes)
+                 : "memory");
 #endif
 }
 

@@ -1,6 +1,6 @@
-// Rows of keys, each read by a group of 2 to 32 adjacent lanes: 16-byte loads where rows are
+// Rows of keys, each read by a group of 2 to 32 adjacent lanes: 16-byte loads where a row is
 // aligned, else single elements. What a lane adds up, and in which order, depends on the shape
-// and the alignment alone.
+// alone: identical rows have identical sums wherever they lie.
 #pragma once
 
 #include "block_reduce.cuh"
@@ -19,12 +19,18 @@ inline int lanes_of(int64_t dim) {
 template <class T, class F>
 __device__ __forceinline__ float sum_rows(const T* a, const T* b, int64_t dim, int lanes, F f) {
   const int lane = threadIdx.x % lanes;
-  const int64_t chunks = is_aligned_16(a) && is_aligned_16(b) ? dim / kChunk : 0;
+  const bool aligned = is_aligned_16(a) && is_aligned_16(b);
+  const int64_t chunks = dim / kChunk;
   float sum = 0;
   for (int64_t c = lane; c < chunks; c += lanes) {
     Chunk<T> ca, cb;
-    ca.load(a + c * kChunk);
-    cb.load(b + c * kChunk);
+    if (aligned) {
+      ca.load(a + c * kChunk);
+      cb.load(b + c * kChunk);
+    } else {
+      ca.gather(a + c * kChunk);
+      cb.gather(b + c * kChunk);
+    }
     float xa[kChunk], xb[kChunk];
     ca.to_floats(xa);
     cb.to_floats(xb);

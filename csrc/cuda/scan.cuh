@@ -16,57 +16,45 @@
 
 namespace knnext {
 
-// Bit c of masks[r] stands for the thread's row r and column c.
 template <class Tile>
 __device__ __forceinline__ void append_candidates(const ScanParams& p, const Tile& tile,
-                                                  const TileSide& side, int query_tile,
-                                                  int key_tile) {
-  unsigned masks[Tile::kRows], slots[Tile::kRows], any = 0;
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r) {
-    const int row = Tile::row_of(r);
-    const float norm = side.query_norms[row], bound = side.bounds[row];
-    masks[r] = candidate_mask(p, tile, r, side.key_norms, norm, bound);
-    any |= masks[r];
-  }
-  if (!any) return;
+                                                  const TileSide<Tile>& side, int query_tile) {
+  const unsigned promising = promising_rows(p, tile, side);
+  if (!promising) return;
+  unsigned masks[Tile::kRows], slots[Tile::kRows];
   // All atomics first: their round trips to L2 overlap.
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
-    if (!masks[r]) continue;
-    const int row = Tile::row_of(r), query = query_tile * Tile::kQueries + row;
-    const float norm = side.query_norms[row], bound = side.bounds[row];
-    masks[r] = without_late_ties(p, tile, r, side.key_norms, norm, bound,
-                                 word_row(p.thresholds[query]), key_tile, masks[r]);
-    slots[r] = masks[r] ? atomicAdd(&p.counts[query], __popc(masks[r])) : 0;
+    masks[r] = promising >> r & 1 ? CandidateRow<Tile>(p, tile, side, r).mask() : 0;
+    const int query = query_tile * Tile::kQueries + Tile::row_of(r);
+    if (masks[r]) slots[r] = atomicAdd(&p.counts[query], __popc(masks[r]));
   }
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
     if (!masks[r]) continue;
-    const int row = Tile::row_of(r), query = query_tile * Tile::kQueries + row;
-    store_candidates(p, tile, r, side.key_norms, side.query_norms[row], key_tile, masks[r],
-                     p.lists + query * p.list_words, slots[r]);
+    const int query = query_tile * Tile::kQueries + Tile::row_of(r);
+    CandidateRow<Tile>(p, tile, side, r).store(masks[r], p.lists + query * p.list_words, slots[r]);
   }
 }
 
 // Every key is a candidate, and its place in the list is its row: no counting.
 template <class Tile>
 __device__ __forceinline__ void write_all(const ScanParams& p, const Tile& tile,
-                                          const TileSide& side, int query_tile, int key_tile) {
+                                          const TileSide<Tile>& side, int query_tile,
+                                          int key_tile) {
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
     const int row = Tile::row_of(r), query = query_tile * Tile::kQueries + row;
     if (query >= p.num_queries) continue;
-    const float norm = side.query_norms[row];
+    const CandidateRow<Tile> candidates(p, tile, side, r);
     Word* list = p.lists + query * p.list_words;
 #pragma unroll
     for (int c = 0; c < Tile::kColumns; ++c) {
-      const int column = Tile::column_of(c), place = key_tile * Tile::kKeys + column;
-      const float distance = tile_distance(p, tile.at(r, c), norm, side.key_norms[column]);
+      const int place = key_tile * Tile::kKeys + Tile::column_of(c);
       if (place >= p.num_rows) continue;
+      const float distance = candidates.distance(c);
       const bool valid = distance <= kLargestFloat;
-      const int key_row = sampled_row(place, p.strides);
-      list[place] = valid ? make_word(fmaxf(p.floor, distance), key_row) : kNoWord;
+      list[place] = valid ? make_word(fmaxf(p.floor, distance), candidates.key_row(c)) : kNoWord;
     }
   }
 }
@@ -83,7 +71,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) scan_kernel(const ScanParam
     if (p.dense)
       write_all(p, tile, stream.side(), query_tile, key_tile);
     else
-      append_candidates(p, tile, stream.side(), query_tile, key_tile);
+      append_candidates(p, tile, stream.side(), query_tile);
   }
   stream.end();
 }

@@ -22,7 +22,7 @@ struct ScanParams {
   int query_tiles, key_tiles;
   int dim_bytes, blocks;  // of a row; pipeline steps along it
   int strides[2];         // of the sample (plan_cuda.h); 1, 1 scores every key
-  bool wide;              // rows start at multiples of 16 bytes
+  int row_alignment;      // all rows start at multiples of so many bytes: 2, 4, 8 or 16
   bool resident, dense;
   // distance = max(floor, scale <q, x> + |q|^2 + |x|^2); the norms are absent for "ip".
   float scale, floor;
@@ -107,9 +107,9 @@ struct KnnSearchParams {
 };
 
 CudaSearchExtras search_extras(const KnnSearchParams& params);
-// Rows of queries and keys start at multiples of 16 bytes.
-bool rows_are_aligned(const KnnSearchParams& params);
-// And Hopper's copy engine can read them: none lies over another (as after expand()).
+// What rows of queries and keys start at multiples of, up to 16 bytes.
+int row_alignment(const KnnSearchParams& params);
+// That is 16, and Hopper's copy engine can read them: none lies over another (as after expand()).
 bool copy_engine_takes_rows(const KnnSearchParams& params);
 void knn_search_launch(const KnnSearchParams& params, cudaStream_t stream);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "candidates.cuh"
+#include "sample.cuh"
 
 namespace knnext {
 
@@ -13,17 +14,6 @@ struct FilterSide {
   int last_ties[128];
   alignas(16) int query_tile, key_tile;
 };
-
-// The share of |x|^2 that is taken off a product before it is compared: a little below 1/2.
-constexpr float kKeyShare = 0.5f - 0x1p-23f;
-
-// fl(|q|^2 + |x|^2) - 2 p, rounded, is at most b only where p - |x|^2 (1 - 2^-24) / 2 is at least
-// (|q|^2 (1 - 2^-24) - b - 2^-24 |b|) / 2. Sixteen times that slack covers the roundings here; that
-// of the norms' sum is covered by kKeyShare.
-__device__ __forceinline__ float least_rest(float norm, float bound) {
-  const float slack = __fmul_rn(__fadd_rn(norm, fabsf(bound)), 0x1p-20f);
-  return __fmul_rn(0.5f, __fsub_rn(__fsub_rn(norm, bound), slack));
-}
 
 constexpr int kFilterSampleShift = 3;  // rows of a sample that share a draw: one box's
 
@@ -62,9 +52,7 @@ class FilterSideLoad {
     for (int i = 0; i < kQueries; ++i) {
       side.query_norms[i * 32 + lane] = query_norms_[i];
       side.bounds[i * 32 + lane] = bounds_[i];
-      // Without norms p >= -bound is the exact test.
-      side.least[i * 32 + lane] =
-          p.key_norms ? least_rest(query_norms_[i], bounds_[i]) : -bounds_[i];
+      side.least[i * 32 + lane] = least_rest(p.key_norms, query_norms_[i], bounds_[i]);
       side.last_ties[i * 32 + lane] = last_ties_[i];
     }
   }

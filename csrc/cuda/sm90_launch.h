@@ -13,11 +13,7 @@ void launch_clusters(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, s
   emulate::run_grid(
       grid, block, dynamic_bytes, [&] { kernel(static_cast<P>(arguments)...); }, cluster);
 #else
-  const auto set = [&](cudaFuncAttribute attribute, int value) {
-    check_cuda(cudaFuncSetAttribute(kernel, attribute, value), "shared memory");
-  };
-  set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
-  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "candidates.cuh"
+#include "sample.cuh"
 
 namespace knnext {
 

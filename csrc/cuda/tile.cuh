@@ -22,7 +22,6 @@ template <class T, int queries, int keys, int warps_q, int warps_k, int row, int
 struct MmaTile {
   static constexpr int kQueries = queries, kKeys = keys, kRowBytes = row, kStages = stages;
   static constexpr int kThreads = 32 * warps_q * warps_k, kElementBytes = 2;
-  static constexpr int kSampleShift = 0;  // each row of a sample is drawn by itself
   static constexpr int kQueryParts = queries / warps_q / 16, kKeyParts = keys / warps_k / 8;
   // What a thread holds: kRows queries by kColumns keys.
   static constexpr int kRows = 2 * kQueryParts, kColumns = 2 * kKeyParts;
@@ -51,34 +50,37 @@ struct MmaTile {
     return warp % warps_k * (keys / warps_k) + c / 2 * 8 + lane % 4 * 2 + c % 2;
   }
 
-  __device__ __forceinline__ void multiply(const unsigned char* query_rows,
-                                           const unsigned char* key_rows) {
+  // What a warp multiplies in one step of 16 along D.
+  static constexpr int kSteps = row / 32;  // in a row of a stage
+  static constexpr bool kLoadsAhead = true;
+  struct Fragments {
+    unsigned a[kQueryParts][4], b[kKeyParts / 2][4];
+  };
+
+  static __device__ __forceinline__ const unsigned char* chunk_of(const unsigned char* rows,
+                                                                  int at_row, int chunk) {
+    return rows + at_row * row + swizzled<row>(at_row, chunk) * 16;
+  }
+  static __device__ __forceinline__ void load(Fragments& f, const unsigned char* query_rows,
+                                              const unsigned char* key_rows, int step) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_query = warp / warps_k * (queries / warps_q) + lane % 16;
     const int first_key = warp % warps_k * (keys / warps_k) + lane % 8 + lane / 16 * 8;
 #pragma unroll
-    for (int step = 0; step < row / 32; ++step) {
-      unsigned a[kQueryParts][4], b[kKeyParts / 2][4];
+    for (int i = 0; i < kQueryParts; ++i)
+      load_matrix_x4(f.a[i], chunk_of(query_rows, first_query + 16 * i, 2 * step + lane / 16));
 #pragma unroll
-      for (int i = 0; i < kQueryParts; ++i) {
-        const int at_row = first_query + 16 * i;
-        const int chunk = swizzled<row>(at_row, 2 * step + lane / 16);
-        load_matrix_x4(a[i], query_rows + at_row * row + chunk * 16);
+    for (int j = 0; j < kKeyParts / 2; ++j)
+      load_matrix_x4(f.b[j], chunk_of(key_rows, first_key + 16 * j, 2 * step + lane / 8 % 2));
+  }
+  __device__ __forceinline__ void multiply(const Fragments& f) {
+#pragma unroll
+    for (int i = 0; i < kQueryParts; ++i)
+#pragma unroll
+      for (int j = 0; j < kKeyParts; ++j) {
+        const unsigned pair[2] = {f.b[j / 2][j % 2 * 2], f.b[j / 2][j % 2 * 2 + 1]};
+        mma_m16n8k16<T>(sums[i][j], f.a[i], pair);
       }
-#pragma unroll
-      for (int j = 0; j < kKeyParts / 2; ++j) {
-        const int at_row = first_key + 16 * j;
-        const int chunk = swizzled<row>(at_row, 2 * step + lane / 8 % 2);
-        load_matrix_x4(b[j], key_rows + at_row * row + chunk * 16);
-      }
-#pragma unroll
-      for (int i = 0; i < kQueryParts; ++i)
-#pragma unroll
-        for (int j = 0; j < kKeyParts; ++j) {
-          const unsigned pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          mma_m16n8k16<T>(sums[i][j], a[i], pair);
-        }
-    }
   }
 };
 
@@ -86,7 +88,6 @@ template <int queries, int keys, int warps_q, int warps_k, int row, int stages>
 struct FmaTile {
   static constexpr int kQueries = queries, kKeys = keys, kRowBytes = row, kStages = stages;
   static constexpr int kThreads = 32 * warps_q * warps_k, kElementBytes = 4;
-  static constexpr int kSampleShift = 0;
   static constexpr int kRows = queries / warps_q / 4, kColumns = keys / warps_k / 8;
 
   float sums[kRows][kColumns];
@@ -106,6 +107,8 @@ struct FmaTile {
     return threadIdx.x / 32 % warps_k * (keys / warps_k) + threadIdx.x % 8 + 8 * c;
   }
 
+  // Its products read shared memory themselves.
+  static constexpr bool kLoadsAhead = false;
   __device__ __forceinline__ void multiply(const unsigned char* query_rows,
                                            const unsigned char* key_rows) {
 #pragma unroll 2
@@ -139,10 +142,10 @@ struct FmaTile {
 template <class T>
 using FewTile = MmaTile<T, 16, 128, 1, 4, 128, 4>;
 template <class T>
-using SmallTile = MmaTile<T, 64, 128, 1, 4, 128, 4>;
+using SmallTile = MmaTile<T, 64, 256, 1, 8, 64, 4>;
 template <class T>
 using LargeTile = MmaTile<T, 128, 256, 2, 4, 64, 3>;
 using FewFloatTile = FmaTile<16, 128, 1, 4, 128, 4>;
-using SmallFloatTile = FmaTile<64, 128, 2, 2, 128, 4>;
+using SmallFloatTile = FmaTile<64, 256, 2, 4, 64, 4>;
 
 }  // namespace knnext

@@ -40,6 +40,12 @@ struct alignas(16) Chunk {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const uint4*>(from)[i];
   }
+  // The same elements from any place, one by one.
+  __device__ __forceinline__ void gather(const T* from) {
+    T* elements = reinterpret_cast<T*>(vectors);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) elements[i] = from[i];
+  }
   __device__ __forceinline__ void to_floats(float (&x)[kChunk]) const {
     const T* elements = reinterpret_cast<const T*>(vectors);
 #pragma unroll

@@ -54,7 +54,7 @@ class FaissIndex(TokenTable):
         self.rescore = rescore
         self.gather_bytes = gather_bytes
         self._cpu_index = index
-        self._gpu_index = faiss_library.to_gpu(index) if _use_gpu(gpu) else None
+        self._gpu_index = faiss_library.to_gpu(index, gpu) if _use_gpu(gpu) else None
 
     @classmethod
     def build(
@@ -106,7 +106,12 @@ class FaissIndex(TokenTable):
             check_recipe(read_sidecar(sidecar_path).recipe, recipe, folder)
         else:
             faiss_build.build(
-                datastore, folder, recipe, nprobe=nprobe, add_chunk=add_chunk, gpu=_use_gpu(gpu)
+                datastore,
+                folder,
+                recipe,
+                nprobe=nprobe,
+                add_chunk=add_chunk,
+                gpu=_use_gpu(gpu) and gpu,
             )
         return cls.open(folder, datastore, nprobe=nprobe, gpu=gpu, rescore=rescore)
 
@@ -221,7 +226,7 @@ class FaissIndex(TokenTable):
         self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
     ) -> tuple[Tensor, Tensor]:
         if self._gpu_index is not None and not excluded and k <= GPU_MAX_K:
-            faiss_library.set_nprobe(self._gpu_index, nprobe)
+            faiss_library.set_nprobe(self._cpu_index, nprobe, self._gpu_index)
             return self._convert(*self._gpu_index.search(queries, k))
         parameters = faiss_library.search_parameters(self._cpu_index, nprobe, excluded)
         if parameters is not None:

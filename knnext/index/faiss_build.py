@@ -119,7 +119,7 @@ def build(
     *,
     nprobe: int,
     add_chunk: int,
-    gpu: bool,
+    gpu: bool | str,
 ) -> None:
     """Train, add and save; goes on from whatever an earlier call of this recipe left."""
     if add_chunk < 1:
@@ -165,19 +165,19 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     check_recipe(begun, recipe, folder)
 
 
-def _train(datastore: Datastore, recipe: Recipe, gpu: bool) -> Any:
+def _train(datastore: Datastore, recipe: Recipe, gpu: bool | str) -> Any:
     index = faiss_library.create(recipe.factory, recipe.dim, recipe.metric)
     faiss_library.set_seed(index, recipe.seed)
     if index.is_trained:
         return index
     rows = sample_rows(recipe.num_entries, recipe.train_size, recipe.seed)
-    index = faiss_library.to_gpu(index) if gpu else index
-    index.train(faiss_library.as_float32(datastore.keys[rows]))
-    return faiss_library.to_cpu(index) if gpu else index
+    replica = faiss_library.to_gpu(index, gpu) if gpu else None
+    (index if replica is None else replica).train(faiss_library.as_float32(datastore.keys[rows]))
+    return index if replica is None else faiss_library.to_cpu(replica)
 
 
 def _add_segments(
-    datastore: Datastore, folder: Path, recipe: Recipe, add_chunk: int, gpu: bool
+    datastore: Datastore, folder: Path, recipe: Recipe, add_chunk: int, gpu: bool | str
 ) -> list[Path]:
     trained = faiss_library.read(folder / TRAINED_FILE)
     step = recipe.segment_rows if faiss_library.can_merge(trained) else recipe.num_entries
@@ -191,12 +191,13 @@ def _add_segments(
                 bar.update(stop - start)
                 continue
             segment = faiss_library.read(folder / TRAINED_FILE)
-            segment = faiss_library.to_gpu(segment) if gpu else segment
+            replica = faiss_library.to_gpu(segment, gpu) if gpu else None
+            target = segment if replica is None else replica
             for begin in range(start, stop, add_chunk):
                 keys = datastore.keys[begin : min(begin + add_chunk, stop)]
-                segment.add(faiss_library.as_float32(keys))
+                target.add(faiss_library.as_float32(keys))
                 bar.update(keys.shape[0])
-            done = faiss_library.to_cpu(segment) if gpu else segment
+            done = segment if replica is None else faiss_library.to_cpu(replica)
             write_atomically(path, partial(faiss_library.write, done))
     return paths
 

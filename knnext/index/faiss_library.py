@@ -5,6 +5,7 @@ torch is imported first on purpose: loading FAISS before it has given wrong neig
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,13 +111,26 @@ def merge(index: Any, segment: Any) -> None:
     index.merge_from(segment, 0 if flat else index.ntotal)
 
 
-def to_gpu(index: Any) -> Any:
-    """A replica on every GPU, with half-precision tables: those of 64-byte codes need it."""
+def to_gpu(index: Any, gpu: bool | str) -> Any | None:
+    """A replica on every GPU, with half-precision tables: those of 64-byte codes need it.
+
+    Where a GPU cannot hold it (HNSW, fast-scan codes and others have no GPU form, or memory is
+    short) that is an error with ``gpu=True``, and else None, with a warning.
+    """
     faiss = load()
     options = faiss.GpuMultipleClonerOptions()
     # Of an IVF-PQ the lookup tables; of a flat index it would be the vectors themselves.
     options.useFloat16 = ivf_of(index) is not None
-    return faiss.index_cpu_to_all_gpus(index, co=options)
+    try:
+        return faiss.index_cpu_to_all_gpus(index, co=options)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        if gpu is True:
+            raise ValueError(
+                f"gpu=True, but FAISS cannot put this index on a GPU: {reason}"
+            ) from None
+        warnings.warn(f"FAISS keeps this index on the CPU: {reason}", stacklevel=2)
+        return None
 
 
 def to_cpu(index: Any) -> Any:
@@ -146,13 +160,18 @@ def search_parameters(
     return made, alive
 
 
-def set_nprobe(index: Any, nprobe: int) -> None:
-    """Set nprobe on an index that takes no parameters at search time, or on its replicas."""
+def set_nprobe(index: Any, nprobe: int, replica: Any | None = None) -> None:
+    """Set nprobe on an index that takes no parameters at search time, or on its replica on GPUs.
+
+    Nothing happens where the index has no lists.
+    """
     faiss = load()
-    if num_gpus() and hasattr(faiss, "GpuParameterSpace"):
-        faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", nprobe)
-    elif num_lists(index):
+    if not num_lists(index):  # of a replica FAISS tells none
+        return
+    if replica is None:
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+    else:
+        faiss.GpuParameterSpace().set_index_parameter(replica, "nprobe", nprobe)
 
 
 def decode(index: Any, rows: Tensor) -> Tensor:

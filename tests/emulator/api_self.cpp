@@ -23,7 +23,7 @@ __global__ void sum_kernel(const float* x, float* sums, bool forget_barrier) {
 // out[i] = in[i] through shared memory by cp.async.
 __global__ void copy_kernel(const float4* in, float4* out, bool forget_wait) {
   auto* tile = reinterpret_cast<float4*>(dynamic_shared());
-  copy_async_16(&tile[threadIdx.x], &in[threadIdx.x]);
+  copy_async<16>(&tile[threadIdx.x], &in[threadIdx.x]);
   copy_async_commit();
   if (!forget_wait) copy_async_wait<0>();
   __syncthreads();

@@ -74,6 +74,37 @@ def test_real_numbers(dim: int, dtype: torch.dtype, metric: str) -> None:
         assert_search(got, queries, keys, 128, metric, kind=kind)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dim", [1024, 2048, 4096])
+def test_keys_like_the_queries(dim: int, dtype: torch.dtype, metric: str) -> None:
+    """Sums of positive products, of which the units cut off a little at each step."""
+    for q in (9, 40, 200):
+        queries = gaussian(q, dim, dtype=dtype)
+        near = queries[:, None].float() + 0.05 * torch.randn(q, 8, dim, device="cuda")
+        keys = torch.cat([queries, near.flatten(0, 1).to(dtype), gaussian(2000, dim, dtype=dtype)])
+        got = knnext.knn_search(queries, keys, 9, metric)
+        assert_search(got, queries, keys, 9, metric, kind="tensor_core")
+        if metric == "l2":
+            refined = knnext.knn_search(queries, keys, 1, refine=True)
+            assert (refined[0] == 0).all() and torch.equal(
+                refined[1][:, 0], torch.arange(q, device="cuda")
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [65, 100, 769])
+def test_identical_keys_tie_at_any_alignment(dim: int, dtype: torch.dtype) -> None:
+    """Their rows begin at every multiple of an element; their norms and sums are the same."""
+    for q in (3, 40, 130):
+        queries, key = gaussian(q, dim, dtype=dtype), gaussian(1, dim, dtype=dtype)
+        keys = torch.cat([gaussian(7, dim, dtype=dtype) + 99, key.repeat(9001, 1)])
+        for refine in (False, True):
+            distances, indices = knnext.knn_search(queries, keys, 64, refine=refine)
+            assert torch.equal(indices, torch.arange(7, 71, device="cuda").expand(q, 64))
+            assert (distances == distances[:, :1]).all()
+
+
 def test_strided_and_unaligned_rows() -> None:
     wide = integers(9000, 100)
     for columns in (slice(3, 70), slice(8, 72), slice(0, 99)):
