@@ -1,7 +1,10 @@
 #include "checks.h"
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <initializer_list>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 
@@ -31,6 +34,26 @@ const char* dtype_name(ScalarType dtype) {
       return "int16";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
     default:
       return "another dtype";
   }
@@ -85,24 +108,35 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
                shape + ", got " + describe(t));
 }
 
+std::string device_text(const Tensor& t) {
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return t.is_cpu() ? "cpu" : "another kind of device";
+}
+
 void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
                   const Tensor& other) {
   if (t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda()) return;
-  fail(op, std::string(name) + " must be on the device of " + other_name);
+  fail(op, std::string(name) + " must be on the device of " + other_name + ", " +
+               device_text(other) + ", got " + device_text(t));
 }
 
 std::string text(int64_t number) {
   return std::to_string(number);
 }
 
+// With as few digits, from six up, as tell it from every other number.
 std::string text(double number) {
-  std::ostringstream out;
-  out << number;
-  return out.str();
+  char digits[32];
+  for (int precision = 6; precision <= 17; ++precision) {
+    std::snprintf(digits, sizeof(digits), "%.*g", precision, number);
+    if (std::strtod(digits, nullptr) == number) break;
+  }
+  return digits;
 }
 
-void check_queries_keys(const char* op, const Tensor& queries, const Tensor& keys) {
-  check_tensor(op, "queries", queries, kFloats, {-1, -1}, "(Q, D)");
+void check_queries_keys(const char* op, const Tensor& queries, const Tensor& keys,
+                        std::initializer_list<ScalarType> dtypes = kFloats) {
+  check_tensor(op, "queries", queries, dtypes, {-1, -1}, "(Q, D)");
   if (queries.size(1) < 1) fail(op, "queries must have D >= 1, got " + describe(queries));
   const std::string shape = "(N, " + text(queries.size(1)) + ")";
   check_tensor(op, "keys", keys, {queries.scalar_type()}, {-1, queries.size(1)}, shape);
@@ -139,8 +173,13 @@ SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t 
     check_device(op, "key_sqnorms", *key_sqnorms, "queries", queries);
   }
   if (index_offset < 0) fail(op, "index_offset must be at least 0, got " + text(index_offset));
+  const int64_t most = std::numeric_limits<int64_t>::max() - shape.num_keys;
+  if (index_offset > most)
+    fail(op, "index_offset must be at most 2^63 - 1 - N = " + text(most) + ", got " +
+                 text(index_offset));
   if (init_distances.has_value() != init_indices.has_value())
-    fail(op, "init_distances and init_indices must be given together");
+    fail(op, std::string("init_distances and init_indices must be given together, got init_") +
+                 (init_distances ? "distances" : "indices") + " alone");
   if (init_distances) {
     const std::string rows = "(" + text(shape.num_queries) + ", ";
     check_tensor(op, "init_distances", *init_distances, {ScalarType::Float},
@@ -156,11 +195,12 @@ SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t 
 
 void check_key_sqnorms(const Tensor& keys) {
   check_tensor("key_sqnorms", "keys", keys, kFloats, {-1, -1}, "(N, D)");
+  if (keys.size(1) < 1) fail("key_sqnorms", "keys must have D >= 1, got " + describe(keys));
 }
 
 Metric check_rescore(const Tensor& queries, const Tensor& keys, const Tensor& indices,
                      const std::string& metric) {
-  check_queries_keys("rescore", queries, keys);
+  check_queries_keys("rescore", queries, keys, queries.is_cuda() ? kFloats : kAllFloats);
   check_tensor("rescore", "indices", indices, {ScalarType::Long}, {queries.size(0), -1},
                "(" + text(queries.size(0)) + ", m)");
   check_device("rescore", "indices", indices, "queries", queries);
@@ -234,9 +274,10 @@ void check_order(const Tensor& order, const Tensor& indices) {
   check_device("rescore", "order", order, "indices", indices);
 }
 
-void check_rescore_grad(const Tensor& grad, const Tensor& indices) {
-  check_tensor("rescore", "grad", grad, {ScalarType::Float}, {indices.size(0), indices.size(1)},
-               shape_text(indices));
+void check_rescore_grad(const Tensor& grad, const Tensor& queries, const Tensor& indices) {
+  const bool wide = queries.scalar_type() == ScalarType::Double;
+  check_tensor("rescore", "grad", grad, {wide ? ScalarType::Double : ScalarType::Float},
+               {indices.size(0), indices.size(1)}, shape_text(indices));
   check_device("rescore", "grad", grad, "indices", indices);
 }
 

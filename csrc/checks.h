@@ -49,7 +49,7 @@ void check_output_rows(const char* op, const char* name, const Tensor& rows,
 void check_output(const char* op, const char* name, const Tensor& output, const Tensor& distances,
                   int64_t vocab_size);
 void check_order(const Tensor& order, const Tensor& indices);
-void check_rescore_grad(const Tensor& grad, const Tensor& indices);
+void check_rescore_grad(const Tensor& grad, const Tensor& queries, const Tensor& indices);
 // A float tensor () or (Q,) on the device of distances; values are checked where they are read.
 void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
                          const Tensor& distances);

@@ -19,12 +19,13 @@ BLOCK_BYTES = 128 << 20  # of scores held at once by knn_search
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def _full_precision(device: torch.device) -> Iterator[None]:
     """Products in true float32, whatever the process allows (TF32 on CUDA, bf16 on the CPU)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -39,9 +40,10 @@ def rescore(
     keys: Tensor,
     indices: Tensor,
     metric: str = "l2",
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(Q, m) distances of each query to the keys named, by direct subtraction; +inf at -1."""
+    compute_dtype = compute_dtype or torch.promote_types(queries.dtype, torch.float32)
     padding = indices < 0
     if keys.shape[0] == 0:
         return torch.full(indices.shape, INF, dtype=compute_dtype, device=queries.device)
@@ -91,7 +93,7 @@ def knn_search(
     q = queries.to(compute_dtype)
     for start in range(0, num_keys, step):
         block = keys[start : start + step].to(compute_dtype)
-        with _full_precision():
+        with _full_precision(device):
             scores = q @ block.T
         if metric == "l2":
             norms = (
@@ -205,4 +207,4 @@ def gather_tokens(values: Tensor, indices: Tensor) -> Tensor:
     padding, num_entries = indices == -1, values.shape[0]
     # An index below -1 must not wrap around to a real row; this one lies past the last.
     rows = indices.masked_fill(padding, 0).masked_fill(indices < -1, num_entries)
-    return values[rows].masked_fill(padding, -1)
+    return values.take(rows).masked_fill(padding, -1)

@@ -152,6 +152,17 @@ def test_few_long_rows_are_split(skew: int) -> None:
     assert runs[0][2].isnan().all()
 
 
+def test_many_long_rows_go_in_groups() -> None:
+    """Rows of more logits than are kept are split too, some at a time: 64 and one here."""
+    rows, vocab_size = 65, 25_700  # 201 KB of float64
+    distances, tokens = neighbors(rows, 6, vocab_size)
+    tokens[64, :3] = torch.tensor([0, 2048, vocab_size - 1])
+    logits = torch.randn(rows, vocab_size, dtype=torch.float64)
+    got = ops.knn_interpolate(logits, distances, tokens, 4.0, 0.5)
+    expected = interpolate_64(logits, distances, tokens, 4.0, 0.5)
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
 def test_a_split_row_with_many_neighbors() -> None:
     distances, tokens = neighbors(1, 2049, 33_345)
     logits = torch.full((1, 33_345), -INF)

@@ -58,7 +58,7 @@ void write_row(MixGradients<T>& mix, const Inputs& in, int64_t row, Needs needs,
   } else {
     out.neighbors.fill(row, to_lmbda);
   }
-  if (needs.logits || needs.lmbda) mix.survey_lm();
+  if (needs.logits || needs.lmbda) mix.survey_lm(needs.lmbda);
   if (needs.lmbda)
     out.lmbda.mutable_data_ptr<T>()[row] = some ? to_lmbda - mix.lm_to_lmbda() : to_lmbda;
   if (!needs.logits) return;

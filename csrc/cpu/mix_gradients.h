@@ -80,20 +80,20 @@ class MixGradients {
   }
 
   // One pass over logits and g, then the tokens of the neighbors: what both functions below need.
-  void survey_lm() {
+  void survey_lm(bool for_lmbda) {
     if (lmbda_ == 0) set_.clear();  // nothing differs where no neighbor counts
     lm_ = loops_.max_sum[kind_](logits_, vocab_size_);
-    rest_ = loops_.grad_sums[kind_](logits_, grad_, vocab_size_);
     const std::vector<int64_t>& tokens = set_.tokens();
     const std::size_t n = tokens.size();
+    const bool apart = for_lmbda && n > 0;
+    rest_ = loops_.grad_sums[kind_](logits_, apart ? without_tokens() : grad_, vocab_size_);
     for (auto* row : {&exponents_, &grad_at_, &p_, &kept_}) row->resize(n);
     loops_.gather[kind_](logits_, tokens.data(), n, p_.data());
     const T log_sum = static_cast<T>(std::log(lm_.sum));
     const T log_rest = static_cast<T>(std::log1p(-lmbda_));
     for (std::size_t j = 0; j < n; ++j) {
       const T g = grad_[tokens[j]], log_m = mixed_[tokens[j]], x = p_[j];
-      rest_.all -= g;
-      if (x != kNone) rest_.live -= g;
+      if (!apart) rest_.all -= g;
       p_[j] = x - lm_.max;
       exponents_[j] = x == kNone ? kNone : (p_[j] - log_sum) - log_m;
       kept_[j] = exponents_[j] + log_rest;
@@ -123,6 +123,14 @@ class MixGradients {
   }
 
  private:
+  // g without what the neighbors' tokens have. lmbda's gradient divides the sum of the others by
+  // 1 - lmbda: near lmbda = 1 that would blow up what a subtraction leaves of these.
+  const T* without_tokens() {
+    others_.assign(grad_, grad_ + vocab_size_);
+    for (int64_t token : set_.tokens()) others_[token] = 0;
+    return others_.data();
+  }
+
   static constexpr T kNone = -std::numeric_limits<T>::infinity();
 
   const RowLoops<T>& loops_ = row_loops<T>();
@@ -137,6 +145,7 @@ class MixGradients {
   GradSums rest_{};  // of g where no neighbor has the token
   // By neighbor, then by token: what log p or log a exceeds log m by; g; p before it is scaled; w.
   std::vector<T> exponents_, grad_at_, p_, kept_;
+  std::vector<T> others_;  // by token
 };
 
 }  // namespace knnext::cpu

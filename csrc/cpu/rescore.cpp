@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "cpu/key_indices.h"
 #include "cpu/key_rows.h"
+#include "cpu/rescore_double.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {
@@ -44,6 +45,8 @@ void rescore_rows(const Rescore& job, int64_t begin, int64_t end) {
 Tensor rescore_cpu(const Tensor& queries, const Tensor& keys, const Tensor& indices,
                    const std::string& metric) {
   const Metric kind = check_rescore(queries, keys, indices, metric);
+  if (queries.scalar_type() == ScalarType::Double)
+    return rescore_double(queries, keys, indices, kind);
   const Tensor in = as_contiguous(indices);
   const int64_t rows = indices.size(0), width = indices.size(1);
   Tensor out = empty_on<2>(queries, {rows, width}, ScalarType::Float);

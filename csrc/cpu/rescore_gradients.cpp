@@ -14,6 +14,7 @@
 #include "checks.h"
 #include "cpu/key_indices.h"
 #include "cpu/key_rows.h"
+#include "cpu/rescore_double.h"
 #include "cpu/row_loops.h"
 #include "stable_compat.h"
 
@@ -101,8 +102,11 @@ std::tuple<Tensor, Tensor> rescore_gradients_cpu(const Tensor& grad, const Tenso
                                                  const std::optional<Tensor>& order,
                                                  const std::string& metric, bool need_queries) {
   const Metric kind = check_rescore(queries, keys, indices, metric);
-  check_rescore_grad(grad, indices);
+  check_rescore_grad(grad, queries, indices);
   if (order) check_order(*order, indices);
+  if (queries.scalar_type() == ScalarType::Double)
+    return rescore_double_gradients(grad, queries, keys, indices, need_queries, order.has_value(),
+                                    kind);
   const Tensor in = as_contiguous(indices), g = as_contiguous(grad);
   const int64_t rows = indices.size(0), width = indices.size(1), total = rows * width;
   const Job job{KeyRows(queries),         KeyRows(keys), kind, width, in.const_data_ptr<int64_t>(),

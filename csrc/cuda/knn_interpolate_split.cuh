@@ -1,12 +1,20 @@
-// knn_interpolate for so few rows that one block a row would leave most of the device idle: a row
-// is cut into pieces, and two kernels follow each other.
+// knn_interpolate for so few rows that one block a row would leave most of the device idle, and for
+// rows so long that their logits would be read twice from memory. A row is cut into pieces, and two
+// steps follow each other.
 //
 //   1  a block a piece:  its logits --> (max, sum of exp)
 //      and one a row:    the neighbors, sorted and summed by token --> (token, log l q) each
 //   2  a block a piece:  the sums of all pieces, the logits again (from the L2) --> out, and
 //                        log-added what the neighbors have in this piece
 //
-// How a row is cut depends on the shapes alone.
+// Of many rows as many go at once as the L2 holds beside the next ones, and a launch takes step 2
+// of some with step 1 of the next: while one waits for reads, the other writes.
+//
+//   launch:     0 | 1     | 2     | ...          rows 0..15 | rows 16..31 | ...
+//   step 1 of   A | B     | C     |                   A            B
+//   step 2 of     | A     | B     | ...
+//
+// How rows are grouped and cut depends on the shapes alone.
 #pragma once
 
 #include "logit_row.cuh"
@@ -20,15 +28,24 @@ __device__ __forceinline__ float log_add_exp(float a, float b) {
 }
 
 struct SplitPlan {
+  // Rows up to kWholeBytes of logits stay mostly in shared memory, or in the L2, till they are
+  // written; kGroupBytes of longer ones are half of what the smallest L2 here holds (A100: 40 MB).
+  static constexpr int64_t kFewRows = 64, kBlocks = 1024;
+  static constexpr int64_t kWholeBytes = 200 << 10, kGroupBytes = 16 << 20;
   unsigned threads;
   int64_t length, pieces;  // of a piece, a multiple of the chunk; 0 pieces: not split
+  int64_t rows_at_once;
 
-  SplitPlan(int64_t rows, int k, int64_t vocab_size) : threads(k > 2048 ? 1024 : 256) {
-    constexpr int64_t kMaxRows = 64, kBlocks = 1024;
-    const int64_t shared = (vocab_size * rows / kBlocks + kChunk - 1) / kChunk * kChunk;
+  SplitPlan(int64_t rows, int k, int64_t vocab_size, int64_t element_bytes)
+      : threads(k > 2048 ? 1024 : 256), rows_at_once(rows) {
+    const int64_t row_bytes = vocab_size * element_bytes;
+    if (rows > kFewRows)
+      rows_at_once = max(int64_t{1}, min(kFewRows, kGroupBytes / max(int64_t{1}, row_bytes)));
+    const int64_t shared = (vocab_size * rows_at_once / kBlocks + kChunk - 1) / kChunk * kChunk;
     length = max(int64_t{kChunk} * threads, shared);
     pieces = (vocab_size + length - 1) / length;
-    if (rows > kMaxRows || pieces < 4 || vocab_size > 0x7FFFFFFF) pieces = 0;
+    if (rows > kFewRows && row_bytes <= kWholeBytes) pieces = 0;
+    if (pieces < 4 || vocab_size > 0x7FFFFFFF) pieces = 0;
   }
   __host__ __device__ int64_t words_a_row(int k) const { return 1 + pieces + k; }
 };
@@ -91,13 +108,9 @@ __device__ __forceinline__ void list_tokens(const KnnInterpolateParams& p, const
   if (threadIdx.x == 0) *to.header = {logf(static_cast<float>(1.0 - lmbda)), count};
 }
 
-template <class T, class Word>
-__global__ void __launch_bounds__(1024, 1)
-    split_sums_kernel(KnnInterpolateParams p, SortPlan plan, SplitPlan split) {
-  // The neighbors' block takes longest, so it comes first.
-  const int64_t r = blockIdx.x / (split.pieces + 1), piece = blockIdx.x % (split.pieces + 1) - 1;
-  const SplitRow to(p.split + r * split.words_a_row(p.neighbors.k), split.pieces);
-  if (piece < 0) return list_tokens<Word>(p, plan, r, to);
+template <class T>
+__device__ __forceinline__ void sum_piece(const KnnInterpolateParams& p, const SplitPlan& split,
+                                          int64_t r, int64_t piece, const SplitRow& to) {
   const int64_t start = piece * split.length, size = min(split.length, p.vocab_size - start);
   const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride + start;
   const LogitRow<T> lm(logits, p.out + r * p.vocab_size + start, size, 0);
@@ -106,10 +119,8 @@ __global__ void __launch_bounds__(1024, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(1024, 1)
-    split_write_kernel(KnnInterpolateParams p, SplitPlan split) {
-  const int64_t r = blockIdx.x / split.pieces, piece = blockIdx.x % split.pieces;
-  const SplitRow from(p.split + r * split.words_a_row(p.neighbors.k), split.pieces);
+__device__ __forceinline__ void write_piece(const KnnInterpolateParams& p, const SplitPlan& split,
+                                            int64_t r, int64_t piece, const SplitRow& from) {
   const int64_t start = piece * split.length, size = min(split.length, p.vocab_size - start);
   float* out = p.out + r * p.vocab_size + start;
   const LogitRow<T> lm(static_cast<const T*>(p.logits) + r * p.logits_stride + start, out, size, 0);
@@ -123,15 +134,46 @@ __global__ void __launch_bounds__(1024, 1)
   }
 }
 
+// Rows that a launch takes: `count` of them from `first` on.
+struct RowRange {
+  int64_t first, count;
+};
+
+template <class T, class Word>
+__global__ void __launch_bounds__(1024, 1)
+    split_kernel(KnnInterpolateParams p, SortPlan plan, SplitPlan split, RowRange sums,
+                 RowRange writes) {
+  const auto row = [&](int64_t r) {
+    return SplitRow(p.split + r * split.words_a_row(p.neighbors.k), split.pieces);
+  };
+  // The neighbors' blocks take longest, so they come first; what is read from the L2 comes next.
+  int64_t block = blockIdx.x;
+  if (block < sums.count)
+    return list_tokens<Word>(p, plan, sums.first + block, row(sums.first + block));
+  block -= sums.count;
+  const int64_t written = writes.count * split.pieces;
+  const bool sum = block >= written;
+  if (sum) block -= written;
+  const int64_t r = (sum ? sums.first : writes.first) + block / split.pieces;
+  if (sum)
+    sum_piece<T>(p, split, r, block % split.pieces, row(r));
+  else
+    write_piece<T>(p, split, r, block % split.pieces, row(r));
+}
+
 template <class T, class Word>
 void launch_split(const KnnInterpolateParams& p, const SortPlan& plan, const SplitPlan& split,
                   Stream stream) {
   const size_t bytes = p.workspace ? 0 : plan.bytes();
-  const dim3 block(split.threads);
-  launch(split_sums_kernel<T, Word>, grid_of(p.neighbors.rows * (split.pieces + 1)), block, bytes,
-         stream, p, plan, split);
-  launch(split_write_kernel<T>, grid_of(p.neighbors.rows * split.pieces), block, 0, stream, p,
-         split);
+  const int64_t rows = p.neighbors.rows, step = split.rows_at_once;
+  RowRange writes{0, 0};
+  for (int64_t first = 0; first < rows || writes.count; first += step) {
+    const RowRange sums{first, max(int64_t{0}, min(step, rows - first))};
+    const int64_t blocks = sums.count * (split.pieces + 1) + writes.count * split.pieces;
+    launch(split_kernel<T, Word>, grid_of(blocks), dim3(split.threads), bytes, stream, p, plan,
+           split, sums, writes);
+    writes = sums;
+  }
 }
 
 }  // namespace knnext

@@ -61,6 +61,21 @@ struct LogitRow {
     for (int64_t i = head + chunks * kChunk + threadIdx.x; i < size; i += blockDim.x)
       f(to_float(logits[i]), i);
   }
+  // Calls f(chunk, c) for this thread's chunks from `first` up to `end`, read 64 bytes at a time:
+  // one load under way a thread would leave the memory idle.
+  template <class F>
+  __device__ __forceinline__ void for_chunks(int64_t first, int64_t end, F f) const {
+    constexpr int kBatch = Chunk<T>::kVectors < 4 ? 4 / Chunk<T>::kVectors : 1;
+    for (int64_t c = first + threadIdx.x; c < end; c += kBatch * blockDim.x) {
+      Chunk<T> batch[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        batch[j].load(logits + head + min(c + j * blockDim.x, end - 1) * kChunk);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        if (c + j * blockDim.x < end) f(batch[j], c + j * blockDim.x);
+    }
+  }
   // Vector i of chunk c lies at i cached + c: neighboring threads on neighboring banks.
   __device__ __forceinline__ void keep(const Chunk<T>& chunk, int64_t c) const {
     for (int i = 0; i < Chunk<T>::kVectors; ++i) cache[i * cached + c] = chunk.vectors[i];
@@ -76,14 +91,12 @@ struct LogitRow {
 template <class T>
 __device__ __forceinline__ LogSum LogitRow<T>::log_sum() const {
   RunningSum running;
-  for (int64_t c = threadIdx.x; c < chunks; c += blockDim.x) {
-    Chunk<T> chunk;
-    chunk.load(logits + head + c * kChunk);
+  for_chunks(0, chunks, [&](const Chunk<T>& chunk, int64_t c) {
     if (c < cached) keep(chunk, c);
     float x[kChunk];
     chunk.to_floats(x);
     running.add(x);
-  }
+  });
   for_singles([&](float x, int64_t) { running.add(x); });
   return running.over_block();
 }
@@ -91,17 +104,19 @@ __device__ __forceinline__ LogSum LogitRow<T>::log_sum() const {
 // out = (x - peak) + offset
 template <class T>
 __device__ __forceinline__ void LogitRow<T>::write(float peak, float offset) const {
-  for (int64_t c = threadIdx.x; c < chunks; c += blockDim.x) {
-    Chunk<T> chunk;
-    if (c < cached)
-      recall(chunk, c);
-    else
-      chunk.load(logits + head + c * kChunk);
+  const auto put = [&](const Chunk<T>& chunk, int64_t c) {
     float x[kChunk];
     chunk.to_floats(x);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = (x[i] - peak) + offset;
     store_chunk(out + head + c * kChunk, x);
+  };
+  // First what was read last: that is what the L2 is likeliest to hold.
+  for_chunks(cached, chunks, put);
+  for (int64_t c = threadIdx.x; c < cached; c += blockDim.x) {
+    Chunk<T> chunk;
+    recall(chunk, c);
+    put(chunk, c);
   }
   for_singles([&](float x, int64_t i) { out[i] = (x - peak) + offset; });
 }

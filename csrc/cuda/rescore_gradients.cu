@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> rescore_gradients_cuda(const Tensor& grad, const Tens
                                                   const std::optional<Tensor>& order,
                                                   std::string metric, bool need_queries) {
   const Metric parsed = check_rescore(queries, keys, indices, metric);
-  check_rescore_grad(grad, indices);
+  check_rescore_grad(grad, queries, indices);
   if (order) check_order(*order, indices);
   const OnDevice device(queries);
   const Rows g(grad), q(queries), x(keys), i(indices);

@@ -13,6 +13,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ALL_FLOATS = (*FLOATS, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 MAX_K_CUDA = 16384
+MAX_INT64 = (1 << 63) - 1
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -21,6 +22,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def _shape(t: Tensor) -> str:
     return "(" + ", ".join(str(s) for s in t.shape) + (",)" if t.dim() == 1 else ")")
+
+
+def _number(value: float) -> str:
+    """With as few digits, from six up, as tell it from every other number."""
+    texts = (format(value, f".{precision}g") for precision in range(6, 18))
+    return next((text for text in texts if float(text) == value), format(value, ".17g"))
 
 
 def _article(text: str) -> str:
@@ -57,11 +64,14 @@ def _tensor(
 
 def _device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     if t.device != other.device:
-        fail(op, f"{name} must be on the device of {other_name}")
+        wanted = f"{name} must be on the device of {other_name}, {other.device}"
+        fail(op, f"{wanted}, got {t.device}")
 
 
-def _queries_keys(op: str, queries: Tensor, keys: Tensor) -> None:
-    _tensor(op, "queries", queries, FLOATS, (None, None), "(Q, D)")
+def _queries_keys(
+    op: str, queries: Tensor, keys: Tensor, dtypes: Sequence[torch.dtype] = FLOATS
+) -> None:
+    _tensor(op, "queries", queries, dtypes, (None, None), "(Q, D)")
     if queries.shape[1] < 1:
         fail(op, f"queries must have D >= 1, got {_describe(queries)}")
     dim = queries.shape[1]
@@ -104,8 +114,12 @@ def knn_search(
         _device(op, "key_sqnorms", key_sqnorms, "queries", queries)
     if index_offset < 0:
         fail(op, f"index_offset must be at least 0, got {index_offset}")
+    if index_offset > MAX_INT64 - num_keys:
+        wanted = f"index_offset must be at most 2^63 - 1 - N = {MAX_INT64 - num_keys}"
+        fail(op, f"{wanted}, got {index_offset}")
     if (init_distances is None) != (init_indices is None):
-        fail(op, "init_distances and init_indices must be given together")
+        alone = "init_indices" if init_distances is None else "init_distances"
+        fail(op, f"init_distances and init_indices must be given together, got {alone} alone")
     if init_distances is not None and init_indices is not None:
         rows, m = (num_queries, None), f"({num_queries}, m)"
         _tensor(op, "init_distances", init_distances, (torch.float32,), rows, m)
@@ -117,10 +131,13 @@ def knn_search(
 
 def key_sqnorms(keys: Tensor) -> None:
     _tensor("key_sqnorms", "keys", keys, FLOATS, (None, None), "(N, D)")
+    if keys.shape[1] < 1:
+        fail("key_sqnorms", f"keys must have D >= 1, got {_describe(keys)}")
 
 
 def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") -> None:
-    _queries_keys("rescore", queries, keys)
+    dtypes = FLOATS if queries.device.type == "cuda" else ALL_FLOATS
+    _queries_keys("rescore", queries, keys, dtypes)
     rows = queries.shape[0]
     _tensor("rescore", "indices", indices, (torch.int64,), (rows, None), f"({rows}, m)")
     _device("rescore", "indices", indices, "queries", queries)
@@ -158,14 +175,14 @@ def _temperature(op: str, temperature: float | Tensor, distances: Tensor) -> Non
     if isinstance(temperature, Tensor):
         _row_parameter(op, "temperature", temperature, distances)
     elif not (temperature > 0 and math.isfinite(temperature)):
-        fail(op, f"temperature must be a finite number above 0, got {temperature:g}")
+        fail(op, f"temperature must be a finite number above 0, got {_number(temperature)}")
 
 
 def _lmbda(op: str, lmbda: float | Tensor, distances: Tensor) -> None:
     if isinstance(lmbda, Tensor):
         _row_parameter(op, "lmbda", lmbda, distances)
     elif not 0 <= lmbda <= 1:
-        fail(op, f"lmbda must lie in [0, 1], got {lmbda:g}")
+        fail(op, f"lmbda must lie in [0, 1], got {_number(lmbda)}")
 
 
 def knn_softmax(
@@ -252,9 +269,18 @@ def _knn_target_log_prob_values(
     _values(op, "tokens must be at least -1", tokens, tokens < -1)
 
 
+def _rescore_values(_queries: Tensor, keys: Tensor, indices: Tensor, _metric: str = "l2") -> None:
+    num_keys = keys.shape[0]
+    wrong = (indices < -1) | (indices >= num_keys)
+    if bool(wrong.any()):
+        wanted = f"indices must lie in [-1, {num_keys})"
+        fail("rescore", f"{wanted}, got {int(indices[wrong][0])}")
+
+
 # What the compiled CPU ops find wrong while they read, for the fallback: fake tensors hold nothing
 # to read, and on CUDA to read would be to wait.
 VALUE_CHECKS: dict[str, Callable[..., None]] = {
+    "rescore": _rescore_values,
     "knn_softmax": _knn_softmax_values,
     "knn_interpolate": _knn_interpolate_values,
     "knn_target_log_prob": _knn_target_log_prob_values,

@@ -15,12 +15,14 @@ def sum_to_parameter(per_row: Tensor, parameter: float | Tensor) -> Tensor | Non
 
 
 def both_tensors(first: float | Tensor, second: float | Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """The `.tensor` overloads take two tensors: a plain number beside a tensor becomes one."""
+    """The `.tensor` overloads take two tensors: a plain number beside a tensor becomes one, of
+    float64, so that it stays the number it is.
+    """
 
     def as_tensor(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
             return value
-        return torch.full((), value, dtype=like.dtype, device=like.device)
+        return torch.full((), value, dtype=torch.float64, device=like.device)
 
     return as_tensor(first), as_tensor(second)
 

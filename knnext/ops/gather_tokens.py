@@ -25,4 +25,8 @@ def gather_tokens(values: Tensor, indices: Tensor) -> Tensor:
         )
     if indices.dtype != torch.int64:
         raise ValueError(f"indices must be int64, got {indices.dtype}")
+    if values.device != indices.device:
+        raise ValueError(
+            f"values must be on the device of indices, {indices.device}, got {values.device}"
+        )
     return reference.gather_tokens(values, indices)

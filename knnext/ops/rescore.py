@@ -18,14 +18,15 @@ def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") 
     real score on an approximate mask. Differentiable in queries and keys.
 
     Args:
-        queries: (Q, D) float16, bfloat16 or float32.
+        queries: (Q, D) float16, bfloat16 or float32; on the CPU float64 too, for gradcheck.
         keys: (N, D) of the same dtype.
         indices: (Q, m) int64 rows of ``keys``; -1 is padding.
         metric: ``"l2"`` or ``"ip"``.
 
     Returns:
-        (Q, m) float32; +inf at padding. The backward reads rows where they lie and sums them in a
-        fixed order; what it holds beside its results is a sorted copy of ``indices``.
+        (Q, m) float32 (float64 where the queries are); +inf at padding. The backward reads rows
+        where they lie and sums them in a fixed order; what it holds beside its results is a sorted
+        copy of ``indices``.
 
     Raises:
         RuntimeError: on a bad argument, naming it; on the CPU also on an index outside [-1, N),
@@ -37,7 +38,8 @@ def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") 
 @torch.library.register_fake("knnext::rescore")
 def _fake(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") -> Tensor:
     _checks.rescore(queries, keys, indices, metric)
-    return queries.new_empty(indices.shape, dtype=torch.float32)
+    wide = queries.dtype == torch.float64
+    return queries.new_empty(indices.shape, dtype=torch.float64 if wide else torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -57,6 +57,38 @@ def test_float32_gradients_are_those_of_the_reference(lmbda: float) -> None:
         assert_close(got, w, "gradient", max(1.0, w.abs().max().item()))
 
 
+@pytest.mark.parametrize("lmbda", [0.999, 1 - 1e-6, 1.0])
+def test_the_gradient_of_lmbda_near_one(lmbda: float) -> None:
+    """The others' part is divided by 1 - lmbda, and must hold nothing of the neighbors' tokens."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        distances, tokens = torch.rand(4, 8), torch.randint(0, 50, (4, 8))
+        logits, upstream = torch.randn(4, 50), torch.rand(4, 8)
+
+        def gradient(dtype, logits=logits, distances=distances, tokens=tokens, upstream=upstream):
+            weight = torch.full((4,), lmbda, dtype=torch.float64, requires_grad=True)
+            out = knnext.knn_interpolate(logits, distances.to(dtype), tokens, 1.0, weight)
+            (out.gather(1, tokens) * upstream).sum().backward()
+            return weight.grad
+
+        # What of p_lm / p stands at the tokens that neighbors have, in float64 and by itself.
+        d, p_lm = distances.double(), logits.double().softmax(1)
+        p_knn = reference.knn_softmax(d, tokens, 1.0, 50)
+        slope = (p_knn - p_lm) / ((1 - lmbda) * p_lm + lmbda * p_knn)
+        want = (slope.gather(1, tokens) * upstream.double()).sum(1)
+        torch.testing.assert_close(gradient(torch.float32), want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_number_beside_a_tensor_stays_the_number_it_is() -> None:
+    distances, tokens = torch.rand(3, 8), torch.randint(0, 50, (3, 8))
+    logits = torch.randn(3, 50)
+    for lmbda in (1 - 1e-6, 1 - 1e-9):
+        want = knnext.knn_interpolate(logits, distances, tokens, 2.0, lmbda)
+        got = knnext.knn_interpolate(logits, distances, tokens, torch.tensor(2.0), lmbda)
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want)
+
+
 def reference_with_safe_ends(logits, distances, tokens, temperature, lmbda):
     """The mixture of probabilities, where autograd has no log 0 to stumble over."""
     p_knn = reference.knn_softmax(distances, tokens, temperature, logits.shape[1])

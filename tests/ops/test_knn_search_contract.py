@@ -32,8 +32,10 @@ BAD = {
     "norms dtype": (Q, X, 3, {"key_sqnorms": N32.half()}, "key_sqnorms must be a float32 tensor"),
     "norms length": (Q, X, 3, {"key_sqnorms": N32[1:]}, "of shape (50,), got a float32 tensor"),
     "offset": (Q, X, 3, {"index_offset": -1}, "index_offset must be at least 0, got -1"),
-    "one init": (Q, X, 3, {"init_distances": INIT_D}, "must be given together"),
-    "other init": (Q, X, 3, {"init_indices": INIT_I}, "must be given together"),
+    "far offset": (Q, X, 3, {"index_offset": (1 << 63) - len(X)}, "index_offset must be at most"),
+    "one init": (Q, X, 3, {"init_distances": INIT_D}, "got init_distances alone"),
+    "other init": (Q, X, 3, {"init_indices": INIT_I}, "got init_indices alone"),
+    "bytes": (Q.byte(), X, 3, {}, "got a uint8 tensor"),
     "init rows": (
         Q,
         X,

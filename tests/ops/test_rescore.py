@@ -99,6 +99,22 @@ def test_gradients_are_those_of_the_formula(metric: str, dtype: torch.dtype) -> 
             torch.testing.assert_close(got, w, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_gradcheck_in_float64(metric: str) -> None:
+    queries = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    indices = torch.randint(-1, 7, (4, 6))
+
+    def scores(q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return knnext.rescore(q, x, indices, metric).masked_fill(indices < 0, 0.0)
+
+    assert torch.autograd.gradcheck(scores, (queries, keys))
+    got = knnext.rescore(queries, keys.detach(), indices, metric)
+    want = reference.rescore(queries, keys, indices, metric)
+    assert got.dtype == want.dtype == torch.float64
+    torch.testing.assert_close(got, want)
+
+
 def test_gradient_of_infinite_padding_is_zero() -> None:
     queries, keys = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     indices = torch.tensor([[-1, -1], [2, -1]])
@@ -129,7 +145,7 @@ def test_a_second_derivative_says_that_there_is_none() -> None:
 
 Q, X, I = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, 5, dtype=torch.int64)  # noqa: E741
 BAD = {
-    "queries dtype": (Q.double(), X, I, "l2", "queries must be a float16, bfloat16 or float32"),
+    "queries dtype": (Q.int(), X, I, "l2", "queries must be a float16, bfloat16, float32"),
     "no dimension": (Q[:, :0], X[:, :0], I, "l2", "queries must have D >= 1"),
     "keys dtype": (Q, X.half(), I, "l2", "keys must be a float32 tensor of shape (N, 4)"),
     "keys width": (Q, X[:, 1:], I, "l2", "got a float32 tensor of shape (9, 3)"),
