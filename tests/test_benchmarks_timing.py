@@ -33,6 +33,7 @@ class Device:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.now, self.calls, self.capturing = seconds, 0.0, 0, False
+        self.stream = "the benchmarks' own"
 
     def call(self) -> None:
         self.calls += 1
@@ -61,12 +62,16 @@ class Device:
         @contextmanager
         def graph(target: Any) -> Iterator[None]:
             before, device.capturing = device.calls, True
-            yield
+            own, device.stream = device.stream, "the capture's"
+            yield  # as torch does it, the stream goes back only where nothing failed
+            device.stream = own
             target.held, device.capturing = device.calls - before, False
 
         for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": graph}.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: device.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda s: setattr(device, "stream", s))
         monkeypatch.setattr("gpu_timing.spin_up", lambda: None)
 
 
@@ -107,6 +112,23 @@ def test_clock_moves_by_one_call_a_round(
     sampler.round()
     assert gpu_clock() - before == pytest.approx(seconds, rel=1e-6)
     assert sampler.seconds() == pytest.approx(seconds, rel=1e-6)
+
+
+def test_a_call_that_cannot_be_captured_is_timed_by_events(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(5e-5)
+    device.install(monkeypatch)
+
+    def run() -> None:
+        if device.capturing:
+            device.capturing = False
+            raise RuntimeError("operation not permitted when stream is capturing")
+        device.call()
+
+    with pytest.warns(UserWarning, match="no graph: operation not permitted"):
+        sampler = GpuSampler([run], capturable=True).prepare()
+    assert sampler.timing == "events" and device.stream == "the benchmarks' own"
 
 
 def test_sets_of_buffers_take_turns_and_results_live_for_one(
