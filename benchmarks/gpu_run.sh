@@ -122,7 +122,11 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability:-8.0}}
 
 gpu_tests() {
   local workers=() each=$((processors / 3))
-  [ "$each" -ge 2 ] && "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$each" --dist worksteal)
+  export KNNEXT_FUZZ_SECONDS=$((20 * minutes / 9))
+  if [ "$each" -ge 2 ] && "$python" -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$each" --dist worksteal)
+    KNNEXT_FUZZ_SECONDS=$((120 * minutes / 9))  # in parts that the workers share
+  fi
   "$python" -m pytest -q -m gpu -p no:cacheprovider --timeout=120 --junitxml="$out/$1.xml" \
     "${workers[@]}" tests/gpu "${@:2}"
 }
@@ -191,7 +195,7 @@ profile() {
   done
 }
 export -f machine gpu_tests sanitize activate_rivals benchmarks report kernel_times null_epilogue profile
-export PYTHON=$python python out final root processors
+export PYTHON=$python python out final root processors minutes
 
 site=$rivals
 if ls "$rivals"/*.tar.xz >/dev/null 2>&1 && { wanted bench || wanted bench_sm90; }; then
@@ -211,7 +215,6 @@ say "knnext on $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null |
 step machine 20 0 bash -c machine
 step build 150 0 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
 
-export KNNEXT_FUZZ_SECONDS=$((20 * minutes / 9))
 beside tests 150 230 bash -c 'gpu_tests tests'
 beside tests_sm90 150 230 env KNNEXT_SM90=all bash -c 'gpu_tests tests_sm90 -k "search or sm90"'
 if command -v compute-sanitizer >/dev/null; then

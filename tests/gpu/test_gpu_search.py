@@ -2,7 +2,7 @@
 taken when a list fails, every trap of the contract, graphs, streams, devices, memory.
 
 Small integers make every sum exact in float32: those results must equal the reference's to the bit.
-KNNEXT_FUZZ_SECONDS (default 20) bounds the fuzz.
+KNNEXT_FUZZ_SECONDS (default 20) bounds the fuzz; KNNEXT_FUZZ_SEED begins it where it failed.
 """
 
 from __future__ import annotations
@@ -363,9 +363,14 @@ def draw(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def test_fuzz(monkeypatch) -> None:
-    end = time.monotonic() + float(os.environ.get("KNNEXT_FUZZ_SECONDS", "20"))
-    seed = int(os.environ.get("KNNEXT_FUZZ_SEED", "0"))
+FUZZ_PARTS = 4  # of the time, so that parallel workers share it
+
+
+@pytest.mark.parametrize("part", range(FUZZ_PARTS))
+def test_fuzz(part: int, monkeypatch) -> None:
+    seconds = float(os.environ.get("KNNEXT_FUZZ_SECONDS", "20")) / FUZZ_PARTS
+    end = time.monotonic() + seconds
+    seed = int(os.environ.get("KNNEXT_FUZZ_SEED", "0")) + part * 1_000_000
     rounds = 0
     while time.monotonic() < end:
         case = draw(random.Random(seed + rounds))
