@@ -23,10 +23,11 @@ constexpr float kKeyShare = 0.5f - 0x1p-23f;
 //
 // With them fl(|q|^2 + |x|^2) - 2 p, rounded, is at most b only where p - |x|^2 (1 - 2^-24) / 2 is
 // at least (|q|^2 (1 - 2^-24) - b - 2^-24 |b|) / 2. Sixteen times that slack covers the roundings
-// here; that of the norms' sum is covered by kKeyShare.
+// here, and the constant those of numbers too small to have all their bits; that of the norms' sum
+// is covered by kKeyShare.
 __device__ __forceinline__ float least_rest(bool with_norms, float norm, float bound) {
   if (!with_norms) return -bound;
-  const float slack = __fmul_rn(__fadd_rn(norm, fabsf(bound)), 0x1p-20f);
+  const float slack = __fmaf_rn(__fadd_rn(norm, fabsf(bound)), 0x1p-20f, 0x1p-140f);
   return __fmul_rn(0.5f, __fsub_rn(__fsub_rn(norm, bound), slack));
 }
 
