@@ -123,7 +123,7 @@ def test_identical_keys_get_identical_scores_in_every_tile_and_shape():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_keys_whose_squares_have_few_bits(dtype: torch.dtype):
-    """Squares of about 2^-146: sums are exact, and half of one may not be a number."""
+    """Squares of about 2^-146, below all normal numbers; their sums are still exact."""
     queries, keys = integers(20, 3, dtype=dtype), integers(900, 3, dtype=dtype)
     queries, keys = queries * 2.0**-73, keys * 2.0**-73
     for shape in ("few", "small") if dtype == torch.float32 else ("few", "small", "large"):
