@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -43,14 +44,13 @@ def _load() -> Any:
         from cuvs.neighbors import brute_force
     except ImportError as error:  # also where a library that it wants is missing or too old
         pytest.skip(f"cuVS is not to be had ({error}): {HINT}")
-    if not _State.pooled:
-        rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
-        _State.pooled = True
+    _use_pool(rmm.mr)
     return brute_force
 
 
-class _State:
-    pooled = False
+@cache
+def _use_pool(memory: Any) -> None:
+    memory.set_current_device_resource(memory.CudaAsyncMemoryResource())
 
 
 def _resources(stream: int) -> Any:

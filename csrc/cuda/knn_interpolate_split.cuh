@@ -29,7 +29,8 @@ __device__ __forceinline__ float log_add_exp(float a, float b) {
 
 struct SplitPlan {
   // Rows up to kWholeBytes of logits stay mostly in shared memory, or in the L2, till they are
-  // written; kGroupBytes of longer ones are half of what the smallest L2 here holds (A100: 40 MB).
+  // written. Two groups of kGroupBytes of longer ones fit the L2 of an A100 (40 MB); smaller
+  // caches, as of desktop cards, do not hold them.
   static constexpr int64_t kFewRows = 64, kBlocks = 1024;
   static constexpr int64_t kWholeBytes = 200 << 10, kGroupBytes = 16 << 20;
   unsigned threads;
