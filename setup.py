@@ -109,15 +109,15 @@ class Cuda:
         print(f"knnext: building the CPU package only: {reason}.", file=sys.stderr)
 
     def gencode(self, source: Path) -> str:
-        """-gencode flags; files named sm90_* hold what only Hopper has."""
-        flags = []
+        """-gencode flags; files in a folder sm90 hold what only Hopper has."""
+        flags, hopper = [], source.parent.name == "sm90"
         for arch in self.archs:
             number, _, ptx = arch.partition("+")
             digits = number.replace(".", "")
-            if source.name.startswith("sm90_") and digits != "90a":
+            if hopper and digits != "90a":
                 continue
             flags.append(f"-gencode arch=compute_{digits},code=sm_{digits}")
-            if ptx and not source.name.startswith("sm90_"):
+            if ptx and not hopper:
                 # PTX of an "a" target runs on nothing newer; the plain one does.
                 plain = digits.rstrip("af")
                 flags.append(f"-gencode arch=compute_{plain},code=compute_{plain}")
@@ -212,7 +212,7 @@ def sources(pattern: str) -> list[Path]:
 
 def hopper_flag(cuda: Cuda | None) -> str:
     """-DKNNEXT_BUILT_SM90 where the build carries Hopper's own kernels."""
-    return "-DKNNEXT_BUILT_SM90" if cuda and cuda.gencode(Path("sm90_")) else ""
+    return "-DKNNEXT_BUILT_SM90" if cuda and cuda.gencode(Path("sm90/any.cu")) else ""
 
 
 def add_host_module(ninja: NinjaFile, torch: Torch, cuda: Cuda | None, version: str) -> None:
@@ -231,7 +231,7 @@ def add_host_module(ninja: NinjaFile, torch: Torch, cuda: Cuda | None, version: 
     python = sysconfig.get_paths()["include"]
     flags += f" -isystem {pybind11.get_include()} -isystem {python}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    ours = [*sources("host/*.cpp"), *sources("plan*.cpp"), CSRC / "cpu/isa.cpp"]
+    ours = [*sources("host/*.cpp"), *sources("plan/*.cpp"), CSRC / "cpu/isa.cpp"]
     ninja.library(ninja.package / f"_host{suffix}", ours, flags)
 
 
@@ -245,14 +245,14 @@ class Build(build_ext):
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "knnext"
         build = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
         ninja = NinjaFile(torch, cuda, build, package)
-        shared = [CSRC / "checks.cpp"]
-        ops = [CSRC / "library.cpp", *shared, *sources("plan*.cpp"), *sources("cpu/*.cpp")]
+        shared = [CSRC / "checks.cpp", CSRC / "complaints.cpp"]
+        ops = [CSRC / "library.cpp", *shared, *sources("plan/*.cpp"), *sources("cpu/**/*.cpp")]
         ninja.library(package / "lib/libknnext_cpu.so", ops, "$torch_flags", "$torch_libs")
         cuda_library = package / "lib/libknnext_cuda.so"
         if cuda:
             # The plan of a CPU search asks for the vector path.
-            plan = [*sources("plan*.cpp"), CSRC / "cpu/isa.cpp"]
-            kernels = [source for source in sources("cuda/*.cu") if cuda.gencode(source)]
+            plan = [*sources("plan/*.cpp"), CSRC / "cpu/isa.cpp"]
+            kernels = [source for source in sources("cuda/**/*.cu") if cuda.gencode(source)]
             ours = [*shared, *plan, *kernels]
             flags = f"$torch_flags {hopper_flag(cuda)}"
             ninja.library(cuda_library, ours, flags, "$torch_libs -ldl")

@@ -1,12 +1,7 @@
 #include "checks.h"
 
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <initializer_list>
 #include <limits>
-#include <sstream>
-#include <stdexcept>
 
 namespace knnext {
 namespace {
@@ -16,142 +11,20 @@ constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Half, ScalarT
 constexpr std::initializer_list<ScalarType> kAllFloats = {ScalarType::Half, ScalarType::BFloat16,
                                                           ScalarType::Float, ScalarType::Double};
 
-const char* dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::UInt16:
-      return "uint16";
-    case ScalarType::UInt32:
-      return "uint32";
-    case ScalarType::UInt64:
-      return "uint64";
-    case ScalarType::ComplexHalf:
-      return "complex32";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    case ScalarType::Float8_e4m3fn:
-      return "float8_e4m3fn";
-    case ScalarType::Float8_e5m2:
-      return "float8_e5m2";
-    default:
-      return "another dtype";
-  }
-}
-
-std::string shape_text(const Tensor& t) {
-  std::ostringstream out;
-  out << '(';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << (t.dim() == 1 ? ",)" : ")");
-  return out.str();
-}
-
-// "a float32", "an int64"
-std::string with_article(const std::string& text) {
-  return (text[0] == 'i' ? "an " : "a ") + text;
-}
-
-std::string describe(const Tensor& t) {
-  return with_article(dtype_name(t.scalar_type())) + " tensor of shape " + shape_text(t);
-}
-
-bool is_one_of(ScalarType dtype, std::initializer_list<ScalarType> wanted) {
-  for (ScalarType w : wanted)
-    if (w == dtype) return true;
-  return false;
-}
-
-std::string names(std::initializer_list<ScalarType> dtypes) {
-  std::string text;
-  size_t i = 0;
-  for (ScalarType d : dtypes) {
-    if (i) text += i + 1 == dtypes.size() ? " or " : ", ";
-    text += dtype_name(d);
-    ++i;
-  }
-  return text;
-}
-
-// `sizes` holds -1 where any size will do; `shape` is how the wanted shape is written.
-void check_tensor(const char* op, const char* name, const Tensor& t,
-                  std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes,
-                  const std::string& shape) {
-  bool right = t.dim() == static_cast<int64_t>(sizes.size()) && is_one_of(t.scalar_type(), dtypes);
-  int64_t i = 0;
-  for (int64_t size : sizes) {
-    right = right && (size < 0 || t.size(i) == size);
-    ++i;
-  }
-  if (right) return;
-  fail(op, std::string(name) + " must be " + with_article(names(dtypes)) + " tensor of shape " +
-               shape + ", got " + describe(t));
-}
-
-std::string device_text(const Tensor& t) {
-  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
-  return t.is_cpu() ? "cpu" : "another kind of device";
-}
-
-void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
-                  const Tensor& other) {
-  if (t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda()) return;
-  fail(op, std::string(name) + " must be on the device of " + other_name + ", " +
-               device_text(other) + ", got " + device_text(t));
-}
-
-std::string text(int64_t number) {
-  return std::to_string(number);
-}
-
-// With as few digits, from six up, as tell it from every other number.
-std::string text(double number) {
-  char digits[32];
-  for (int precision = 6; precision <= 17; ++precision) {
-    std::snprintf(digits, sizeof(digits), "%.*g", precision, number);
-    if (std::strtod(digits, nullptr) == number) break;
-  }
-  return digits;
-}
-
 void check_queries_keys(const char* op, const Tensor& queries, const Tensor& keys,
                         std::initializer_list<ScalarType> dtypes = kFloats) {
   check_tensor(op, "queries", queries, dtypes, {-1, -1}, "(Q, D)");
   if (queries.size(1) < 1) fail(op, "queries must have D >= 1, got " + describe(queries));
-  const std::string shape = "(N, " + text(queries.size(1)) + ")";
+  const std::string shape = "(N, " + number_text(queries.size(1)) + ")";
   check_tensor(op, "keys", keys, {queries.scalar_type()}, {-1, queries.size(1)}, shape);
   check_device(op, "keys", keys, "queries", queries);
 }
 
 void check_k(const char* op, int64_t k) {
-  if (k < 1) fail(op, "k must be at least 1, got " + text(k));
+  if (k < 1) fail(op, "k must be at least 1, got " + number_text(k));
 }
 
 }  // namespace
-
-void fail(const char* op, const std::string& complaint) {
-  throw std::runtime_error(std::string("knnext::") + op + ": " + complaint);
-}
 
 Metric parse_metric(const char* op, const std::string& metric) {
   if (metric == "l2") return Metric::kL2;
@@ -168,25 +41,26 @@ SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t 
   check_k(op, k);
   SearchShape shape{queries.size(0), keys.size(0), queries.size(1), k, 0, parse_metric(op, metric)};
   if (key_sqnorms) {
-    const std::string wanted = "(" + text(shape.num_keys) + ",)";
+    const std::string wanted = "(" + number_text(shape.num_keys) + ",)";
     check_tensor(op, "key_sqnorms", *key_sqnorms, {ScalarType::Float}, {shape.num_keys}, wanted);
     check_device(op, "key_sqnorms", *key_sqnorms, "queries", queries);
   }
-  if (index_offset < 0) fail(op, "index_offset must be at least 0, got " + text(index_offset));
+  if (index_offset < 0)
+    fail(op, "index_offset must be at least 0, got " + number_text(index_offset));
   const int64_t most = std::numeric_limits<int64_t>::max() - shape.num_keys;
   if (index_offset > most)
-    fail(op, "index_offset must be at most 2^63 - 1 - N = " + text(most) + ", got " +
-                 text(index_offset));
+    fail(op, "index_offset must be at most 2^63 - 1 - N = " + number_text(most) + ", got " +
+                 number_text(index_offset));
   if (init_distances.has_value() != init_indices.has_value())
     fail(op, std::string("init_distances and init_indices must be given together, got init_") +
                  (init_distances ? "distances" : "indices") + " alone");
   if (init_distances) {
-    const std::string rows = "(" + text(shape.num_queries) + ", ";
+    const std::string rows = "(" + number_text(shape.num_queries) + ", ";
     check_tensor(op, "init_distances", *init_distances, {ScalarType::Float},
                  {shape.num_queries, -1}, rows + "m)");
     shape.num_init = init_distances->size(1);
     check_tensor(op, "init_indices", *init_indices, {ScalarType::Long},
-                 {shape.num_queries, shape.num_init}, rows + text(shape.num_init) + ")");
+                 {shape.num_queries, shape.num_init}, rows + number_text(shape.num_init) + ")");
     check_device(op, "init_distances", *init_distances, "queries", queries);
     check_device(op, "init_indices", *init_indices, "queries", queries);
   }
@@ -202,7 +76,7 @@ Metric check_rescore(const Tensor& queries, const Tensor& keys, const Tensor& in
                      const std::string& metric) {
   check_queries_keys("rescore", queries, keys, queries.is_cuda() ? kFloats : kAllFloats);
   check_tensor("rescore", "indices", indices, {ScalarType::Long}, {queries.size(0), -1},
-               "(" + text(queries.size(0)) + ", m)");
+               "(" + number_text(queries.size(0)) + ", m)");
   check_device("rescore", "indices", indices, "queries", queries);
   return parse_metric("rescore", metric);
 }
@@ -229,42 +103,42 @@ MixShape check_neighbors(const char* op, const Tensor& distances, const Tensor& 
 }
 
 void check_vocab_size(const char* op, int64_t vocab_size) {
-  if (vocab_size < 1) fail(op, "vocab_size must be at least 1, got " + text(vocab_size));
+  if (vocab_size < 1) fail(op, "vocab_size must be at least 1, got " + number_text(vocab_size));
 }
 
 void check_lm_logits(const char* op, const Tensor& lm_logits, const Tensor& distances) {
   check_tensor(op, "lm_logits", lm_logits, kAllFloats, {distances.size(0), -1},
-               "(" + text(distances.size(0)) + ", V)");
+               "(" + number_text(distances.size(0)) + ", V)");
   if (lm_logits.size(1) < 1) fail(op, "lm_logits must have V >= 1, got " + describe(lm_logits));
   check_device(op, "lm_logits", lm_logits, "distances", distances);
 }
 
 void check_targets(const char* op, const Tensor& targets, const Tensor& distances) {
   check_tensor(op, "targets", targets, {ScalarType::Long, ScalarType::Int}, {distances.size(0)},
-               "(" + text(distances.size(0)) + ",)");
+               "(" + number_text(distances.size(0)) + ",)");
   check_device(op, "targets", targets, "distances", distances);
 }
 
 void check_temperature(const char* op, double temperature) {
   if (!(temperature > 0) || !std::isfinite(temperature))
-    fail(op, "temperature must be a finite number above 0, got " + text(temperature));
+    fail(op, "temperature must be a finite number above 0, got " + number_text(temperature));
 }
 
 void check_lmbda(const char* op, double lmbda) {
-  if (!(lmbda >= 0 && lmbda <= 1)) fail(op, "lmbda must lie in [0, 1], got " + text(lmbda));
+  if (!(lmbda >= 0 && lmbda <= 1)) fail(op, "lmbda must lie in [0, 1], got " + number_text(lmbda));
 }
 
 void check_output_rows(const char* op, const char* name, const Tensor& rows,
                        const Tensor& distances) {
   check_tensor(op, name, rows, {distances.scalar_type()}, {distances.size(0)},
-               "(" + text(distances.size(0)) + ",)");
+               "(" + number_text(distances.size(0)) + ",)");
   check_device(op, name, rows, "distances", distances);
 }
 
 void check_output(const char* op, const char* name, const Tensor& output, const Tensor& distances,
                   int64_t vocab_size) {
   check_tensor(op, name, output, {distances.scalar_type()}, {distances.size(0), vocab_size},
-               "(" + text(distances.size(0)) + ", V)");
+               "(" + number_text(distances.size(0)) + ", V)");
   check_device(op, name, output, "distances", distances);
 }
 
@@ -286,8 +160,8 @@ void check_row_parameter(const char* op, const char* name, const Tensor& paramet
   const bool scalar = parameter.dim() == 0;
   const bool rows = parameter.dim() == 1 && parameter.size(0) == distances.size(0);
   if (!(scalar || rows) || !is_one_of(parameter.scalar_type(), kAllFloats))
-    fail(op, std::string(name) + " must be a number or a " + names(kAllFloats) +
-                 " tensor of shape () or (" + text(distances.size(0)) + ",), got " +
+    fail(op, std::string(name) + " must be a number or a " + dtype_names(kAllFloats) +
+                 " tensor of shape () or (" + number_text(distances.size(0)) + ",), got " +
                  describe(parameter));
   check_device(op, name, parameter, "distances", distances);
 }

@@ -2,16 +2,13 @@
 // what is wanted and what was given; knnext/ops/_checks.py says the same for fake tensors.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 
-namespace knnext {
+#include "complaints.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace knnext {
 
 enum class Metric : int { kL2 = 0, kIp = 1 };
 
@@ -53,7 +50,5 @@ void check_rescore_grad(const Tensor& grad, const Tensor& queries, const Tensor&
 // A float tensor () or (Q,) on the device of distances; values are checked where they are read.
 void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
                          const Tensor& distances);
-
-[[noreturn]] void fail(const char* op, const std::string& complaint);
 
 }  // namespace knnext

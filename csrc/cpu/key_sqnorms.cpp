@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
-#include "cpu/key_rows.h"
+#include "cpu/search/key_rows.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/mixing.h"
-#include "cpu/neighbors.h"
+#include "cpu/mixing/arguments.h"
+#include "cpu/mixing/neighbors.h"
 
 namespace knnext::cpu {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cpu/mix_gradients.h"
+#include "cpu/mixing/mix_gradients.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

@@ -1,4 +1,4 @@
-// knn_search on the CPU: exact, without the (Q, N) matrix. See search_pass.h for the picture.
+// knn_search on the CPU: exact, without the (Q, N) matrix. See search/pass.h for the picture.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/search_pass.h"
+#include "cpu/search/pass.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

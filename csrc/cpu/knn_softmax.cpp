@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "cpu/mixing.h"
-#include "cpu/neighbors.h"
+#include "cpu/mixing/arguments.h"
+#include "cpu/mixing/neighbors.h"
 
 namespace knnext::cpu {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "cpu/neighbor_gradients.h"
+#include "cpu/mixing/neighbor_gradients.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

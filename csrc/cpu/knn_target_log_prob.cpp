@@ -5,8 +5,8 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/mixing.h"
-#include "cpu/row_loops.h"
+#include "cpu/mixing/arguments.h"
+#include "cpu/vector/row_loops.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "cpu/neighbor_gradients.h"
+#include "cpu/mixing/neighbor_gradients.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/candidates.h"
+#include "cpu/search/candidates.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

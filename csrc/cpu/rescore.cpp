@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/key_indices.h"
-#include "cpu/key_rows.h"
-#include "cpu/rescore_double.h"
+#include "cpu/search/key_indices.h"
+#include "cpu/search/key_rows.h"
+#include "cpu/search/rescore_double.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

@@ -12,10 +12,10 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/key_indices.h"
-#include "cpu/key_rows.h"
-#include "cpu/rescore_double.h"
-#include "cpu/row_loops.h"
+#include "cpu/search/key_indices.h"
+#include "cpu/search/key_rows.h"
+#include "cpu/search/rescore_double.h"
+#include "cpu/vector/row_loops.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

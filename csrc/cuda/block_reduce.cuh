@@ -2,7 +2,7 @@
 // one after the other. Every thread gets the answer.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace knnext {
 

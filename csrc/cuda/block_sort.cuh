@@ -5,7 +5,7 @@
 //   n = 1024:  [ 28 steps in registers ] | 1 + 7 | 2 + 7 | 3 + 7      (in memory + in registers)
 #pragma once
 
-#include "block_reduce.cuh"
+#include "cuda/block_reduce.cuh"
 
 namespace knnext {
 

@@ -18,9 +18,9 @@
 //  - inline PTX stands in ptx.cuh, each with its emulated twin.
 // Under the emulator the order of threads and blocks is drawn from a seed, and a missing barrier,
 // a missing cp.async wait or an uninitialised read shows as a wrong or NaN result under some seed.
-// tests/emulator/build.py compiles every csrc/cuda/*.cu that it is told of with g++ into one
+// tests/emulator/build.py compiles every .cu below csrc/cuda with g++ into one
 // library whose C functions (tests/emulator/api_*.cpp) call the X_launch functions; see
-// test_emulator.py.
+// test_self.py.
 #pragma once
 
 #ifdef KNNEXT_EMULATOR

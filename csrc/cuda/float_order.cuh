@@ -1,7 +1,7 @@
 // float32 as an unsigned number of the same order, -0 and +0 as one.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace knnext {
 

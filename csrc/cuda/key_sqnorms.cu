@@ -4,8 +4,8 @@
 //   at a time, then a butterfly over the lanes.
 //
 // Read: the keys, once; written: 4 bytes a key.
-#include "params.h"
-#include "row_lanes.cuh"
+#include "cuda/params.h"
+#include "cuda/row_lanes.cuh"
 
 namespace knnext {
 namespace {

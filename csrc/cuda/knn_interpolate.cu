@@ -1,5 +1,5 @@
 // knn_interpolate on CUDA: log((1 - lmbda) softmax(logits) + lmbda p_knn), one block a row where
-// rows are many and not too long (else knn_interpolate_split.cuh).
+// rows are many and not too long (else mixing/row_pieces.cuh).
 //
 //   logits (V) --> max, sum of exp; the row, or as much of it as fits, stays in shared memory
 //   out (V)    <-- x - max - log(sum) + log(1 - lmbda), 16 bytes a store; drains during the sort
@@ -7,7 +7,7 @@
 //
 // Read: the row of logits once (what did not fit into shared memory a second time, from the L2) and
 // 8 to 12 k bytes of neighbors; written: 4 V bytes, and a sector for each token, still in the L2.
-#include "knn_interpolate_split.cuh"
+#include "cuda/mixing/row_pieces.cuh"
 
 namespace knnext {
 namespace {

@@ -13,9 +13,9 @@
 // neighbors; written: the logits' gradient. So 8 V bytes a row of half logits, 12 V of float32;
 // where the logits' gradient is not wanted, the last pass falls away, and without lmbda's all but
 // the first line.
-#include "logit_row.cuh"
-#include "neighbor_gradients.cuh"
-#include "token_bits.cuh"
+#include "cuda/mixing/logit_row.cuh"
+#include "cuda/mixing/neighbor_gradients.cuh"
+#include "cuda/mixing/token_bits.cuh"
 
 namespace knnext {
 namespace {

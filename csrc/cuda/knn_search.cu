@@ -7,10 +7,10 @@
 //       (lists all of it)                                             (3k words)    |  | failed
 //   result <- merge with the earlier result <- select and sort <--------------------+<-+ fallback
 //
-// No step waits for the host: the same launches whatever the data, sizes from plan_cuda.h alone.
+// No step waits for the host: the same launches whatever the data, sizes from plan/cuda.h alone.
 #ifndef KNNEXT_EMULATOR
 
-#include "search.h"
+#include "cuda/search/params.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -6,7 +6,7 @@
 //   words (k, shared)     --> sorted by token, summed by token --> out[token] = p, over the zeros
 //
 // Read: 8 to 12 k bytes a row; written: 4 V bytes, and a sector for each token, still in the L2.
-#include "neighbors.cuh"
+#include "cuda/mixing/neighbors.cuh"
 
 namespace knnext {
 namespace {

@@ -2,7 +2,7 @@
 // a_i g[token_i]; the row of g is only read where a neighbor points.
 //
 // Read: 8 to 12 k bytes a row and a sector of g for each token; written: 4 k + 4.
-#include "neighbor_gradients.cuh"
+#include "cuda/mixing/neighbor_gradients.cuh"
 
 namespace knnext {
 namespace {

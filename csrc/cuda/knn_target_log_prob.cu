@@ -6,7 +6,7 @@
 //
 // Each sum is around its own nearest neighbor, so nothing underflows; with one token to look at,
 // nothing needs sorting. Read: 8 to 12 k bytes a row; written: 4.
-#include "neighbors.cuh"
+#include "cuda/mixing/neighbors.cuh"
 
 namespace knnext {
 namespace {

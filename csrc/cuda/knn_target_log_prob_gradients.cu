@@ -3,7 +3,7 @@
 // may be too small for a number.
 //
 // Read: 8 to 12 k bytes a row; written: 4 k + 4.
-#include "neighbor_gradients.cuh"
+#include "cuda/mixing/neighbor_gradients.cuh"
 
 namespace knnext {
 namespace {

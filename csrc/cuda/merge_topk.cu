@@ -8,10 +8,10 @@
 // holds, so that 16,384 fit into 128 KB. Words of equal distance are ordered by the index behind
 // the position, read where it lies; that is rare, and slow only where many distances are equal.
 // Read: 12 m bytes, and for long rows up to ten times more, from the L2; written: 12 k bytes.
-#include "block_sort.cuh"
-#include "float_order.cuh"
-#include "params.h"
-#include "radix_select.cuh"
+#include "cuda/block_sort.cuh"
+#include "cuda/float_order.cuh"
+#include "cuda/params.h"
+#include "cuda/radix_select.cuh"
 
 namespace knnext {
 namespace {

@@ -1,7 +1,7 @@
 // Inline PTX of sm_80, each instruction beside its emulated twin (tests/emulator/matrix.h).
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace knnext {
 

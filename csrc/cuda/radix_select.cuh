@@ -2,7 +2,7 @@
 // of those equal to it are wanted. Only integer counts are added up: the order does not matter.
 #pragma once
 
-#include "block_reduce.cuh"
+#include "cuda/block_reduce.cuh"
 
 namespace knnext {
 

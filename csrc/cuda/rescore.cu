@@ -4,8 +4,8 @@
 //   each, lanes along the row; the query's row comes from the L1 after its first reader.
 //
 // Read: m rows of keys a query (a gather: every row in full, wherever it lies); written: 4 m bytes.
-#include "params.h"
-#include "row_lanes.cuh"
+#include "cuda/params.h"
+#include "cuda/row_lanes.cuh"
 
 namespace knnext {
 namespace {

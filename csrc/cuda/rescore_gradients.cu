@@ -7,8 +7,8 @@
 //
 // No float atomics: what a thread adds, and when, is in the lists. Read: a row for each entry (a
 // gather); written: the rows named, once.
-#include "params.h"
-#include "vector_load.cuh"
+#include "cuda/params.h"
+#include "cuda/vector_load.cuh"
 
 namespace knnext {
 namespace {

@@ -3,8 +3,8 @@
 // alone: identical rows have identical sums wherever they lie.
 #pragma once
 
-#include "block_reduce.cuh"
-#include "vector_load.cuh"
+#include "cuda/block_reduce.cuh"
+#include "cuda/vector_load.cuh"
 
 namespace knnext {
 

@@ -7,7 +7,7 @@
 
 #include "checks.h"
 #include "cuda/device.cuh"
-#include "params.h"
+#include "cuda/params.h"
 #include "stable_compat.h"
 
 namespace knnext {

@@ -1,7 +1,7 @@
 // Eight adjacent elements of any float dtype as float32, by 16-byte loads.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace knnext {
 

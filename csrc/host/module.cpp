@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "plan.h"
-#include "plan_cuda.h"
+#include "plan/cuda.h"
+#include "plan/search.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;

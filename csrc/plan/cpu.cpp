@@ -1,4 +1,4 @@
-#include "plan_cpu.h"
+#include "plan/cpu.h"
 
 #include <algorithm>
 

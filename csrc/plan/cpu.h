@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
-#include "plan.h"
+#include "plan/search.h"
 
 namespace knnext {
 

@@ -1,4 +1,4 @@
-#include "plan_cuda.h"
+#include "plan/cuda.h"
 
 #include <algorithm>
 #include <string>

@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "plan.h"
-#include "plan_scan_kernel.h"
+#include "plan/scan_kernel.h"
+#include "plan/search.h"
 
 namespace knnext {
 

@@ -1,4 +1,4 @@
-#include "plan_scan_kernel.h"
+#include "plan/scan_kernel.h"
 
 #include <algorithm>
 #include <cstdlib>

@@ -1,12 +1,12 @@
 // Which kernel scans the keys for one call, and why. The crossovers are one table, in
-// plan_scan_kernel.cpp; each of its rows says whether it was measured or only predicted.
+// scan_kernel.cpp; each of its rows says whether it was measured or only predicted.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
-#include "plan.h"
+#include "plan/search.h"
 
 namespace knnext {
 
@@ -14,8 +14,8 @@ namespace knnext {
 // that cannot fail run on the portable kernel whatever is chosen here.
 enum class ScanKernel {
   kPortable,    // cuda/scan.cuh: mma.sync and cp.async, sm_80 and up
-  kSm90Owner,   // cuda/sm90_owner.cuh: few queries, resident, every key read once
-  kSm90Filter,  // cuda/sm90_filter.cuh: many queries, bound by the tensor cores
+  kSm90Owner,   // cuda/sm90/owner.cuh: few queries, resident, every key read once
+  kSm90Filter,  // cuda/sm90/filter.cuh: many queries, bound by the tensor cores
 };
 
 struct ScanCrossover {
@@ -34,7 +34,7 @@ struct ScanKernelChoice {
 constexpr int kSm90RowBytes = 128;  // of a row that one pipeline stage holds: a swizzled line
 constexpr int kFilterQueryTile = 128, kFilterKeyTile = 256;
 
-// The owner kernel's block (cuda/sm90_owner.cuh): the queries of a tile stay in shared memory, and
+// The owner kernel's block (cuda/sm90/owner.cuh): the queries of a tile stay in shared memory, and
 // keys come by in as many stages of 128 keys x 128 bytes as fit beside them. Reads wait about a
 // microsecond, in which an SM is due 34 KB at 4.5 TB/s: with four stages there is always as much
 // under way while one is in the tensor cores.

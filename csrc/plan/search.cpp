@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "plan/search.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,7 +1,7 @@
 """What ptxas says of every CUDA kernel of the last build, and the table that it is held to.
 
-python tests/ptxas.py            # the differences from tests/ptxas.json
-python tests/ptxas.py --write    # renews the table: the diff is for the reviewer
+python tests/build/ptxas.py            # the differences from tests/build/ptxas.json
+python tests/build/ptxas.py --write    # renews the table: the diff is for the reviewer
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "tests/ptxas.json"
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "tests/build/ptxas.json"
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")

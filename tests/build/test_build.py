@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CUDA_VARIABLES = ("KNNEXT_CUDA", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
 
 
@@ -127,7 +127,7 @@ def test_architectures(build, monkeypatch, tmp_path):
     assert "arch=compute_86,code=sm_86" in plain
     assert "arch=compute_90a,code=sm_90a" in plain
     assert "arch=compute_90,code=compute_90" in plain  # PTX that a newer GPU can run
-    hopper = cuda.gencode(Path("sm90_scan.cu"))
+    hopper = cuda.gencode(Path("sm90/scan.cu"))
     assert hopper == "-gencode arch=compute_90a,code=sm_90a"
 
 

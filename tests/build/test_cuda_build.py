@@ -10,14 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ptxas
 import pytest
 import torch
 
 import knnext
 from knnext.ops._schemas import GRADIENT_NAMES, NAMES
+from tests.build import ptxas
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "knnext/lib/libknnext_cuda.so"
 pytestmark = pytest.mark.skipif(
     not LIBRARY.is_file(), reason="no CUDA library was built (KNNEXT_CUDA=1 builds one)"
@@ -91,7 +91,9 @@ def test_ptxas_says_what_the_table_says() -> None:
     if ptxas.compiler_version() != table["nvcc"]:
         pytest.skip(f"the table is nvcc {table['nvcc']}'s; this is {ptxas.compiler_version()}")
     different = ptxas.differences(table["kernels"], ptxas.read_report(ptxas.build_folder()))
-    assert not different, "\n".join([*different, "python tests/ptxas.py --write renews the table"])
+    assert not different, "\n".join(
+        [*different, "python tests/build/ptxas.py --write renews the table"]
+    )
 
 
 def test_differences_names_what_changed() -> None:

@@ -1,5 +1,5 @@
 // The walk of kernel sm90_filter over its tiles.
-#include "cuda/sm90_raster.h"
+#include "cuda/sm90/raster.h"
 #include "emulator/api.h"
 
 // out[2 i], out[2 i + 1]: query group and key tile of item i.

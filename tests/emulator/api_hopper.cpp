@@ -1,7 +1,7 @@
 // Test kernel of hopper.h: a ring of two stages feeds the product of two matrices to a warpgroup,
 // right or with one mistake that the emulator must catch.
-#include "cuda/sm90_ptx.cuh"
-#include "cuda/sm90_tensor_map.h"
+#include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/tensor_map.h"
 #include "emulator/api.h"
 
 namespace {

@@ -1,9 +1,9 @@
-// The launchers of csrc/params.h as C functions; tests/emulator/ops.py calls them.
+// The launchers of csrc/cuda/params.h as C functions; tests/emulator/ops.py calls them.
 #include <vector>
 
 #include "cuda/device.cuh"
+#include "cuda/params.h"
 #include "emulator/api.h"
-#include "params.h"
 
 namespace {
 

@@ -3,14 +3,14 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/search.h"
+#include "cuda/search/params.h"
 #include "emulator/api.h"
 
 using namespace knnext;
 
 namespace {
 
-// As tests/test_emulator_search.py writes it.
+// As tests/emulator/test_search.py writes it.
 struct Options {
   int64_t dtype, num_queries, num_keys, dim, k, inner_product, index_offset, num_init, refine;
   int64_t query_stride, key_stride;

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu with g++ into one library that runs the kernels on the host.
+"""Compiles the .cu below csrc/cuda with g++ into one library that runs the kernels on the host.
 
 library = load()                          # a ctypes library, built where it is out of date
 call(library.emulate_sum, seed, x, ...)   # tensors and numpy arrays become pointers
@@ -42,19 +42,19 @@ SCHEDULER = ("contexts.cpp", "fibers.cpp", "meetings.cpp")
 
 def sources() -> list[Path]:
     """The kernels, the C functions that launch them, and the emulator."""
-    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    plan = [*sorted((ROOT / "csrc").glob("plan*.cpp")), ROOT / "csrc/cpu/isa.cpp"]
+    kernels = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+    plan = [*sorted((ROOT / "csrc/plan").glob("*.cpp")), ROOT / "csrc/cpu/isa.cpp"]
     return [*sorted(HERE.glob("*.cpp")), *kernels, *plan]
 
 
 def _newest_header() -> float:
-    folders = [HERE, ROOT / "csrc", ROOT / "csrc/cuda"]
-    headers = [h for f in folders for pattern in ("*.h", "*.cuh") for h in f.glob(pattern)]
+    folders = [HERE, ROOT / "csrc"]
+    headers = [h for f in folders for pattern in ("*.h", "*.cuh") for h in f.rglob(pattern)]
     return max(h.stat().st_mtime for h in headers)
 
 
 def _compile(source: Path, folder: Path, headers: float, extra: list[str]) -> Path:
-    output = folder / (source.name.replace(".", "_") + ".o")
+    output = folder / (str(source.relative_to(ROOT)).replace("/", "_") + ".o")
     if output.is_file() and output.stat().st_mtime > max(headers, source.stat().st_mtime):
         return output
     # The emulator itself must stay unseen by the thread sanitizer: it is not part of the kernel.

@@ -1,5 +1,5 @@
 // Fibers: one stack each, and the switch from one to another.
-#include "scheduler.h"
+#include "emulator/scheduler.h"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>

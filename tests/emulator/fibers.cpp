@@ -7,7 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "scheduler.h"
+#include "emulator/scheduler.h"
 
 #if defined(EMULATE_TSAN)
 #include <sanitizer/tsan_interface.h>

@@ -1,5 +1,5 @@
 // Hopper's own instructions by their documented behaviour; csrc/cuda/sm90_ptx.cuh and
-// sm90_wgmma.cuh call these. What the hardware does in its own time is done here at the most
+// sm90/wgmma.cuh call these. What the hardware does in its own time is done here at the most
 // awkward moment: a copy lands when the scheduler draws it, in any order, and its target is poison
 // until then; a product reads its operands when it is waited for, and says so if they changed since
 // it began; its sums are poison in between.

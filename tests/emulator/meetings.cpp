@@ -2,7 +2,7 @@
 // about.
 #include <cstring>
 
-#include "scheduler.h"
+#include "emulator/scheduler.h"
 
 namespace emulate {
 namespace {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulator.build import call, load
+from tests.emulator.build import call, load
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 GUARD = 64
@@ -19,7 +19,7 @@ MARK = 77
 
 
 def _struct(name: str, fields: str) -> type[ctypes.Structure]:
-    """A C struct of csrc/params.h: "p" pointer, "q" int64, "i" int32, "d" double, "b" bool."""
+    """A C struct of csrc/cuda/params.h: "p" pointer, "q" int64, "i" int32, "d" double, "b" bool."""
     kinds = {
         "p": ctypes.c_void_p,
         "q": ctypes.c_int64,

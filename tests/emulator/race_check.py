@@ -1,4 +1,4 @@
-"""Runs every mixing and search op but the search once; tests/test_emulator_races.py watches it.
+"""Runs every mixing and search op but the search once; test_races.py watches it.
 
 The thread sanitizer takes fibers for threads and barriers (not shuffles or votes) for what orders
 them: two accesses to one place, one of them a write, without a barrier between them are reported.
@@ -10,8 +10,8 @@ import sys
 
 import torch
 
-from emulator import ops
-from emulator.build import call, load
+from tests.emulator import ops
+from tests.emulator.build import call, load
 
 
 def forget_a_barrier() -> None:

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "fibers.h"
+#include "emulator/fibers.h"
 
 namespace emulate {
 

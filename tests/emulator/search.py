@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulator.build import call, load
 from knnext import reference
+from tests.emulator.build import call, load
 
 INF = float("inf")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emulator import ops
-from emulator.build import call, compiler_found, load
 from torch import Tensor
 
 from knnext import reference
 from knnext.ops import _gradients
 from knnext.testing import assert_close
+from tests.emulator import ops
+from tests.emulator.build import call, compiler_found, load
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 INF, NAN = float("inf"), float("nan")

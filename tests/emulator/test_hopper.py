@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator.build import call, compiler_found, load
-from emulator.search import integers
+
+from tests.emulator.build import call, compiler_found, load
+from tests.emulator.search import integers
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulator.build import compiler_found
 
-TESTS = Path(__file__).resolve().parent
+from tests.emulator.build import compiler_found
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def sanitizer() -> str:
@@ -36,8 +37,8 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
         "EMULATE_TSAN": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "emulator.race_check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS)
+    command = [sys.executable, "-m", "tests.emulator.race_check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 def test_a_forgotten_barrier_is_a_race() -> None:

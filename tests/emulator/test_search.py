@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator.build import compiler_found
-from emulator.search import DTYPES, expect, integers, sampled, search
 
 from knnext import reference
+from tests.emulator.build import compiler_found
+from tests.emulator.search import DTYPES, expect, integers, sampled, search
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 

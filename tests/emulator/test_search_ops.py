@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import ops
-from emulator.build import call, compiler_found, load
 from torch import Tensor
 
 from knnext import reference
+from tests.emulator import ops
+from tests.emulator.build import call, compiler_found, load
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 INF, NAN = float("inf"), float("nan")

@@ -1,15 +1,15 @@
 """The CUDA search on the host, continued: order and ties, padding, chunks, passes, earlier results,
-refinement. See test_emulator_search.py.
+refinement. See test_search.py.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from emulator.build import compiler_found
-from emulator.search import DTYPES, INF, expect, integers, sampled, search
 
 from knnext import reference
+from tests.emulator.build import compiler_found
+from tests.emulator.search import DTYPES, INF, expect, integers, sampled, search
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 

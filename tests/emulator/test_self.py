@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator.build import call, compiler_found, load
+
+from tests.emulator.build import call, compiler_found, load
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 SEEDS = (0, 1, 2, 3)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator.build import compiler_found
-from emulator.search import expect, integers, sampled, search
 from torch import Tensor
+
+from tests.emulator.build import compiler_found
+from tests.emulator.search import expect, integers, sampled, search
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 

@@ -12,7 +12,9 @@ import torch
 
 @pytest.fixture(scope="module")
 def conftest() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("marked", Path(__file__).parent / "conftest.py")
+    spec = importlib.util.spec_from_file_location(
+        "marked", Path(__file__).parents[1] / "conftest.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

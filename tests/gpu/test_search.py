@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from search_on_gpu import assert_exact, gaussian, integers
 
 import knnext
 from knnext import reference
 from knnext.testing import assert_equal_results, assert_search
+from tests.gpu.searches import assert_exact, gaussian, integers
 
 pytestmark = pytest.mark.gpu
 INF = float("inf")

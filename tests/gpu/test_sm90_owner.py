@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from search_on_gpu import assert_exact, gaussian, integers, kernels_of
 
 import knnext
 from knnext import reference
 from knnext.testing import assert_equal_results, assert_search
+from tests.gpu.searches import assert_exact, gaussian, integers, kernels_of
 
 pytestmark = pytest.mark.gpu
 HALVES = [torch.float16, torch.bfloat16]

@@ -1,4 +1,4 @@
-#include "cpu/mixing.h"
+#include "cpu/mixing/arguments.h"
 
 #include <cmath>
 #include <sstream>

@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/neighbor_gradients.h"
+#include "cpu/mixing/neighbor_gradients.h"
 
 namespace knnext::cpu {
 

@@ -1,4 +1,4 @@
-#include "cpu/neighbor_gradients.h"
+#include "cpu/mixing/neighbor_gradients.h"
 
 #include <cmath>
 

@@ -12,8 +12,8 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/mixing.h"
-#include "cpu/neighbors.h"
+#include "cpu/mixing/arguments.h"
+#include "cpu/mixing/neighbors.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

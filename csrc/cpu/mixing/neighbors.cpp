@@ -1,4 +1,4 @@
-#include "cpu/neighbors.h"
+#include "cpu/mixing/neighbors.h"
 
 #include <algorithm>
 #include <bit>

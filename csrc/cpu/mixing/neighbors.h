@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/row_loops.h"
+#include "cpu/vector/row_loops.h"
 
 namespace knnext::cpu {
 

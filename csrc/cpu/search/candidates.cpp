@@ -1,6 +1,6 @@
 // Selection of the k best of a list. std::nth_element and std::sort give the same answer; random
 // distances make them mispredict a branch at every other step, so here no branch depends on data.
-#include "cpu/candidates.h"
+#include "cpu/search/candidates.h"
 
 #include <algorithm>
 #include <cstddef>

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/search_kernels.h"
+#include "cpu/search/kernels.h"
 
 namespace knnext::cpu {
 

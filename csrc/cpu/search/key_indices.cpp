@@ -1,4 +1,4 @@
-#include "cpu/key_indices.h"
+#include "cpu/search/key_indices.h"
 
 #include <torch/csrc/stable/ops.h>
 

@@ -1,4 +1,4 @@
-#include "cpu/key_rows.h"
+#include "cpu/search/key_rows.h"
 
 #include <algorithm>
 #include <cstring>

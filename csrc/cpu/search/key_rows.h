@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/search_kernels.h"
+#include "cpu/search/kernels.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

@@ -1,4 +1,4 @@
-#include "cpu/search_pass.h"
+#include "cpu/search/pass.h"
 
 #include <torch/csrc/stable/ops.h>
 

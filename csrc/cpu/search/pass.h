@@ -10,9 +10,9 @@
 #include <cstdint>
 
 #include "checks.h"
-#include "cpu/candidates.h"
-#include "cpu/key_rows.h"
-#include "plan_cpu.h"
+#include "cpu/search/candidates.h"
+#include "cpu/search/key_rows.h"
+#include "plan/cpu.h"
 
 namespace knnext::cpu {
 

@@ -1,8 +1,8 @@
-#include "cpu/rescore_double.h"
+#include "cpu/search/rescore_double.h"
 
 #include <limits>
 
-#include "cpu/key_indices.h"
+#include "cpu/search/key_indices.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {

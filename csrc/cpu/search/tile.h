@@ -13,8 +13,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/candidates.h"
-#include "cpu/search_kernels.h"
+#include "cpu/search/candidates.h"
+#include "cpu/search/kernels.h"
 
 namespace knnext::cpu {
 namespace {

@@ -2,7 +2,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 
-#include "cpu/search_tile.h"
+#include "cpu/search/tile.h"
 
 namespace knnext::cpu {
 namespace {

@@ -5,7 +5,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
-#include "cpu/search_tile.h"
+#include "cpu/search/tile.h"
 
 namespace knnext::cpu {
 namespace {

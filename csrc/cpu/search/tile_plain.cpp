@@ -1,6 +1,6 @@
 // The search's inner loops for any processor: GCC's vector extension at 128 bits, which every
 // 64-bit target maps to its own registers (SSE2, NEON). 4 queries x 8 keys in 8 of 16 registers.
-#include "cpu/search_tile.h"
+#include "cpu/search/tile.h"
 
 namespace knnext::cpu {
 namespace {

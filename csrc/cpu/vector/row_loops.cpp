@@ -1,5 +1,5 @@
 // The plain float32 path, the float64 loops, and the choice between paths.
-#include "cpu/row_loops.h"
+#include "cpu/vector/row_loops.h"
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "cpu/isa.h"
-#include "cpu/row_loops_float.h"
+#include "cpu/vector/row_loops_float.h"
 
 namespace knnext::cpu {
 

@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#include "cpu/row_loops_float.h"
+#include "cpu/vector/row_loops_float.h"
 
 namespace knnext::cpu {
 extern const RowLoops<float> kRowLoopsAvx2 = kLoopsOfThisPath;

@@ -1,8 +1,8 @@
 // The float32 row loops, compiled once for each vector path by row_loops*.cpp.
 #pragma once
 
-#include "cpu/row_loops.h"
-#include "cpu/vector_math.h"
+#include "cpu/vector/math.h"
+#include "cpu/vector/row_loops.h"
 
 namespace knnext::cpu {
 namespace {
@@ -166,7 +166,7 @@ void shift(const void* logits, int64_t n, float max, float offset, float* out) {
 }  // namespace
 }  // namespace knnext::cpu
 
-#include "cpu/row_loops_gradient.h"
+#include "cpu/vector/row_loops_gradient.h"
 
 namespace knnext::cpu {
 namespace {

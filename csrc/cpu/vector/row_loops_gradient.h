@@ -2,8 +2,8 @@
 // row_loops_float.h, which includes this.
 #pragma once
 
-#include "cpu/row_loops.h"
-#include "cpu/vector_math.h"
+#include "cpu/vector/math.h"
+#include "cpu/vector/row_loops.h"
 
 namespace knnext::cpu {
 namespace {

@@ -2,8 +2,8 @@
 // shared memory between the two; the rest comes from the L2 the second time.
 #pragma once
 
-#include "neighbors.cuh"
-#include "vector_load.cuh"
+#include "cuda/mixing/neighbors.cuh"
+#include "cuda/vector_load.cuh"
 
 namespace knnext {
 

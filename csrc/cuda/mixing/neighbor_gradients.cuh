@@ -6,7 +6,7 @@
 // small, and so is their rounding. Sums run over threads in a fixed order (block_reduce.cuh).
 #pragma once
 
-#include "neighbors.cuh"
+#include "cuda/mixing/neighbors.cuh"
 
 namespace knnext {
 

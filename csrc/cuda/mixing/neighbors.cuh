@@ -9,8 +9,8 @@
 // The sums run left to right over lanes and warps in an order that the sorted row alone decides.
 #pragma once
 
-#include "block_sort.cuh"
-#include "params.h"
+#include "cuda/block_sort.cuh"
+#include "cuda/params.h"
 
 namespace knnext {
 

@@ -17,7 +17,7 @@
 // How rows are grouped and cut depends on the shapes alone.
 #pragma once
 
-#include "logit_row.cuh"
+#include "cuda/mixing/logit_row.cuh"
 
 namespace knnext {
 

@@ -2,8 +2,8 @@
 // the same whatever the order.
 #pragma once
 
-#include "neighbors.cuh"
-#include "vector_load.cuh"
+#include "cuda/mixing/neighbors.cuh"
+#include "cuda/vector_load.cuh"
 
 namespace knnext {
 

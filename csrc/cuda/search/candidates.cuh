@@ -4,8 +4,8 @@
 //   kRows x kColumns (up to 32 each) products at(r, c), of row_of(r) and column_of(c) of the tile
 #pragma once
 
-#include "tile_side.cuh"
-#include "word.cuh"
+#include "cuda/search/tile_side.cuh"
+#include "cuda/search/word.cuh"
 
 namespace knnext {
 

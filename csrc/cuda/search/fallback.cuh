@@ -11,8 +11,8 @@
 // failed queries, and about 60 per owner word and cut. With no failed query it ends at once.
 #pragma once
 
-#include "key_stream.cuh"
-#include "select.cuh"
+#include "cuda/search/key_stream.cuh"
+#include "cuda/search/select.cuh"
 
 namespace knnext {
 

@@ -13,10 +13,10 @@
 // all query tiles visit before the next: 4 MB of keys that stay in L2 at D = 1024.
 #pragma once
 
-#include "sample.cuh"
-#include "tile.cuh"
-#include "tile_side.cuh"
-#include "word.cuh"
+#include "cuda/search/sample.cuh"
+#include "cuda/search/tile.cuh"
+#include "cuda/search/tile_side.cuh"
+#include "cuda/search/word.cuh"
 
 namespace knnext {
 

@@ -1,9 +1,9 @@
-// How the tile kernels of one dtype are launched: included by knn_search_{half,bfloat16,float}.cu,
+// How the tile kernels of one dtype are launched: included by scan_{half,bfloat16,float}.cu,
 // which are apart only so that they compile in parallel.
 #pragma once
 
-#include "fallback.cuh"
-#include "scan.cuh"
+#include "cuda/search/fallback.cuh"
+#include "cuda/search/scan.cuh"
 
 namespace knnext {
 

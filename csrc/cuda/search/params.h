@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
-#include "params.h"
-#include "plan_cuda.h"
+#include "cuda/params.h"
+#include "plan/cuda.h"
 
 namespace knnext {
 
@@ -21,7 +21,7 @@ struct ScanParams {
   int num_queries, num_rows;         // rows that this scan scores
   int query_tiles, key_tiles;
   int dim_bytes, blocks;  // of a row; pipeline steps along it
-  int strides[2];         // of the sample (plan_cuda.h); 1, 1 scores every key
+  int strides[2];         // of the sample (plan/cuda.h); 1, 1 scores every key
   int row_alignment;      // all rows start at multiples of so many bytes: 2, 4, 8 or 16
   bool resident, dense;
   // distance = max(floor, scale <q, x> + |q|^2 + |x|^2); the norms are absent for "ip".
@@ -113,7 +113,7 @@ int row_alignment(const KnnSearchParams& params);
 bool copy_engine_takes_rows(const KnnSearchParams& params);
 void knn_search_launch(const KnnSearchParams& params, cudaStream_t stream);
 
-// The tile kernels of each dtype (knn_search_half.cu and its like).
+// The tile kernels of each dtype (scan_half.cu and its like).
 void scan_half(const ScanShape& shape, const ScanParams& params, int blocks, size_t shared_bytes,
                cudaStream_t stream);
 void scan_bfloat16(const ScanShape& shape, const ScanParams& params, int blocks,
@@ -126,11 +126,11 @@ void fall_back_bfloat16(const ScanParams& params, int owners, size_t shared_byte
 void fall_back_float(const ScanParams& params, int owners, size_t shared_bytes,
                      cudaStream_t stream);
 
-// sm90_owner.cu: a scan under thresholds, for the queries of one tile.
+// sm90/owner.cu: a scan under thresholds, for the queries of one tile.
 void scan_sm90_owner(const Sm90OwnerShape& shape, Dtype dtype, ScanParams params, int num_units,
                      cudaStream_t stream);
 
-// knn_search_select.cu
+// select.cu
 void threshold_launch(const SelectParams& params, cudaStream_t stream);
 void verify_launch(const SelectParams& params, cudaStream_t stream);
 void select_launch(const SelectParams& params, cudaStream_t stream);

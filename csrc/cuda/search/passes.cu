@@ -1,8 +1,8 @@
 // The order of knn_search's kernels: chunks of keys, passes of queries, steps of a pass. The
 // picture of it stands in knn_search.cu; bytes moved are those of the kernels (scan.cuh,
 // select.cuh).
-#include "search.h"
-#include "sm90_filter.h"
+#include "cuda/search/params.h"
+#include "cuda/sm90/filter.h"
 
 #include <algorithm>
 #include <cstdlib>

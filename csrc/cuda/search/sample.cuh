@@ -1,7 +1,7 @@
 // Which rows of a chunk a scan scores.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace knnext {
 

@@ -11,8 +11,8 @@
 // one atomic for each thread and row that has some. A dense scan writes 8 bytes for every key.
 #pragma once
 
-#include "candidates.cuh"
-#include "key_stream.cuh"
+#include "cuda/search/candidates.cuh"
+#include "cuda/search/key_stream.cuh"
 
 namespace knnext {
 

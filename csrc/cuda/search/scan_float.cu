@@ -1,6 +1,6 @@
 // knn_search's tile kernels for float32 keys; picture and bytes: scan.cuh, key_stream.cuh. Products
 // are float32 FMA, never TF32; the plan never asks for a large tile here.
-#include "launch_scan.cuh"
+#include "cuda/search/launch_scan.cuh"
 
 namespace knnext {
 

@@ -1,5 +1,5 @@
 // knn_search's tile kernels for float16 keys; picture and bytes: scan.cuh, key_stream.cuh.
-#include "launch_scan.cuh"
+#include "cuda/search/launch_scan.cuh"
 
 namespace knnext {
 

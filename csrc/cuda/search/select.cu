@@ -3,8 +3,8 @@
 //
 // Bytes moved: per query and pass of the selection 8 for each word of its list (about 3,000 at
 // k = 1024: 24 KB, from L2), and 12 for each neighbor written.
-#include "fallback.cuh"
-#include "select.cuh"
+#include "cuda/search/fallback.cuh"
+#include "cuda/search/select.cuh"
 
 namespace knnext {
 namespace {

@@ -7,9 +7,9 @@
 // when a bucket holds exactly what is still wanted.
 #pragma once
 
-#include "block_sort.cuh"
-#include "radix_select.cuh"
-#include "word.cuh"
+#include "cuda/block_sort.cuh"
+#include "cuda/radix_select.cuh"
+#include "cuda/search/word.cuh"
 
 namespace knnext {
 

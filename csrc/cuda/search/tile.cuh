@@ -6,7 +6,7 @@
 //   FmaTile    float32: FMA in float32, never TF32; a lane holds every 4th query and 8th key
 #pragma once
 
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace knnext {
 
@@ -138,7 +138,7 @@ struct FmaTile {
   }
 };
 
-// The shapes of plan_cuda.h.
+// The shapes of plan/cuda.h.
 template <class T>
 using FewTile = MmaTile<T, 16, 128, 1, 4, 128, 4>;
 template <class T>

@@ -1,7 +1,7 @@
 // What an epilogue needs beside the product of a tile, in shared memory.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace knnext {
 

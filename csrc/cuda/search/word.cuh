@@ -1,8 +1,8 @@
-// Candidate words: see search.h.
+// Candidate words: see params.h.
 #pragma once
 
-#include "float_order.cuh"
-#include "search.h"
+#include "cuda/float_order.cuh"
+#include "cuda/search/params.h"
 
 namespace knnext {
 

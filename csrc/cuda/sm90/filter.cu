@@ -1,9 +1,9 @@
-// Launches kernel sm90_filter; picture and bytes: sm90_filter.cuh.
-#include "sm90_filter.h"
+// Launches kernel sm90_filter; picture and bytes: filter.cuh.
+#include "cuda/sm90/filter.h"
 
-#include "sm90_filter.cuh"
-#include "sm90_launch.h"
-#include "sm90_tensor_map.h"
+#include "cuda/sm90/filter.cuh"
+#include "cuda/sm90/launch.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace knnext {
 namespace {

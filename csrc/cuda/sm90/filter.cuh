@@ -14,7 +14,7 @@
 //   warps 4-11, two warpgroups: product, comparison, and the candidates' words to the lists
 //
 // Bytes moved: each tile its 48 KB a step from L2 (32 in a cluster); from memory every key once and
-// the queries once per 12 MB of keys (sm90_raster.h). 8 and an atomic for each candidate.
+// the queries once per 12 MB of keys (raster.h). 8 and an atomic for each candidate.
 //
 // The epilogue first asks of each product p only whether p - |x|^2 / 2 reaches a number of its row:
 // one FMA and one comparison. It is a little lower than the exact bound would have it, so that
@@ -25,9 +25,9 @@
 // and leaves fewer stages to hide the copies in.
 #pragma once
 
-#include "sm90_filter_epilogue.cuh"
-#include "sm90_ptx.cuh"
-#include "sm90_raster.h"
+#include "cuda/sm90/filter_epilogue.cuh"
+#include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/raster.h"
 
 namespace knnext {
 

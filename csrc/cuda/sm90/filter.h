@@ -1,7 +1,7 @@
-// Kernel sm90_filter as the search's passes see it (sm90_filter.cuh says what it does).
+// Kernel sm90_filter as the search's passes see it (filter.cuh says what it does).
 #pragma once
 
-#include "search.h"
+#include "cuda/search/params.h"
 
 namespace knnext {
 

@@ -1,8 +1,8 @@
-// What becomes of the sums of one tile in kernel sm90_filter; see sm90_filter.cuh.
+// What becomes of the sums of one tile in kernel sm90_filter; see filter.cuh.
 #pragma once
 
-#include "candidates.cuh"
-#include "sample.cuh"
+#include "cuda/search/candidates.cuh"
+#include "cuda/search/sample.cuh"
 
 namespace knnext {
 
@@ -65,7 +65,7 @@ class FilterSideLoad {
 };
 
 // A thread's sums: two rows, eight apart, of its warp's sixteen; sums[4 j + 2 r + e] is row r,
-// column 8 j + 2 (lane % 4) + e (sm90_wgmma.cuh). Sixteen sums, 32 columns of the tile, are a part.
+// column 8 j + 2 (lane % 4) + e (wgmma.cuh). Sixteen sums, 32 columns of the tile, are a part.
 using FilterSums = float[128];
 constexpr int kFilterParts = 8;
 

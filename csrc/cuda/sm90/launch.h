@@ -1,7 +1,7 @@
 // Launches a kernel in clusters of blocks.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace knnext {
 

@@ -1,9 +1,9 @@
-// Launches the owner scan (sm90_owner.cuh) for float16 and bfloat16.
-#include "sm90_owner.cuh"
+// Launches the owner scan (owner.cuh) for float16 and bfloat16.
+#include "cuda/sm90/owner.cuh"
 
 #include <algorithm>
 
-#include "sm90_tensor_map.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace knnext {
 namespace {

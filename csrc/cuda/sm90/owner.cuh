@@ -40,8 +40,8 @@
 //    of eight runs. Its own sample, 4,096 keys all listed, is the portable kernel's.
 #pragma once
 
-#include "sm90_owner_tile.cuh"
-#include "sm90_ptx.cuh"
+#include "cuda/sm90/owner_tile.cuh"
+#include "cuda/sm90/ptx.cuh"
 
 namespace knnext {
 

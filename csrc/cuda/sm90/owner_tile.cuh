@@ -1,4 +1,4 @@
-// The epilogue of the owner scan (sm90_owner.cuh): a thread's part of a product, its comparison
+// The epilogue of the owner scan (owner.cuh): a thread's part of a product, its comparison
 // with the bounds, and the candidates' way to the queries' lists.
 //
 //   OwnerTile: 2 keys x queries/4 --vote--> StagedWords: 32 of a warp --flush--> lists, counts
@@ -7,8 +7,8 @@
 // wait for an atomic in most tiles would hold up the ring, so 32 candidates go at once.
 #pragma once
 
-#include "candidates.cuh"
-#include "sample.cuh"
+#include "cuda/search/candidates.cuh"
+#include "cuda/search/sample.cuh"
 
 namespace knnext {
 

@@ -1,6 +1,6 @@
 // Inline PTX that only Hopper has (sm_90a), each instruction beside its emulated twin
 // (tests/emulator/hopper.h): mbarriers, the bulk tensor copies, clusters, registers of a
-// warpgroup. Its matrix product is in sm90_wgmma.cuh. Only files named sm90_* may include this:
+// warpgroup. Its matrix product is in wgmma.cuh. Only files in this folder may include this:
 // setup.py compiles those for sm_90a alone.
 //
 // A pipeline stage goes round like this; parity is that of the phase waited for, and a fresh
@@ -10,7 +10,7 @@
 //   consumer: mbarrier_wait(full, parity); product; mbarrier_arrive(empty)
 #pragma once
 
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 #ifndef KNNEXT_EMULATOR
 #include <cuda.h>
@@ -23,7 +23,7 @@ using TensorMap = emulate::TensorMap;
 #define __grid_constant__
 #define KNNEXT_KERNEL_MAP const TensorMap
 #else
-using TensorMap = CUtensorMap;  // made by sm90_tensor_map.h; a kernel's parameter, by value
+using TensorMap = CUtensorMap;  // made by tensor_map.h; a kernel's parameter, by value
 #define KNNEXT_KERNEL_MAP const __grid_constant__ TensorMap
 #endif
 
@@ -264,4 +264,4 @@ __device__ __forceinline__ unsigned char* swizzle_aligned(unsigned char* memory)
 
 }  // namespace knnext
 
-#include "sm90_wgmma.cuh"
+#include "cuda/sm90/wgmma.cuh"

@@ -1,5 +1,5 @@
 // Tensor maps through the driver's own encoder, found at run time: the library links no libcuda.
-#include "sm90_tensor_map.h"
+#include "cuda/sm90/tensor_map.h"
 
 #include <stdexcept>
 #include <string>

@@ -1,8 +1,8 @@
 // Descriptions of matrices for Hopper's copy engine, made on the host by the driver.
 #pragma once
 
-#include "params.h"
-#include "sm90_ptx.cuh"
+#include "cuda/params.h"
+#include "cuda/sm90/ptx.cuh"
 
 namespace knnext {
 
@@ -17,7 +17,7 @@ struct RowMatrix {
 bool tensor_map_takes(const RowMatrix& matrix);
 
 // A map whose boxes are box_rows (up to 256) rows of 64 elements, 128 bytes, swizzled as
-// sm90_wgmma.cuh reads them: tensor_load(to, map, element, row, ...).
+// wgmma.cuh reads them: tensor_load(to, map, element, row, ...).
 TensorMap make_tensor_map(const RowMatrix& matrix, int box_rows);
 
 // Rows in runs of `run` rows; a box takes one row of each of box_rows runs, at one place in them:

@@ -1,6 +1,6 @@
 // Hopper's matrix product (wgmma) of a warpgroup, both operands in shared memory as the copy engine
 // lays them with 128-byte swizzle: tiles of rows of 64 elements, 128 bytes a row, tile aligned to
-// 1,024 bytes. Included by sm90_ptx.cuh.
+// 1,024 bytes. Included by ptx.cuh.
 //
 //   sums (64 x n) += a (64 rows x 16 elements) b (n rows x 16 elements)^T
 //
