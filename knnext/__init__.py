@@ -33,11 +33,13 @@ _LAZY = {
     "DatastoreError": "knnext.datastore",
     "ExactIndex": "knnext.index",
     "FaissIndex": "knnext.index",
-    "KNNLM": "knnext.knnlm",
-    "build_datastore": "knnext.build",
+    "KNNLM": "knnext.lm.knnlm",
+    "build_datastore": "knnext.datastore.build",
     "load_corpus": "knnext.corpus",
-    "search_stream": "knnext.stream",
+    "evaluate": "knnext.evaluation",
+    "search_stream": "knnext.evaluation",
     "tokenize": "knnext.corpus",
+    "tune": "knnext.evaluation.tune",
 }
 
 __all__ = [

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from knnext.cli_parser import build_parser
+from knnext.cli.parser import build_parser
 
 _EXTRAS = {
     **dict.fromkeys(

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.cli_session import open_datastore, open_model, read_text, tuning_path
-from knnext.demo import Say
+from knnext.cli.session import open_datastore, open_model, read_text, tuning_path
+from knnext.say import Say
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import torch
 
-    from knnext.build import build_datastore
+    from knnext.datastore.build import build_datastore
 
     model, tokenizer = open_model(args)
     text = read_text(args, tokenizer, None)
@@ -68,7 +68,7 @@ def import_legacy(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.datastore import Datastore
     from knnext.progress import Progress
 
-    dtypes = {
+    dtypes: dict[str, Any] = {
         name: None if (chosen := getattr(args, name)) is None else getattr(torch, chosen)
         for name in ("key_dtype", "value_dtype")
     }
@@ -117,7 +117,7 @@ def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def _facts(store: Datastore) -> dict[str, Any]:
-    from knnext.datastore_meta import to_json
+    from knnext.datastore.meta_file import to_json
 
     facts: dict[str, Any] = json.loads(to_json(store.meta))
     return {

@@ -6,8 +6,9 @@ import argparse
 from dataclasses import asdict, fields
 from typing import Any
 
-from knnext.demo import Say, run_demo
-from knnext.demo_config import SHORT, DemoConfig
+from knnext.demo import run_demo
+from knnext.demo.config import SHORT, DemoConfig
+from knnext.say import Say
 
 
 def demo(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def demo(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def doctor(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    from knnext.doctor import Search, doctor, render
+    from knnext.cli.doctor import Search, doctor, render
 
     given = {f.name: getattr(args, f.name) for f in fields(Search)}
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.cli_session import (
+from knnext.cli.session import (
     Settings,
     check_model,
     open_datastore,
@@ -17,16 +17,16 @@ from knnext.cli_session import (
     read_text,
     tuning_path,
 )
-from knnext.demo import Say
-from knnext.demo_config import write_json
+from knnext.output import write_json
+from knnext.say import Say, shown
 
 if TYPE_CHECKING:
-    from knnext.evaluate import Evaluation
-    from knnext.scores import StreamScores
+    from knnext.evaluation import Evaluation
+    from knnext.evaluation.scores import StreamScores
 
 
 def tune(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    from knnext import tune as tuning
+    from knnext.evaluation import tune as tuning
 
     # A new fit must not lean on an old one.
     settings = Settings.of(args, tuned=False)
@@ -48,7 +48,7 @@ def tune(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def _picture(found: Any, path: Path, say: Say) -> str | None:
-    from knnext.plots import plot_surface
+    from knnext.report.plots import plot_surface
 
     if min(found.surface.shape) < 2:
         return None
@@ -62,8 +62,8 @@ def _picture(found: Any, path: Path, say: Say) -> str | None:
 
 
 def evaluate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    from knnext.demo_results import table_rows
-    from knnext.evaluate import evaluate, write_token_log
+    from knnext.evaluation import evaluate, write_token_log
+    from knnext.report.rows import table_rows
     from knnext.report.table import text_table
 
     settings = Settings.of(args)
@@ -97,7 +97,7 @@ def _detail_lines(evaluation: Evaluation) -> list[str]:
 
 def _scores(args: argparse.Namespace, settings: Settings, say: Say) -> StreamScores:
     """From the file, or from one pass of the model and the search."""
-    from knnext.evaluate import StreamScores, search_stream
+    from knnext.evaluation import StreamScores, search_stream
 
     if args.scores:
         scores = StreamScores.load(args.scores)
@@ -124,7 +124,7 @@ def _scores(args: argparse.Namespace, settings: Settings, say: Say) -> StreamSco
 def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import torch
 
-    from knnext.spans import neighbor_spans
+    from knnext.evaluation.spans import neighbor_spans
 
     settings = Settings.of(args)
     store = open_datastore(args)
@@ -152,7 +152,6 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def _neighbor_lines(number: int, neighbor: dict[str, Any]) -> list[str]:
-    from knnext.demo_results import shown
 
     text = f"{shown(neighbor['before'])}[{shown(neighbor['token'])}]{shown(neighbor['after'])}"
     facts = f"distance {neighbor['distance']:.4g}   share {100 * neighbor['share']:.2g} %"
@@ -163,8 +162,8 @@ def _last_state(model: Any, tokenizer: Any, text: str, key_layer: str, dtype: An
     """(1, D): the key-layer state after the whole text, of which the last tokens may not fit."""
     import torch
 
-    from knnext.hidden_states import capture_hidden_states, default_block_size
-    from knnext.key_layer import evaluating
+    from knnext.lm.hidden_states import capture_hidden_states, default_block_size
+    from knnext.lm.running import evaluating
 
     ids = _ids(tokenizer, text)[-default_block_size(model) :]
     with evaluating(model), capture_hidden_states(model, key_layer) as captured:
@@ -175,7 +174,7 @@ def _last_state(model: Any, tokenizer: Any, text: str, key_layer: str, dtype: An
 def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import torch
 
-    from knnext.knnlm import KNNLM
+    from knnext.lm.knnlm import KNNLM
 
     settings = Settings.of(args)
     temperature, lmbda = settings.mixture()

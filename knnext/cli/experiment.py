@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from knnext.demo import Say
 from knnext.experiments.catalog import NAMES, OPTIONS, load
-from knnext.experiments.presets import Preset, preset
+from knnext.experiments.lab.presets import Preset, preset
+from knnext.say import Say
 
 #: Options of the command line that are fields of `Preset`.
 _FIELDS = (

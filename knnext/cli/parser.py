@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from knnext import __version__
-
-Check = Callable[[str], Any]
+from knnext.cli.arguments import (
+    add_corpus,
+    add_datastore,
+    add_index_path,
+    add_mixture,
+    add_model,
+    add_search_options,
+    add_text_limits,
+    add_windows,
+    floats,
+    names,
+    natural,
+    num_bytes,
+    positive,
+    positive_float,
+    seeds,
+    share,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +70,7 @@ def _command(commands: Any, name: str, run: str, text: str) -> argparse.Argument
 
 def _add_demo(commands: Any) -> argparse.ArgumentParser:
     text = "train a small LM, store its states, and see neighbors improve it"
-    c = _command(commands, "demo", "knnext.cli_demo:demo", text)
+    c = _command(commands, "demo", "knnext.cli.demo:demo", text)
     c.add_argument("--out", default="knnext-demo", metavar="FOLDER", help="default: knnext-demo")
     c.add_argument("--short", action="store_true", help="smaller sizes, about a minute")
     c.add_argument("--fresh", action="store_true", help="discard an earlier demo in the folder")
@@ -73,25 +88,25 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
 
 def _add_build(commands: Any) -> argparse.ArgumentParser:
     text = "write the datastore of a model and a corpus; goes on with one that was interrupted"
-    c = _command(commands, "build", "knnext.cli_build:build", text)
-    _add_datastore(c)
-    _add_model(c)
-    _add_corpus(c, "train")
+    c = _command(commands, "build", "knnext.cli.build:build", text)
+    add_datastore(c)
+    add_model(c)
+    add_corpus(c, "train")
     c.add_argument("--max-bytes", type=num_bytes, help="cap of the train split, such as 100MB")
     c.add_argument(
         "--key-layer", default="att", help="att, ffn, or module:NAME:input|output; default: att"
     )
     c.add_argument("--metric", choices=("l2", "ip"), default="l2")
     c.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    _add_windows(c)
+    add_windows(c)
     return c
 
 
 def _add_index(commands: Any) -> argparse.ArgumentParser:
     text = "build the FAISS index of a datastore; goes on with one that was interrupted"
-    c = _command(commands, "index", "knnext.cli_build:index", text)
-    _add_datastore(c)
-    _add_index_path(c)
+    c = _command(commands, "index", "knnext.cli.build:index", text)
+    add_datastore(c)
+    add_index_path(c)
     c.add_argument(
         "--factory", help="FAISS factory string; default: IVF4096,PQ64 scaled to the data"
     )
@@ -104,13 +119,13 @@ def _add_index(commands: Any) -> argparse.ArgumentParser:
 
 def _add_tune(commands: Any) -> argparse.ArgumentParser:
     text = "fit temperature and lmbda to the validation split"
-    c = _command(commands, "tune", "knnext.cli_eval:tune", text)
-    _add_datastore(c)
-    _add_model(c, required=False)
-    _add_corpus(c, "valid", required=False)
-    _add_windows(c)
-    _add_text_limits(c)
-    _add_search_options(c)
+    c = _command(commands, "tune", "knnext.cli.evaluate:tune", text)
+    add_datastore(c)
+    add_model(c, required=False)
+    add_corpus(c, "valid", required=False)
+    add_windows(c)
+    add_text_limits(c)
+    add_search_options(c)
     c.add_argument("--temperatures", type=floats, metavar="T,T,...", help="the grid")
     c.add_argument("--lmbdas", type=floats, metavar="L,L,...", help="the grid")
     c.add_argument("--save-scores", metavar="FILE.npz", help="keep what the search found")
@@ -121,14 +136,14 @@ def _add_tune(commands: Any) -> argparse.ArgumentParser:
 
 def _add_eval(commands: Any) -> argparse.ArgumentParser:
     text = "perplexity of base, neighbors and mixture on the test split"
-    c = _command(commands, "eval", "knnext.cli_eval:evaluate", text)
-    _add_datastore(c)
-    _add_model(c, required=False)
-    _add_corpus(c, "test", required=False)
-    _add_windows(c)
-    _add_text_limits(c)
-    _add_search_options(c)
-    _add_mixture(c)
+    c = _command(commands, "eval", "knnext.cli.evaluate:evaluate", text)
+    add_datastore(c)
+    add_model(c, required=False)
+    add_corpus(c, "test", required=False)
+    add_windows(c)
+    add_text_limits(c)
+    add_search_options(c)
+    add_mixture(c)
     c.add_argument("--scores", metavar="FILE.npz", help="evaluate what was kept; needs no model")
     c.add_argument("--save-scores", metavar="FILE.npz", help="keep what the search found")
     c.add_argument("--token-log", metavar="FILE", help="one row a token, .parquet or .jsonl")
@@ -137,11 +152,11 @@ def _add_eval(commands: Any) -> argparse.ArgumentParser:
 
 def _add_search(commands: Any) -> argparse.ArgumentParser:
     text = "the neighbors of a text's last state, as text"
-    c = _command(commands, "search", "knnext.cli_eval:search", text)
-    _add_datastore(c)
+    c = _command(commands, "search", "knnext.cli.evaluate:search", text)
+    add_datastore(c)
     c.add_argument("text", help="the text, or - to read it from stdin")
-    _add_model(c)
-    _add_search_options(c, k=10)
+    add_model(c)
+    add_search_options(c, k=10)
     c.add_argument(
         "--temperature", type=positive_float, help="for the shares; default: as tuned, or 1"
     )
@@ -152,12 +167,12 @@ def _add_search(commands: Any) -> argparse.ArgumentParser:
 
 def _add_generate(commands: Any) -> argparse.ArgumentParser:
     text = "continue a text with the kNN-LM"
-    c = _command(commands, "generate", "knnext.cli_eval:generate", text)
-    _add_datastore(c)
+    c = _command(commands, "generate", "knnext.cli.evaluate:generate", text)
+    add_datastore(c)
     c.add_argument("text", help="the text to continue, or - to read it from stdin")
-    _add_model(c)
-    _add_search_options(c)
-    _add_mixture(c)
+    add_model(c)
+    add_search_options(c)
+    add_mixture(c)
     c.add_argument("--max-new-tokens", type=positive, default=50, help="default: 50")
     c.add_argument("--num-beams", type=positive, default=1, help="default: 1")
     c.add_argument("--do-sample", action="store_true", help="draw instead of taking the likeliest")
@@ -168,17 +183,17 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
 
 def _add_info(commands: Any) -> argparse.ArgumentParser:
     text = "what a datastore holds"
-    c = _command(commands, "info", "knnext.cli_build:info", text)
-    _add_datastore(c)
+    c = _command(commands, "info", "knnext.cli.build:info", text)
+    add_datastore(c)
     c.add_argument("--verify", action="store_true", help="read every byte and compare checksums")
     return c
 
 
 def _add_import(commands: Any) -> argparse.ArgumentParser:
     text = "bring in the datastore of another kNN-LM program"
-    c = _command(commands, "import", "knnext.cli_build:import_legacy", text)
+    c = _command(commands, "import", "knnext.cli.build:import_legacy", text)
     c.add_argument("source", help="PREFIX_keys.npy, PREFIX, or the folder that holds them")
-    _add_datastore(c)
+    add_datastore(c)
     c.add_argument("--num-entries", type=positive, help="rows of the files, where they do not tell")
     c.add_argument("--dim", type=positive, help="width of a key, where the files do not tell")
     c.add_argument("--key-dtype", choices=("float16", "float32"))
@@ -198,7 +213,7 @@ def _add_import(commands: Any) -> argparse.ArgumentParser:
 
 def _add_experiment(commands: Any) -> argparse.ArgumentParser:
     text = "run the experiments of the paper on a language model and a corpus"
-    c = _command(commands, "experiment", "knnext.cli_experiment:experiment", text)
+    c = _command(commands, "experiment", "knnext.cli.experiment:experiment", text)
     c.add_argument(
         "name", metavar="list|NAME|all|report", help="an experiment, or what to do with them"
     )
@@ -237,125 +252,8 @@ def _add_experiment(commands: Any) -> argparse.ArgumentParser:
 
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     text = "what was built and loaded here, and which kernel a search would run"
-    c = _command(commands, "doctor", "knnext.cli_demo:doctor", text)
+    c = _command(commands, "doctor", "knnext.cli.demo:doctor", text)
     for name in ("queries", "entries", "dim", "k"):
         c.add_argument(f"--{name}", type=positive, help="of the search to plan for")
     c.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
     return c
-
-
-# Options that several commands share
-
-
-def _add_datastore(c: argparse.ArgumentParser) -> None:
-    c.add_argument("datastore", help="folder of the datastore")
-
-
-def _add_model(c: argparse.ArgumentParser, required: bool = True) -> None:
-    c.add_argument("--model", required=required, help="folder or hub name of a causal LM")
-    c.add_argument("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
-
-
-def _add_corpus(c: argparse.ArgumentParser, split: str, required: bool = True) -> None:
-    text = "stdlib, a file, a folder, or hf:NAME[:CONFIG]"
-    text += "" if required else "; default: the datastore's"
-    c.add_argument("--corpus", required=required, help=text)
-    c.add_argument(
-        "--split", choices=("train", "valid", "test"), default=split, help=f"default: {split}"
-    )
-    c.add_argument("--text-column", default="text", help="of tables and datasets; default: text")
-    c.add_argument("--split-seed", type=int, default=0, help="of a split made by hash; default: 0")
-
-
-def _add_windows(c: argparse.ArgumentParser) -> None:
-    c.add_argument("--block-size", type=positive, help="tokens of a window; default: the context")
-    c.add_argument("--stride", type=positive, help="tokens between windows; default: half of it")
-    c.add_argument("--batch-size", type=positive, default=8, help="windows at once; default: 8")
-
-
-def _add_text_limits(c: argparse.ArgumentParser) -> None:
-    c.add_argument("--document-tokens", type=positive, help="only the head of each document")
-
-
-def _add_index_path(c: argparse.ArgumentParser) -> None:
-    c.add_argument("--index-path", metavar="FOLDER", help="default: beside the datastore")
-
-
-def _add_search_options(c: argparse.ArgumentParser, k: int | None = None) -> None:
-    shown = "as tuned, or 1024" if k is None else k
-    c.add_argument("--k", type=positive, default=k, help=f"neighbors; default: {shown}")
-    c.add_argument("--index", choices=("exact", "faiss"), help="default: as tuned, or exact")
-    _add_index_path(c)
-    c.add_argument("--nprobe", type=positive, help="lists to visit; default: the index's own")
-    c.add_argument(
-        "--rescore", action="store_true", default=None, help="real distances on FAISS's choice"
-    )
-
-
-def _add_mixture(c: argparse.ArgumentParser) -> None:
-    c.add_argument("--temperature", type=positive_float, help="default: as tuned")
-    c.add_argument("--lmbda", type=share, help="weight of p_knn; default: as tuned")
-
-
-# Types of arguments; their names are what argparse calls a wrong value
-
-
-def positive(text: str) -> int:
-    return _checked(int, text, lambda value: value >= 1, "a whole number of at least 1")
-
-
-def natural(text: str) -> int:
-    return _checked(int, text, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def positive_float(text: str) -> float:
-    return _checked(float, text, lambda x: 0 < x < float("inf"), "a number above 0")
-
-
-def share(text: str) -> float:
-    return _checked(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-
-
-def floats(text: str) -> list[float]:
-    return [
-        _checked(float, part, lambda x: x == x, "numbers, as 0.5,1,2") for part in text.split(",")
-    ]
-
-
-def names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    found = tuple(natural(part) for part in text.split(","))
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"wanted are different seeds, got {text!r}")
-    return found
-
-
-def num_bytes(text: str) -> int:
-    """``10MB``, ``1.5 GB``, ``2000``: powers of 1000."""
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = units.get(text.strip()[len(number) :].upper())
-    wanted = "a size, as 10MB or 2000"
-    if unit is None:
-        raise argparse.ArgumentTypeError(f"wanted is {wanted}, got {text!r}")
-    return _checked(lambda part: int(float(part) * unit), number, lambda n: n >= 1, wanted, text)
-
-
-def _checked(
-    convert: Callable[[str], Any],
-    text: str,
-    fits: Callable[[Any], bool],
-    wanted: str,
-    given: str | None = None,
-) -> Any:
-    try:
-        value = convert(text)
-        good = fits(value)
-    except (ValueError, OverflowError):
-        good = False
-    if not good:
-        raise argparse.ArgumentTypeError(f"wanted is {wanted}, got {given or text!r}")
-    return value

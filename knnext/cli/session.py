@@ -79,7 +79,7 @@ def device_of(args: argparse.Namespace) -> str:
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model on its device, tokenizer)."""
-    from knnext.train import load_lm
+    from knnext.lm.load import load_lm
 
     if args.model is None:
         raise ValueError("--model is missing; it may be left out with --scores only")
@@ -95,7 +95,7 @@ def open_datastore(args: argparse.Namespace) -> Datastore:
 
 def check_model(store: Datastore, model: Any, tokenizer: Any) -> None:
     """Refuse a datastore of another model or tokenizer; what an import left unsaid passes."""
-    from knnext.build import model_identity, tokenizer_hash
+    from knnext.lm.load import model_identity, tokenizer_hash
 
     model_id, revision = model_identity(model)
     expected = {"model_revision": revision, "tokenizer_hash": tokenizer_hash(tokenizer)}

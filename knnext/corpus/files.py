@@ -3,7 +3,7 @@
 Splits, by name: a file or folder whose name, cut at anything but letters, has the part ``train``,
 ``valid`` (or ``validation``, ``val``, ``dev``) or ``test`` is that split: ``train.txt.xz``,
 ``wiki.valid.tokens``, ``test/``. Where no such name is found, or a split is missing, documents are
-divided by a hash of their names (knnext/documents.py).
+divided by a hash of their names (knnext/corpus/documents.py).
 
 Documents, in this order of rules, each for one file:
 
@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from knnext.documents import CorpusError, Document, unique_names
+from knnext.corpus.documents import CorpusError, Document, unique_names
 
 # fmt: off
 _TEXT_SUFFIXES = frozenset({

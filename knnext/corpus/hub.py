@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from knnext.corpus_files import documents_of_text
-from knnext.documents import CorpusError, Document, unique_names
+from knnext.corpus.documents import CorpusError, Document, unique_names
+from knnext.corpus.files import documents_of_text
 
 _SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 _LABELS = ("name", "title", "path", "url", "id")

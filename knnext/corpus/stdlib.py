@@ -14,7 +14,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from knnext.documents import CorpusError, Document
+from knnext.corpus.documents import CorpusError, Document
 
 #: Folders that are no part of the library's own text, wherever they stand in the path.
 _TESTS = {"test", "tests", "idle_test", "testing", "__phello__"}

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from knnext import datastore_copy
-from knnext.datastore_batch import ArrayLike, Documents
-from knnext.datastore_errors import (
+from knnext.datastore.batch import ArrayLike, Documents
+from knnext.datastore.copy import check_mergeable, copy, merge, sample_rows
+from knnext.datastore.errors import (
     CorruptDatastoreError,
     DatastoreError,
     DatastoreLockedError,
@@ -24,20 +24,20 @@ from knnext.datastore_errors import (
     IncompatibleDatastoreError,
     UnfinishedDatastoreError,
 )
-from knnext.datastore_meta import (
+from knnext.datastore.legacy import LegacyRows
+from knnext.datastore.meta import (
     BUILD_FILE,
     DatastoreMeta,
     Origin,
     check_byte_order,
     creation_time,
     installed_version,
-    read_finished,
-    read_meta,
 )
-from knnext.datastore_reader import DatastoreReader
-from knnext.datastore_resume import open_writer
-from knnext.datastore_verify import Progress, check_sizes
-from knnext.datastore_writer import DatastoreWriter
+from knnext.datastore.meta_file import read_finished, read_meta
+from knnext.datastore.reader import DatastoreReader
+from knnext.datastore.resume import open_writer
+from knnext.datastore.verify import Progress, check_sizes
+from knnext.datastore.writer import DatastoreWriter
 
 __all__ = [
     "CorruptDatastoreError",
@@ -241,7 +241,7 @@ class Datastore(DatastoreReader):
         The same seed gives the same rows, and a smaller fraction a subset of them. Document ids
         stay. A view holds its row numbers (8 bytes each) and copies rows when read.
         """
-        rows = datastore_copy.sample_rows(self.num_entries, fraction, seed)
+        rows = sample_rows(self.num_entries, fraction, seed)
         view = self._view(
             (self.keys.select(rows), self.values.select(rows)),
             lambda: torch.searchsorted(rows, self.document_offsets),
@@ -250,7 +250,7 @@ class Datastore(DatastoreReader):
             return view
         origin: Origin = {"subsample_of": self.fingerprint, "fraction": fraction, "seed": seed}
         with self._create_like(path, origin, resume) as target:
-            datastore_copy.copy(target, view, progress)
+            copy(target._writing("copy"), view, progress)
         return target
 
     @staticmethod
@@ -266,18 +266,48 @@ class Datastore(DatastoreReader):
         IncompatibleDatastoreError where dim, dtype, metric, layer, model, tokenizer or vocabulary
         differ. Rows stream, so memory stays small; ``resume`` goes on with a merge that was killed.
         """
-        datastore_copy.check_mergeable(stores)
+        check_mergeable(stores)
         prints = " ".join(store.fingerprint for store in stores)
         with stores[0]._create_like(path, {"merge_of": prints}, resume) as target:
-            datastore_copy.merge(target, stores, progress)
+            merge(target._writing("merge"), stores, progress)
         return target
 
     @staticmethod
-    def import_legacy(source: str | Path, path: str | Path, **options: Any) -> Datastore:
-        """Store the datastore of another kNN-LM program at ``path``: :mod:`knnext.legacy`."""
-        from knnext.legacy import import_legacy
+    def import_legacy(
+        source: str | Path,
+        path: str | Path,
+        *,
+        num_entries: int | None = None,
+        dim: int | None = None,
+        key_dtype: torch.dtype | None = None,
+        value_dtype: torch.dtype | None = None,
+        num_valid: int | None = None,
+        unwrap_int16: bool = False,
+        vocab_size: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Datastore:
+        """Store the rows of another kNN-LM program's ``source`` at ``path``.
 
-        return import_legacy(source, path, **options)
+        What is read, and the arguments down to ``vocab_size``, are told by
+        :class:`knnext.datastore.legacy.LegacyRows`; ``options`` are those of :meth:`create`, since
+        the files do not tell. ``meta.origin`` says what was found and dropped.
+        """
+        rows = LegacyRows(
+            source,
+            num_entries=num_entries,
+            dim=dim,
+            key_dtype=key_dtype,
+            value_dtype=value_dtype,
+            num_valid=num_valid,
+            unwrap_int16=unwrap_int16,
+            vocab_size=vocab_size,
+        )
+        with Datastore.create(
+            path, rows.dim, rows.key_dtype, vocab_size=vocab_size, origin=rows.origin, **options
+        ) as target:
+            rows.append_to(target._writing("import_legacy"), progress)
+        return target
 
     # Inside
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.datastore_documents import DocumentRuns, check_runs, drop_rows
-from knnext.datastore_meta import INT32_MAX, DatastoreMeta
+from knnext.datastore.documents import DocumentRuns, check_runs, drop_rows
+from knnext.datastore.meta import INT32_MAX, DatastoreMeta
 
 ArrayLike: TypeAlias = Tensor | NDArray[Any]
 Documents: TypeAlias = Tensor | NDArray[np.integer[Any]] | Sequence[int] | DocumentRuns

@@ -8,21 +8,19 @@ the same text has exactly one row.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from knnext.block_trace import trace_inputs
 from knnext.corpus import TokenizedDocuments
 from knnext.datastore import Datastore
-from knnext.hidden_states import default_block_size, find_key_module, hidden_states
-from knnext.key_layer import capture_hidden_states, evaluating
+from knnext.lm.hidden_states import default_block_size, find_key_module, hidden_states
+from knnext.lm.key_layer import capture_hidden_states
+from knnext.lm.load import model_identity, sha256, tokenizer_hash
+from knnext.lm.running import evaluating, trace_inputs
 from knnext.progress import Progress
-
-_SAMPLED_VALUES = 4096
 
 
 def build_datastore(
@@ -64,7 +62,7 @@ def build_datastore(
         vocab_size=_vocab_size(model),
         corpus=corpus,
         origin={
-            "tokens": _sha256(tokenized.tokens.tobytes()),
+            "tokens": sha256(tokenized.tokens.tobytes()),
             "block_size": block,
             "stride": step,
             "batch_size": batch_size,
@@ -91,39 +89,6 @@ def build_datastore(
     return store
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """``sha256:...`` of a fast tokenizer's whole definition: vocabulary, merges, normalization."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise TypeError(f"tokenizer must be a fast one, got {type(tokenizer).__name__}")
-    return _sha256(backend.to_str().encode())
-
-
-def model_identity(model: nn.Module) -> tuple[str, str]:
-    """(id, revision) of a model: its hub name or class, and its commit or a hash of its weights.
-
-    The weights' hash covers names, shapes and up to 4,096 values of each parameter, which tells
-    models of one family and checkpoints of one training apart without reading all of a large one.
-    A path is not part of the identity: a model that is moved stays the same model.
-    """
-    config: Any = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "") or type(model).__name__
-    commit = getattr(config, "_commit_hash", None)
-    if commit:
-        return str(name), str(commit)
-    digest = hashlib.sha256()
-    for parameter_name, parameter in model.named_parameters():
-        digest.update(f"{parameter_name} {tuple(parameter.shape)}".encode())
-        digest.update(_sampled(parameter.detach()).numpy().tobytes())
-    return type(model).__name__, f"weights:{digest.hexdigest()[:16]}"
-
-
-def _sampled(parameter: Tensor) -> Tensor:
-    flat = parameter.flatten()
-    step = max(1, flat.numel() // _SAMPLED_VALUES)
-    return flat[::step].float().cpu().contiguous()
-
-
 def _key_width(model: nn.Module, key_layer: str) -> int:
     key = find_key_module(model, key_layer)
     with evaluating(model), capture_hidden_states(model, key) as captured:
@@ -135,7 +100,3 @@ def _vocab_size(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     return int(size) if size else int(model.get_input_embeddings().weight.shape[0])  # type: ignore
-
-
-def _sha256(content: bytes) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"

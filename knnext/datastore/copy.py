@@ -8,18 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.datastore_meta import MEANING, check_same
-from knnext.datastore_verify import Progress
-
-if TYPE_CHECKING:
-    from knnext.datastore import Datastore
+from knnext.datastore.meta import MEANING, check_same
+from knnext.datastore.reader import DatastoreReader
+from knnext.datastore.verify import Progress
+from knnext.datastore.writer import DatastoreWriter
 
 _CHUNK_BYTES = 32 << 20
 _HASH_ROWS = 1 << 20
@@ -31,7 +29,9 @@ def chunk_rows(row_bytes: int) -> int:
     return max(1, _CHUNK_BYTES // row_bytes)
 
 
-def merge(target: Datastore, stores: Sequence[Datastore], progress: Progress | None = None) -> None:
+def merge(
+    target: DatastoreWriter, stores: Sequence[DatastoreReader], progress: Progress | None = None
+) -> None:
     """Append all rows of ``stores`` to ``target``, which may hold the first of them already."""
     total = sum(store.num_entries for store in stores)
     with_documents = any(store.num_documents for store in stores)
@@ -50,7 +50,7 @@ def merge(target: Datastore, stores: Sequence[Datastore], progress: Progress | N
         document += max(1, store.num_documents)
 
 
-def copy(target: Datastore, store: Datastore, progress: Progress | None = None) -> None:
+def copy(target: DatastoreWriter, store: DatastoreReader, progress: Progress | None = None) -> None:
     """Append the rows of ``store``, a view, to ``target``; document ids stay as they are."""
     if store.num_documents:
         target.set_document_names(store.document_names)
@@ -61,7 +61,7 @@ def copy(target: Datastore, store: Datastore, progress: Progress | None = None) 
             progress(target.num_entries, store.num_entries)
 
 
-def check_mergeable(stores: Sequence[Datastore]) -> None:
+def check_mergeable(stores: Sequence[DatastoreReader]) -> None:
     """ValueError unless the keys and values of all ``stores`` mean the same."""
     if not stores:
         raise ValueError("stores: got none, want at least one datastore")
@@ -112,18 +112,18 @@ def _row_hashes(
         yield rows, mixed ^ (mixed >> np.uint64(31))
 
 
-def _chunks(store: Datastore, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _chunks(store: DatastoreReader, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     step = chunk_rows(store.dim * store.dtype.itemsize)
     for start in range(first, store.num_entries, step):
         stop = min(start + step, store.num_entries)
         yield start, store.keys[start:stop], store.values[start:stop]
 
 
-def _document_ids(store: Datastore, start: int, count: int) -> Tensor:
+def _document_ids(store: DatastoreReader, start: int, count: int) -> Tensor:
     if not store.num_documents:  # beside documented stores, such a store is one document
         return torch.zeros(count, dtype=torch.int64)
     return store.document_of(torch.arange(start, start + count))
 
 
-def _document_names(store: Datastore) -> Sequence[str]:
+def _document_names(store: DatastoreReader) -> Sequence[str]:
     return store.document_names if store.num_documents else [Path(store.path).name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from knnext.datastore_meta import DTYPE_NAMES, DatastoreMeta
+from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta
 
 
 def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.datastore_errors import CorruptDatastoreError
-from knnext.datastore_files import AppendFile, check_file, map_file, parse_checksum
-from knnext.datastore_meta import NAMES_FILE, STARTS_FILE, DocumentsMeta, FileMeta
+from knnext.datastore.errors import CorruptDatastoreError
+from knnext.datastore.files import AppendFile, check_file, map_file, parse_checksum
+from knnext.datastore.meta import NAMES_FILE, STARTS_FILE, DocumentsMeta, FileMeta
 
 # Ids that nobody used become empty documents; a hash taken for an id would make billions.
 _MAX_EMPTY = 1 << 24

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from knnext.datastore_errors import (
+from knnext.datastore.errors import (
     CorruptDatastoreError,
     DatastoreError,
     DatastoreLockedError,

@@ -18,38 +18,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from knnext.datastore import Datastore
-from knnext.datastore_copy import chunk_rows
-from knnext.datastore_errors import DatastoreError
-from knnext.datastore_meta import INT32_MAX, Origin
-from knnext.datastore_verify import Progress
-from knnext.legacy_files import Array, LegacyFiles, find_files
+from knnext.datastore.copy import chunk_rows
+from knnext.datastore.errors import DatastoreError
+from knnext.datastore.legacy_files import Array, LegacyFiles, find_files
+from knnext.datastore.meta import INT32_MAX, Origin
+from knnext.datastore.verify import Progress
+from knnext.datastore.writer import DatastoreWriter
 
 _SCAN_ROWS = 1 << 16
 
 
-def import_legacy(
-    source: str | Path,
-    path: str | Path,
-    *,
-    num_entries: int | None = None,
-    dim: int | None = None,
-    key_dtype: torch.dtype | None = None,
-    value_dtype: torch.dtype | None = None,
-    num_valid: int | None = None,
-    unwrap_int16: bool = False,
-    metric: str = "l2",
-    key_layer: str | None = None,
-    model_id: str | None = None,
-    model_revision: str | None = None,
-    tokenizer_hash: str | None = None,
-    vocab_size: int | None = None,
-    corpus: str | None = None,
-    entries_per_shard: int | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> Datastore:
-    """Store the rows of ``source`` at ``path``; ``meta.origin`` tells what was found and dropped.
+class LegacyRows:
+    """The rows of another program's files, found and counted; nothing is read into memory.
 
     Read are the raw memory maps of urvashik/knnlm and knnlm-why (``PREFIX_keys.npy``,
     ``PREFIX_vals.npy``), of knn-transformers and knnlm-limits (``dstore_MODEL_N_D_keys.npy``), and
@@ -61,40 +41,58 @@ def import_legacy(
             of the program that wrote them), where name and sizes leave a choice.
         num_valid: rows to take, where known. By default all but the all-zero tail.
         unwrap_int16: add 65,536 to negative int16 ids; needs ``vocab_size`` <= 65,536.
-        metric, key_layer, ..., corpus: as for ``Datastore.create``; the files do not tell.
-        resume: go on with an import that was interrupted.
+        vocab_size: of the model whose tokens the values are, where known.
 
     Raises:
         DatastoreError: no reading, or more than one, fits the files; ids overflowed.
     """
-    files = find_files(
-        source, num_entries=num_entries, dim=dim, key_dtype=key_dtype, value_dtype=value_dtype
-    )
-    rows = count_valid(files.keys, files.values)
-    dropped = len(files.keys) - rows
-    if num_valid is not None:
-        if not 0 <= num_valid <= len(files.keys):
-            raise ValueError(f"num_valid: got {num_valid}, the files hold {len(files.keys)} rows")
-        rows, dropped = num_valid, len(files.keys) - num_valid
-    _check_ids(files, rows, vocab_size, unwrap_int16)
-    with Datastore.create(
-        path,
-        files.dim,
-        files.key_dtype,
-        metric=metric,
-        key_layer=key_layer,
-        model_id=model_id,
-        model_revision=model_revision,
-        tokenizer_hash=tokenizer_hash,
-        vocab_size=vocab_size,
-        corpus=corpus,
-        origin=_origin(files, dropped),
-        entries_per_shard=entries_per_shard,
-        resume=resume,
-    ) as target:
-        zeros = _copy(target, files, rows, progress)
-    _report(files, rows, dropped, zeros)
-    return target
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        num_entries: int | None = None,
+        dim: int | None = None,
+        key_dtype: torch.dtype | None = None,
+        value_dtype: torch.dtype | None = None,
+        num_valid: int | None = None,
+        unwrap_int16: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.files = files = find_files(
+            source, num_entries=num_entries, dim=dim, key_dtype=key_dtype, value_dtype=value_dtype
+        )
+        self.num_entries = count_valid(files.keys, files.values)
+        if num_valid is not None:
+            if not 0 <= num_valid <= len(files.keys):
+                raise ValueError(
+                    f"num_valid: got {num_valid}, the files hold {len(files.keys)} rows"
+                )
+            self.num_entries = num_valid
+        _check_ids(files, self.num_entries, vocab_size, unwrap_int16)
+
+    @property
+    def dim(self) -> int:
+        return self.files.dim
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        return self.files.key_dtype
+
+    @property
+    def dropped(self) -> int:
+        """Rows of the files that are not taken."""
+        return len(self.files.keys) - self.num_entries
+
+    @property
+    def origin(self) -> Origin:
+        """What was found and dropped, for ``meta.origin``."""
+        return _origin(self.files, self.dropped)
+
+    def append_to(self, target: DatastoreWriter, progress: Progress | None = None) -> None:
+        """Append what ``target`` still lacks, and warn of what was dropped or looks wrong."""
+        zeros = _copy(target, self.files, self.num_entries, progress)
+        _report(self.files, self.num_entries, self.dropped, zeros)
 
 
 def count_valid(keys: Array, values: Array) -> int:
@@ -148,7 +146,7 @@ def _check_ids(files: LegacyFiles, rows: int, vocab_size: int | None, unwrap: bo
         )
 
 
-def _copy(target: Datastore, files: LegacyFiles, rows: int, progress: Progress | None) -> int:
+def _copy(target: DatastoreWriter, files: LegacyFiles, rows: int, progress: Progress | None) -> int:
     """Append what ``target`` still lacks; count the all-zero rows among it."""
     zeros = 0
     step = chunk_rows(files.keys.itemsize * files.dim)
@@ -188,11 +186,11 @@ def _report(files: LegacyFiles, rows: int, dropped: int, zeros: int) -> None:
         warnings.warn(
             f"{files.keys_path.name}: left out {dropped:,} of {len(files.keys):,} rows, the "
             f"all-zero or unwanted tail; imported {rows:,}",
-            stacklevel=3,
+            stacklevel=4,
         )
     if zeros:
         warnings.warn(
             f"{files.keys_path.name}: {zeros:,} all-zero rows with token 0 lie before the end and "
             "were imported; they are near every query of small norm",
-            stacklevel=3,
+            stacklevel=4,
         )

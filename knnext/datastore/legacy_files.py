@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from knnext.datastore_errors import DatastoreError
+from knnext.datastore.errors import DatastoreError
 
 Array: TypeAlias = NDArray[Any]
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from knnext.datastore_describe import describe
-from knnext.datastore_documents import DocumentTable
-from knnext.datastore_errors import DatastoreError, IncompatibleDatastoreError
-from knnext.datastore_meta import DatastoreMeta, to_json
-from knnext.datastore_rows import LazyRows, ShardFiles, check_rows
-from knnext.datastore_verify import Progress, verify
+from knnext.datastore.describe import describe
+from knnext.datastore.documents import DocumentTable
+from knnext.datastore.errors import DatastoreError, IncompatibleDatastoreError
+from knnext.datastore.meta import DatastoreMeta
+from knnext.datastore.meta_file import to_json
+from knnext.datastore.rows import LazyRows, ShardFiles, check_rows
+from knnext.datastore.verify import Progress, verify
 
 if TYPE_CHECKING:
     from typing_extensions import Self

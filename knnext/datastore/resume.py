@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from knnext.datastore_errors import DatastoreError
-from knnext.datastore_files import LOCK_FILE, WriterLock, replace_file, sync_directory
-from knnext.datastore_meta import (
+from knnext.datastore.errors import DatastoreError
+from knnext.datastore.files import LOCK_FILE, WriterLock, replace_file, sync_directory
+from knnext.datastore.meta import (
     BUILD_FILE,
     BUILD_PARAMETERS,
     META_FILE,
     DatastoreMeta,
     check_parameters,
     check_same,
-    read_meta,
-    to_json,
 )
-from knnext.datastore_writer import DatastoreWriter
+from knnext.datastore.meta_file import read_meta, to_json
+from knnext.datastore.writer import DatastoreWriter
 
 
 def open_writer(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.datastore_files import map_file
+from knnext.datastore.files import map_file
 
 # A mapping holds a file descriptor; a datastore of thousands of shards must not use them all up.
 _MAPPED_SHARDS = 128

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from knnext.datastore_errors import CorruptDatastoreError
-from knnext.datastore_files import check_file, file_checksum, parse_checksum
-from knnext.datastore_meta import META_FILE, DatastoreMeta, FileMeta
+from knnext.datastore.errors import CorruptDatastoreError
+from knnext.datastore.files import check_file, file_checksum, parse_checksum
+from knnext.datastore.meta import META_FILE, DatastoreMeta, FileMeta
 
 Progress = Callable[[int, int], None]
 

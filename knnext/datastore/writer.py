@@ -18,69 +18,22 @@ from typing import Any
 
 import torch
 
-from knnext.datastore_batch import Batch, check_batch
-from knnext.datastore_documents import DocumentWriter
-from knnext.datastore_errors import (
-    CorruptDatastoreError,
+from knnext.datastore.batch import Batch, check_batch
+from knnext.datastore.documents import DocumentWriter
+from knnext.datastore.errors import (
     DatastoreWriteError,
     IncompatibleDatastoreError,
 )
-from knnext.datastore_files import (
-    AppendFile,
+from knnext.datastore.files import (
     WriterLock,
     check_file,
-    file_checksum,
-    parse_checksum,
     replace_file,
     sync_directory,
 )
-from knnext.datastore_meta import (
-    BUILD_FILE,
-    META_FILE,
-    NAMES_FILE,
-    STARTS_FILE,
-    DatastoreMeta,
-    FileMeta,
-    ShardMeta,
-    shard_names,
-    to_json,
-)
-from knnext.datastore_rows import ShardFiles
-
-
-class _OpenShard:
-    """The shard that still grows."""
-
-    def __init__(self, directory: Path, index: int, shard: ShardMeta | None = None) -> None:
-        self.rows = 0 if shard is None else shard.rows
-        parts = (None, None) if shard is None else (shard.keys, shard.values)
-        self.keys, self.values = (
-            AppendFile(directory / name)
-            if part is None
-            else AppendFile(directory / name, part.num_bytes, parse_checksum(part.checksum))
-            for name, part in zip(shard_names(index), parts, strict=True)
-        )
-
-    def append(self, batch: Batch, first: int, count: int) -> None:
-        keys = batch.keys[first : first + count]
-        self.keys.append(keys.view(torch.uint8).numpy().data.cast("B"))
-        self.values.append(batch.values[first : first + count].data.cast("B"))
-        self.rows += count
-
-    def meta(self) -> ShardMeta:
-        keys, values = (
-            FileMeta(file.path.name, file.length, file.checksum)
-            for file in (self.keys, self.values)
-        )
-        return ShardMeta(self.rows, keys, values)
-
-    def sync(self) -> None:
-        self.keys.sync()
-        self.values.sync()
-
-    def close(self) -> None:
-        self.keys.close()
-        self.values.close()
+from knnext.datastore.meta import BUILD_FILE, META_FILE, DatastoreMeta, ShardMeta
+from knnext.datastore.meta_file import to_json
+from knnext.datastore.open_shard import OpenShard, check_content, remove_leftovers
+from knnext.datastore.rows import ShardFiles
 
 
 @dataclass(frozen=True)
@@ -93,7 +46,7 @@ class _Mark:
 
 
 class DatastoreWriter:
-    """The writing side of one datastore. Made by ``datastore_resume.open_writer``."""
+    """The writing side of one datastore. Made by ``resume.open_writer``."""
 
     def __init__(
         self, directory: Path, meta: DatastoreMeta, lock: WriterLock, commit_seconds: float
@@ -108,21 +61,21 @@ class DatastoreWriter:
         self._commit_due = False
         self._planned_names: Sequence[str] = ()
         self._sealed = list(meta.shards)
-        self._shard: _OpenShard | None = None
+        self._shard: OpenShard | None = None
         self._documents: DocumentWriter | None = None
         self._reopen(meta)
 
     def _reopen(self, meta: DatastoreMeta) -> None:
-        _remove_leftovers(self.directory, meta)
+        remove_leftovers(self.directory, meta)
         for shard in meta.shards:
             for part in (shard.keys, shard.values):
                 check_file(self.directory / part.file, part.num_bytes)
         if self._sealed and self._sealed[-1].rows < meta.entries_per_shard:
             last = self._sealed.pop()
-            _check_content(self.directory, last.keys, last.values)
-            self._shard = _OpenShard(self.directory, len(self._sealed), last)
+            check_content(self.directory, last.keys, last.values)
+            self._shard = OpenShard(self.directory, len(self._sealed), last)
         if meta.documents is not None:
-            _check_content(self.directory, meta.documents.starts, meta.documents.names)
+            check_content(self.directory, meta.documents.starts, meta.documents.names)
             self._documents = DocumentWriter(self.directory, meta.documents)
 
     @property
@@ -152,7 +105,9 @@ class DatastoreWriter:
         if self._documents is not None:
             self._documents.plan_names(self._planned_names)
 
-    def append(self, keys: Any, values: Any, documents: Any, start: int | None) -> None:
+    def append(
+        self, keys: Any, values: Any, documents: Any = None, start: int | None = None
+    ) -> None:
         """See :meth:`knnext.datastore.Datastore.append`."""
         self._check_usable()
         first = self.num_entries if start is None else start
@@ -214,7 +169,7 @@ class DatastoreWriter:
         done = 0
         while done < len(batch):
             if self._shard is None:
-                self._shard = _OpenShard(self.directory, len(self._sealed))
+                self._shard = OpenShard(self.directory, len(self._sealed))
             count = min(len(batch) - done, self._base.entries_per_shard - self._shard.rows)
             self._shard.append(batch, done, count)
             done += count
@@ -250,14 +205,14 @@ class DatastoreWriter:
         del self._sealed[mark.sealed :]
         self._shard = None
         if mark.shard is not None:
-            self._shard = _OpenShard(self.directory, mark.sealed, mark.shard)
+            self._shard = OpenShard(self.directory, mark.sealed, mark.shard)
         if self._documents is not None:
             if mark.documents is None:
                 self._documents.close()
                 self._documents = None
             else:
                 self._documents.roll_back(mark.documents)
-        _remove_leftovers(self.directory, self.meta())
+        remove_leftovers(self.directory, self.meta())
 
     def _try_to(self, recover: Callable[[], None]) -> None:
         try:
@@ -335,22 +290,3 @@ class DatastoreWriter:
         if self._documents is not None:
             self._documents.close()
         self._lock.release()
-
-
-def _remove_leftovers(directory: Path, meta: DatastoreMeta) -> None:
-    """Remove what was begun after ``meta``: shards, document tables, temporary files."""
-    known = {file.file for file in meta.files()}
-    patterns = ("keys-*.bin", "values-*.bin", STARTS_FILE, NAMES_FILE, "*.json.tmp")
-    for path in (path for pattern in patterns for path in directory.glob(pattern)):
-        if path.name not in known:
-            path.unlink()
-
-
-def _check_content(directory: Path, *parts: FileMeta) -> None:
-    for part in parts:
-        path = directory / part.file
-        check_file(path, part.num_bytes)
-        crc = file_checksum(path, part.num_bytes)
-        if crc is None or crc != parse_checksum(part.checksum):
-            problem = f"{path}: the committed part has changed since it was written"
-            raise CorruptDatastoreError(f"{problem}; it cannot be resumed", [problem])

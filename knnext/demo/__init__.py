@@ -11,29 +11,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.demo_config import DemoConfig, claim, write_json
+from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, claim
+from knnext.output import write_json
 from knnext.progress import format_duration
+from knnext.say import Say
 
 if TYPE_CHECKING:
     from knnext.corpus import Corpus, Document, TokenizedDocuments
     from knnext.datastore import Datastore
+    from knnext.evaluation.scores import StreamScores
+    from knnext.evaluation.tune import TuneResult
     from knnext.index import FaissIndex
     from knnext.index.base import Index
-    from knnext.scores import StreamScores
-    from knnext.tune import TuneResult
-
-Say = Callable[[str], None]
-
-EXACT, FAISS, RESCORED = "exact kNN-LM", "FAISS mask, FAISS score", "FAISS mask, real score"
-#: Inverted lists, each with the 39 training rows that FAISS wants at least. Codes of one byte for
-#: eight dimensions: near the paper's ratio (64 for 1,024), and their k-means takes seconds.
-_MAX_LISTS, _ROWS_PER_LIST, _DIMS_PER_BYTE = 1024, 39, 8
 
 
 def run_demo(
@@ -64,7 +59,7 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """All steps in order; those whose result is there are passed over."""
-        from knnext.demo_results import finish, plan_lines, result_lines
+        from knnext.demo.results import finish, plan_lines, result_lines
 
         done = self.out / "results.json"
         if done.exists():
@@ -74,7 +69,11 @@ class Demo:
             corpus = self._corpus()
             for line in plan_lines(self.config, corpus.describe(), self.out):
                 self.say(line)
-            results = finish(self, *self._work(corpus))
+            made = self._work(corpus)
+            with self.step("evaluate the test split, write the report"):
+                results = finish(self.out, self.config, self.seconds, *made)
+            self.seconds["all of this run"] = sum(self.seconds.values())
+            results["seconds"] = self.seconds
             write_json(done, results)
         for line in result_lines(results, self.out):
             self.say(line)
@@ -100,7 +99,7 @@ class Demo:
 
     def _model(self, corpus: Corpus) -> tuple[Any, Any]:
         """The trained model and its tokenizer, read back from disk in any case."""
-        from knnext.train import load_lm
+        from knnext.lm.load import load_lm
 
         folder = self.out / "model"
         if not (self.out / "training.json").exists():
@@ -111,7 +110,8 @@ class Demo:
 
     def _train(self, corpus: Corpus, folder: Path) -> None:
         from knnext.corpus import tokenize
-        from knnext.train import TrainConfig, save_lm, train_lm, train_tokenizer
+        from knnext.lm.load import save_lm
+        from knnext.lm.train import TrainConfig, train_lm, train_tokenizer
 
         config = TrainConfig(seed=self.config.seed)
         tokenizer = train_tokenizer(corpus.train, config.vocab_size)
@@ -131,9 +131,9 @@ class Demo:
         write_json(self.out / "training.json", facts)
 
     def _datastore(self, model: Any, tokenizer: Any, documents: Sequence[Document]) -> Datastore:
-        from knnext.build import build_datastore
-        from knnext.corpus import tokenize
-        from knnext.train import TrainConfig
+        from knnext.corpus import take_documents, tokenize
+        from knnext.datastore.build import build_datastore
+        from knnext.lm.train import TrainConfig
 
         with self.step("write the datastore"):
             tokens = take_documents(tokenize(documents, tokenizer), self.config.entries + 1)
@@ -150,6 +150,7 @@ class Demo:
 
     def _index(self, store: Datastore) -> FaissIndex:
         from knnext.index import FaissIndex
+        from knnext.index.faiss_build import faiss_recipe
 
         factory, train_size = faiss_recipe(store.num_entries, store.dim)
         with self.step(f"build the FAISS index {factory or ''}".rstrip()):
@@ -161,7 +162,7 @@ class Demo:
         self, name: str, documents: Sequence[Document], tokenizer: Any, wanted: int
     ) -> TokenizedDocuments:
         """About `wanted` tokens, at most so many of one document, of documents in hash order."""
-        from knnext.corpus import tokenize
+        from knnext.corpus import take_documents, tokenize
 
         most = max(self.config.document_tokens, math.ceil(wanted / len(documents)))
         text = take_documents(tokenize(documents, tokenizer, max_tokens=most), wanted + 1)
@@ -178,7 +179,7 @@ class Demo:
         *,
         keep_indices: bool,
     ) -> dict[str, StreamScores]:
-        from knnext.evaluate import search_stream
+        from knnext.evaluation import search_stream
         from knnext.index import ExactIndex, FaissIndex
 
         indexes: dict[str, Index] = {
@@ -192,7 +193,7 @@ class Demo:
             )
 
     def _tune(self, scores: Mapping[str, StreamScores]) -> dict[str, TuneResult]:
-        from knnext.tune import tune
+        from knnext.evaluation.tune import tune
 
         with self.step("tune temperature and lmbda on valid, for each system"):
             return {name: tune(one) for name, one in scores.items()}
@@ -211,44 +212,6 @@ class Demo:
 
 
 NUM_STEPS = 7
-
-
-def faiss_recipe(num_entries: int, dim: int) -> tuple[str | None, int | None]:
-    """A factory string and training size that a demo can wait for; (None, None): the defaults."""
-    lists = 1 << (min(_MAX_LISTS, num_entries // _ROWS_PER_LIST) | 1).bit_length() - 1
-    if lists * _ROWS_PER_LIST < 9984 or dim % _DIMS_PER_BYTE:
-        return None, None
-    return f"IVF{lists},PQ{dim // _DIMS_PER_BYTE}", min(lists * 40, num_entries)
-
-
-def take_documents(text: TokenizedDocuments, most: int, seed: int = 0) -> TokenizedDocuments:
-    """Whole documents of at most `most` tokens together, chosen by hash, in their old order.
-
-    A document that no longer fits is passed over. Where not even one fits, the first is cut.
-    """
-    import numpy as np
-
-    from knnext.corpus import TokenizedDocuments
-    from knnext.documents import name_hash
-
-    lengths = np.diff(text.document_offsets)
-    order = sorted(range(len(lengths)), key=lambda i: name_hash(text.names[i], seed + 2))
-    kept, used = [], 0
-    for i in order:
-        if used + lengths[i] <= most:
-            kept.append(i)
-            used += int(lengths[i])
-    cut = not kept
-    kept = sorted(kept) or order[:1]
-    parts = [text.tokens[text.document_offsets[i] :][: min(lengths[i], most)] for i in kept]
-    share = most / lengths[kept[0]] if cut else 1.0
-    return TokenizedDocuments(
-        tokens=np.concatenate(parts),
-        document_offsets=np.cumsum([0, *map(len, parts)], dtype=np.int64),
-        names=[text.names[i] for i in kept],
-        num_words=(text.num_words[kept] * share).astype(np.int64),
-        num_bytes=(text.num_bytes[kept] * share).astype(np.int64),
-    )
 
 
 def _device() -> str:

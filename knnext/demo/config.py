@@ -9,6 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from knnext.output import write_json
+
+#: The systems compared, beside the base LM.
+EXACT, FAISS, RESCORED = "exact kNN-LM", "FAISS mask, FAISS score", "FAISS mask, real score"
+
 
 class DemoError(ValueError):
     """A demo that cannot start or go on in its folder; the message says why."""
@@ -98,10 +103,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Indented JSON, under its name when whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)

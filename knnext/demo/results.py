@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -11,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from knnext.demo import EXACT, FAISS, RESCORED, Demo
-from knnext.demo_config import DemoConfig
-from knnext.evaluate import Evaluation, evaluate
+from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig
+from knnext.evaluation import Evaluation, evaluate
+from knnext.evaluation.scores import StreamScores
+from knnext.evaluation.spans import neighbor_spans
+from knnext.evaluation.tune import TuneResult
 from knnext.progress import format_duration
 from knnext.report import Report, Row, Surface, format_bytes, text_table, write_report
 from knnext.report.explorer import explorer_data
-from knnext.scores import StreamScores
-from knnext.spans import neighbor_spans
-from knnext.tune import TuneResult
+from knnext.report.rows import table_rows
+from knnext.say import shown
 
 if TYPE_CHECKING:
     from knnext.corpus import Corpus, TokenizedDocuments
@@ -50,7 +52,9 @@ def plan_lines(config: DemoConfig, corpus: str, out: Path) -> list[str]:
 
 
 def finish(
-    demo: Demo,
+    out: Path,
+    config: DemoConfig,
+    seconds: Mapping[str, float],
     corpus: Corpus,
     model: Any,
     tokenizer: Any,
@@ -61,25 +65,22 @@ def finish(
     scores: dict[str, StreamScores],
 ) -> dict[str, Any]:
     """Evaluate the test split, write the pictures and the report, and return all figures."""
-    with demo.step("evaluate the test split, write the report"):
-        evaluations = {
-            name: evaluate(scores[name], one.temperature, one.lmbda) for name, one in tuned.items()
-        }
-        rows = table_rows(evaluations, _sizes(demo.out, store, index))
-        samples = best_samples(scores[EXACT], tuned[EXACT], test, store, tokenizer)
-        facts = _facts(demo, corpus, store, index, evaluations[EXACT])
-        explorer = explorer_data(
-            scores[EXACT], store, tokenizer, tuned[EXACT].temperature, tuned[EXACT].lmbda
-        )
-        _write_report(demo.out, rows, tuned[EXACT], facts, explorer)
-        picture = _write_picture(demo.out, tuned[EXACT])
-    demo.seconds["all of this run"] = sum(demo.seconds.values())
+    evaluations = {
+        name: evaluate(scores[name], one.temperature, one.lmbda) for name, one in tuned.items()
+    }
+    rows = table_rows(evaluations, _sizes(out, store, index))
+    samples = best_samples(scores[EXACT], tuned[EXACT], test, store, tokenizer)
+    facts = _facts(out, config, seconds, corpus, store, index, evaluations[EXACT])
+    explorer = explorer_data(
+        scores[EXACT], store, tokenizer, tuned[EXACT].temperature, tuned[EXACT].lmbda
+    )
+    _write_report(out, rows, tuned[EXACT], facts, explorer)
+    picture = _write_picture(out, tuned[EXACT])
     return {
-        "config": asdict(demo.config),
+        "config": asdict(config),
         "rows": [asdict(row) for row in rows],
         "samples": samples,
         "facts": facts,
-        "seconds": demo.seconds,
         "evaluations": {name: one.to_dict() for name, one in evaluations.items()},
         "tuning": {name: one.to_dict() for name, one in tuned.items()},
         "files": ["report.html", *picture, "results.json"],
@@ -115,43 +116,6 @@ _NOTE = (
     "for the\nchange against the base). Tokens/s of model, search and mixing together. On disk: "
     "what is searched,\nand for the base its weights."
 )
-
-
-def table_rows(evaluations: Mapping[str, Evaluation], sizes: Mapping[str, int]) -> list[Row]:
-    """The base and each system, from evaluations of one text."""
-    first = next(iter(evaluations.values()))
-    base = Row(
-        "base LM",
-        first.base.token,
-        (first.base.interval.low, first.base.interval.high),
-        tokens_per_second=first.tokens_per_second["lm"],
-        num_bytes=sizes.get("base LM"),
-    )
-    return [base, *(table_row(name, one, sizes.get(name)) for name, one in evaluations.items())]
-
-
-def table_row(name: str, evaluation: Evaluation, num_bytes: int | None) -> Row:
-    """One mixture against its base."""
-    difference = torch.tensor(
-        [
-            evaluation.log_ppl_difference,
-            evaluation.difference_interval.low,
-            evaluation.difference_interval.high,
-        ],
-        dtype=torch.float64,
-    )
-    change, low, high = torch.expm1(difference).tolist()
-    return Row(
-        name,
-        evaluation.mixture.token,
-        (evaluation.mixture.interval.low, evaluation.mixture.interval.high),
-        change,
-        (low, high),
-        evaluation.temperature,
-        evaluation.lmbda,
-        evaluation.tokens_per_second["total"],
-        num_bytes,
-    )
 
 
 def best_samples(
@@ -237,7 +201,7 @@ def surface_of(tuned: TuneResult, name: str) -> Surface:
 
 
 def _write_picture(out: Path, tuned: TuneResult) -> list[str]:
-    from knnext.plots import plot_surface
+    from knnext.report.plots import plot_surface
 
     plot_surface(tuned, out / "tuning.png", title=f"{EXACT}, validation split")
     return ["tuning.png"]
@@ -257,11 +221,15 @@ def _sizes(out: Path, store: Datastore, index: FaissIndex) -> dict[str, int]:
 
 
 def _facts(
-    demo: Demo, corpus: Corpus, store: Datastore, index: FaissIndex, test: Evaluation
+    out: Path,
+    config: DemoConfig,
+    seconds: Mapping[str, float],
+    corpus: Corpus,
+    store: Datastore,
+    index: FaissIndex,
+    test: Evaluation,
 ) -> dict[str, str]:
-    import json
-
-    training = json.loads((demo.out / "training.json").read_text(encoding="utf-8"))
+    training = json.loads((out / "training.json").read_text(encoding="utf-8"))
     shape = training["config"]
     where = f"{torch.get_num_threads()} threads of {os.cpu_count()}, {platform.machine()}"
     if torch.cuda.is_available():
@@ -276,22 +244,16 @@ def _facts(
         "datastore": f"{store.num_entries:,} of {training['corpus_tokens']:,} training tokens, "
         f"{store.num_documents:,} documents, keys {store.key_layer!r}, float16 x {store.dim}",
         "FAISS index": f"{index.factory}, nprobe {index.nprobe}, {format_bytes(index.num_bytes)}",
-        "neighbors per token": f"{demo.config.k:,}",
+        "neighbors per token": f"{config.k:,}",
         "test split": f"{test.num_tokens:,} tokens of {test.num_documents:,} documents, at most "
-        f"{demo.config.document_tokens} of one where there are enough",
+        f"{config.document_tokens} of one where there are enough",
         "target among the neighbors": f"{100 * test.target_found:.1f} % of the test tokens",
         "machine": where,
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "time": ", ".join(f"{name} {format_duration(s)}" for name, s in demo.seconds.items()),
+        "time": ", ".join(f"{name} {format_duration(s)}" for name, s in seconds.items()),
     }
 
 
 def _tail(text: str, width: int = 56) -> str:
     text = shown(text)
     return "…" + text[-width:] if len(text) > width else text
-
-
-def shown(text: str) -> str:
-    """One line that a terminal shows as it is: line ends as a sign, no control characters."""
-    text = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else "·" for c in text)

@@ -2,7 +2,7 @@
 
 `search_stream` runs the model and the search once and keeps what they gave. `evaluate` turns that
 into figures for one temperature and lmbda, in milliseconds. Fit those two on the validation
-split (`knnext.tune`) and call `evaluate` on the test split once.
+split (`knnext.evaluation.tune`) and call `evaluate` on the test split once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import torch
 
-from knnext.bootstrap import Interval
-from knnext.perplexity import Perplexity, TextCounts, bootstrap_nll, interval_of
-from knnext.scores import StreamScores, check_lmbda, check_temperature, mix_log_probs
-from knnext.stream import search_stream
-from knnext.token_log import write_token_log
+from knnext.evaluation.bootstrap import Interval
+from knnext.evaluation.perplexity import Perplexity, TextCounts, bootstrap_nll, interval_of
+from knnext.evaluation.scores import StreamScores, check_lmbda, check_temperature, mix_log_probs
+from knnext.evaluation.stream import search_stream
+from knnext.evaluation.token_log import write_token_log
 
 __all__ = [
     "LITERATURE_FLOOR",

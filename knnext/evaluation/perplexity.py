@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.bootstrap import FloatArray, Interval, percentile_interval, resample_means
-from knnext.scores import StreamScores
+from knnext.evaluation.bootstrap import FloatArray, Interval, percentile_interval, resample_means
+from knnext.evaluation.scores import StreamScores
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from knnext.ops import knn_target_log_prob
+from knnext.output import whole_file
 
 FORMAT_VERSION = 1
 _TENSORS = ("log_p_lm", "targets", "document_ids", "ends_document", "distances", "tokens")
@@ -121,13 +121,8 @@ class StreamScores:
             "seconds": self.seconds,
         }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
+        with whole_file(path) as part, part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> StreamScores:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
+from knnext.evaluation.scores import StreamScores
 from knnext.index.base import Index
 from knnext.index.queries import check_k
 from knnext.progress import progress
-from knnext.scores import StreamScores
 
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
@@ -128,7 +128,7 @@ def run_model(
     windows: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, D) queries, (n,) targets and (n,) log p_lm of positions 0 to T - 2, on the CPU."""
-    from knnext.hidden_states import hidden_states
+    from knnext.lm.hidden_states import hidden_states
 
     count = max(0, len(tokenized.tokens) - 1)
     if count == 0:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from knnext.scores import StreamScores, mix_log_probs
+from knnext.evaluation.scores import StreamScores, mix_log_probs
+from knnext.output import whole_file
 
 _CHUNK = 65_536
 _COLUMNS = ("position", "document", "token", "log_p_lm", "log_p_knn", "log_p")
@@ -39,13 +40,12 @@ def write_token_log(
     _check_columns(columns, scores.num_tokens)
     log_p_knn = scores.log_p_knn(temperature)
     log_p = mix_log_probs(scores.log_p_lm.double(), log_p_knn, lmbda, scores.has_neighbors)
-    part = path.with_name(path.name + ".part")
     chunks = _chunks(scores, log_p_knn, log_p, columns)
-    if path.suffix == ".parquet":
-        _write_parquet(part, chunks, list(columns))
-    else:
-        _write_jsonl(part, chunks)
-    part.replace(path)
+    with whole_file(path) as part:
+        if path.suffix == ".parquet":
+            _write_parquet(part, chunks, list(columns))
+        else:
+            _write_jsonl(part, chunks)
     return path
 
 

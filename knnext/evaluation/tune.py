@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnext.evaluation.scores import StreamScores, check_lmbda, check_temperature, mix_log_probs
 from knnext.progress import progress
-from knnext.scores import StreamScores, check_lmbda, check_temperature, mix_log_probs
 
 FloatArray = NDArray[np.float64]
 

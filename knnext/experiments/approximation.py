@@ -20,15 +20,15 @@ from typing import Any
 
 from torch import Tensor
 
-from knnext.experiments.claims import holds, together
-from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import COLORS, MARKERS, MUTED, dress, percent_change
+from knnext.evaluation.scores import StreamScores
 from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES
-from knnext.experiments.recall import recall, thin
-from knnext.experiments.results import Description, Findings, PaperFigure
-from knnext.scores import StreamScores
+from knnext.experiments.lab.claims import holds, together
+from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_component
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import COLORS, MARKERS, MUTED, dress, percent_change
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES
+from knnext.experiments.lab.recall import recall, thin
+from knnext.experiments.lab.results import Description, Findings, PaperFigure
 
 DESCRIPTION = Description(
     name="approximation",

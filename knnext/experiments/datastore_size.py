@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from knnext.experiments.claims import holds, together
-from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
-from knnext.experiments.family import Setting
-from knnext.experiments.growth import per_doubling, r_squared
 from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, LogP, Split
-from knnext.experiments.results import (
+from knnext.experiments.lab.claims import holds, together
+from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_component
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.growth import per_doubling, r_squared
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, LogP, Split
+from knnext.experiments.lab.results import (
     Agreement,
     Description,
     Findings,
@@ -31,7 +31,7 @@ from knnext.experiments.results import (
     percent,
     percent_interval,
 )
-from knnext.experiments.sweep import refine
+from knnext.experiments.lab.sweep import refine
 
 DESCRIPTION = Description(
     name="datastore-size",
@@ -229,7 +229,7 @@ def _series(mask: str, score: str, curve: Curve) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Perplexity against the number of rows, a line for each search."""
-    from knnext.experiments.figures import dress, line, reference_line
+    from knnext.experiments.lab.figures import dress, line, reference_line
 
     names = {
         ("exact", "real"): "true neighbors, real scores",

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.experiments.claims import negligible
-from knnext.experiments.contrast import Gain, advantage
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import bars, dress, percent_change
 from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import (
+from knnext.experiments.lab.claims import negligible
+from knnext.experiments.lab.contrast import Gain, advantage
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import bars, dress, percent_change
+from knnext.experiments.lab.mixture import (
     DEFAULT_TEMPERATURES,
     FLOOR,
     Split,
@@ -27,7 +27,7 @@ from knnext.experiments.mixture import (
     fit_weights,
     mix_many,
 )
-from knnext.experiments.results import Description, Findings, PaperFigure
+from knnext.experiments.lab.results import Description, Findings, PaperFigure
 
 DESCRIPTION = Description(
     name="ensembling",

@@ -1,17 +1,17 @@
 """learned-embedding: the datastore replaced by one trained vector a word (spec 2.2).
 
 W_ds is V x D, mask_k is dropped, the product is the inner product, M the identity. The LM is
-frozen; see `knnext.experiments.training` for how W_ds is trained.
+frozen; see `knnext.experiments.lab.training` for how W_ds is trained.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import bars, dress
 from knnext.experiments.lab import Lab
-from knnext.experiments.recovery import (
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import bars, dress
+from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
     convergence,
@@ -19,15 +19,15 @@ from knnext.experiments.recovery import (
     share_text,
     still_falling,
 )
-from knnext.experiments.results import (
+from knnext.experiments.lab.results import (
     Agreement,
     Description,
     Findings,
     PaperFigure,
     percent_interval,
 )
-from knnext.experiments.training import Schedule, Trained
-from knnext.experiments.word_rows import even_layout, trained_rows
+from knnext.experiments.lab.training import Schedule, Trained
+from knnext.experiments.lab.word_rows import even_layout, trained_rows
 
 DESCRIPTION = Description(
     name="learned-embedding",

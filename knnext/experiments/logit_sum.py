@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from knnext.experiments import learned_embedding
-from knnext.experiments.claims import holds
-from knnext.experiments.figures import bars, dress
 from knnext.experiments.lab import Lab
-from knnext.experiments.recovery import (
+from knnext.experiments.lab.claims import holds
+from knnext.experiments.lab.figures import bars, dress
+from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
     convergence,
@@ -25,9 +25,9 @@ from knnext.experiments.recovery import (
     share_text,
     still_falling,
 )
-from knnext.experiments.results import Description, Findings, PaperFigure, percent_interval
-from knnext.experiments.training import Schedule, Trained, layer_examples, trained
-from knnext.experiments.word_rows import even_layout, word_log_p
+from knnext.experiments.lab.results import Description, Findings, PaperFigure, percent_interval
+from knnext.experiments.lab.training import Schedule, Trained, layer_examples, trained
+from knnext.experiments.lab.word_rows import even_layout, word_log_p
 
 DESCRIPTION = Description(
     name="logit-sum",

@@ -14,21 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.experiments import figures, lm_training
-from knnext.experiments.claims import no_gain
-from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
-from knnext.experiments.correlation import Correlation, pearson, spearman
-from knnext.experiments.family import Setting
-from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.memorizing import (
+from knnext.experiments.lab import EVALUATED, Lab, figures, lm_training
+from knnext.experiments.lab.claims import no_gain
+from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_component
+from knnext.experiments.lab.correlation import Correlation, pearson, spearman
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.memorizing import (
     NLL_TOKENS,
     Checkpoint,
     load_checkpoints,
     memorize,
     memorized_lm,
 )
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, LogP, by_name
-from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, LogP, by_name
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure
 
 DESCRIPTION = Description(
     name="memorization",

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnext.experiments.claims import holds
-from knnext.experiments.figures import dress, line, reference_line
 from knnext.experiments.lab import Lab
-from knnext.experiments.recovery import (
+from knnext.experiments.lab.claims import holds
+from knnext.experiments.lab.figures import dress, line, reference_line
+from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
     convergence,
@@ -26,9 +26,9 @@ from knnext.experiments.recovery import (
     share_text,
     still_falling,
 )
-from knnext.experiments.results import Description, Findings, PaperFigure, percent_interval
-from knnext.experiments.training import Schedule, Trained, layer_examples, trained
-from knnext.experiments.word_rows import even_layout, word_log_p
+from knnext.experiments.lab.results import Description, Findings, PaperFigure, percent_interval
+from knnext.experiments.lab.training import Schedule, Trained, layer_examples, trained
+from knnext.experiments.lab.word_rows import even_layout, word_log_p
 
 DESCRIPTION = Description(
     name="mixture-of-softmaxes",

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from knnext.experiments import learned_embedding
-from knnext.experiments.claims import holds, together
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import COLORS, dress, line, reference_line
 from knnext.experiments.lab import Lab
-from knnext.experiments.recovery import (
+from knnext.experiments.lab.claims import holds, together
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import COLORS, dress, line, reference_line
+from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
     convergence,
     share_text,
     still_falling,
 )
-from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
-from knnext.experiments.training import Schedule, train_log_p_lm
-from knnext.experiments.word_rows import PUBLISHED_FLOOR, Layout, even_layout, trained_rows
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure
+from knnext.experiments.lab.training import Schedule, train_log_p_lm
+from knnext.experiments.lab.word_rows import PUBLISHED_FLOOR, Layout, even_layout, trained_rows
 
 DESCRIPTION = Description(
     name="multi-embedding",

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from knnext.experiments import multi_embedding
-from knnext.experiments.claims import holds
-from knnext.experiments.figures import bars, dress
 from knnext.experiments.lab import Lab
-from knnext.experiments.leave_one_out import row_neighbors
-from knnext.experiments.recovery import (
+from knnext.experiments.lab.claims import holds
+from knnext.experiments.lab.figures import bars, dress
+from knnext.experiments.lab.leave_one_out import row_neighbors
+from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
     convergence,
@@ -31,15 +31,15 @@ from knnext.experiments.recovery import (
     share_text,
     still_falling,
 )
-from knnext.experiments.results import (
+from knnext.experiments.lab.results import (
     Agreement,
     Description,
     Findings,
     PaperFigure,
     percent_interval,
 )
-from knnext.experiments.training import Examples, Trained, layer_examples, nll, train_log_p_lm
-from knnext.experiments.word_rows import PUBLISHED_FLOOR, even_layout, trained_rows
+from knnext.experiments.lab.training import Examples, Trained, layer_examples, nll, train_log_p_lm
+from knnext.experiments.lab.word_rows import PUBLISHED_FLOOR, even_layout, trained_rows
 from knnext.ops import knn_target_log_prob
 
 DESCRIPTION = Description(

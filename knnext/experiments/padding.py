@@ -17,21 +17,21 @@ from typing import Any
 
 from torch import Tensor
 
-from knnext.experiments.claims import holds, together
-from knnext.experiments.contrast import (
+from knnext.experiments.lab import EVALUATED, Lab
+from knnext.experiments.lab.claims import holds, together
+from knnext.experiments.lab.contrast import (
     Fitted,
     Gain,
     advantage,
     difference_in_differences,
     fit_component,
 )
-from knnext.experiments.family import Setting
-from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, Split
-from knnext.experiments.padding_geometry import depth_curves, moved_origins
-from knnext.experiments.padding_plot import plot
-from knnext.experiments.results import Description, Findings, PaperFigure
-from knnext.experiments.zero_rows import places_taken, probability_taken
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, Split
+from knnext.experiments.lab.padding_geometry import depth_curves, moved_origins
+from knnext.experiments.lab.padding_plot import plot
+from knnext.experiments.lab.results import Description, Findings, PaperFigure
+from knnext.experiments.lab.zero_rows import places_taken, probability_taken
 
 __all__ = ["DESCRIPTION", "plot", "run"]
 

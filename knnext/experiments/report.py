@@ -16,7 +16,8 @@ from typing import Any
 
 from knnext import __version__
 from knnext.experiments.catalog import NAMES
-from knnext.experiments.results import load_result
+from knnext.experiments.lab.results import load_result
+from knnext.output import write_text
 from knnext.progress import format_duration
 
 Result = Mapping[str, Any]
@@ -48,9 +49,7 @@ def write_report(
         say(f"not run yet: {', '.join(missing)}")
     pages = {"report.html": render(found, folder, missing), "report.md": markdown_table(found)}
     for name, text in pages.items():
-        part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8", errors="replace")
-        part.replace(folder / name)
+        write_text(folder / name, text, errors="replace")
     say(f"wrote {folder / 'report.html'} and {folder / 'report.md'}")
     return [folder / name for name in pages]
 

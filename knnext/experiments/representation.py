@@ -20,20 +20,20 @@ from typing import Any
 
 from torch import Tensor
 
-from knnext.experiments.claims import exceeds, negligible, together
-from knnext.experiments.contrast import Gain, advantage
-from knnext.experiments.family import Setting
+from knnext.evaluation.scores import mix_log_probs
 from knnext.experiments.lab import Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, FLOOR, LogP, Mixture, Split, mix
-from knnext.experiments.results import (
+from knnext.experiments.lab.claims import exceeds, negligible, together
+from knnext.experiments.lab.contrast import Gain, advantage
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, FLOOR, LogP, Mixture, Split, mix
+from knnext.experiments.lab.results import (
     Agreement,
     Description,
     Findings,
     PaperFigure,
     percent_interval,
 )
-from knnext.experiments.sweep import refine
-from knnext.scores import mix_log_probs
+from knnext.experiments.lab.sweep import refine
 
 DESCRIPTION = Description(
     name="representation",
@@ -220,7 +220,7 @@ def change(figures: Mixture) -> str:
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Change of perplexity by member, one mark for each way of searching and of choosing t."""
-    from knnext.experiments.figures import COLORS, INK, MARKERS, MUTED, dress
+    from knnext.experiments.lab.figures import COLORS, INK, MARKERS, MUTED, dress
 
     members = result["details"]["members"]
     labels = [f"{state}, {metric}" for state, metric in product(STATES, METRICS)]

@@ -9,8 +9,8 @@ from typing import Any
 
 from knnext.experiments.catalog import NAMES, load
 from knnext.experiments.lab import Lab
-from knnext.experiments.presets import Preset
-from knnext.experiments.results import Findings, load_result, make_result, plain, save_result
+from knnext.experiments.lab.presets import Preset
+from knnext.experiments.lab.results import Findings, load_result, make_result, plain, save_result
 from knnext.progress import format_duration
 
 Say = Callable[[str], None]
@@ -86,7 +86,7 @@ def run_all(
 
 def draw(name: str, result: dict[str, Any], folder: Path) -> Path:
     """`NAME.png` of a result, drawn from its JSON alone."""
-    from knnext.experiments.figures import new_figure
+    from knnext.experiments.lab.figures import new_figure
 
     figure, axes = new_figure()
     load(name).plot(result, axes)

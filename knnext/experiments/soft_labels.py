@@ -16,17 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from knnext.demo_config import write_json
-from knnext.experiments import figures, lm_training
-from knnext.experiments.claims import no_gain
-from knnext.experiments.contrast import Fitted, Gain, advantage, fit_component
-from knnext.experiments.family import Setting
-from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.leave_one_out import row_neighbors
-from knnext.experiments.lm_training import BlockLoss, BlockSchedule
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, by_name, seed_interval
-from knnext.experiments.results import Agreement, Description, Findings, PaperFigure, percent
+from knnext.experiments.lab import EVALUATED, Lab, figures, lm_training
+from knnext.experiments.lab.claims import no_gain
+from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_component
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.leave_one_out import row_neighbors
+from knnext.experiments.lab.lm_training import BlockLoss, BlockSchedule
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, by_name, seed_interval
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure, percent
 from knnext.ops import knn_interpolate
+from knnext.output import write_json
 
 DESCRIPTION = Description(
     name="soft-labels",

@@ -13,14 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from knnext.experiments.claims import holds, negligible, together
-from knnext.experiments.contrast import Gain, advantage
-from knnext.experiments.cut import Cuts, cut, target_log_p
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import COLORS, dress, line, percent_change, reference_line
 from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, Mixture, Split, by_name, fit_lmbda, mix
-from knnext.experiments.results import Agreement, Description, Findings, PaperFigure, percent
+from knnext.experiments.lab.claims import holds, negligible, together
+from knnext.experiments.lab.contrast import Gain, advantage
+from knnext.experiments.lab.cut import Cuts, cut, target_log_p
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import COLORS, dress, line, percent_change, reference_line
+from knnext.experiments.lab.mixture import (
+    DEFAULT_TEMPERATURES,
+    Mixture,
+    Split,
+    by_name,
+    fit_lmbda,
+    mix,
+)
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure, percent
 
 DESCRIPTION = Description(
     name="sparsification",

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.experiments import figures
-from knnext.experiments.argmax_classes import STAGES, Settled, settle_classes
-from knnext.experiments.lab import Lab
-from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
+from knnext.experiments.lab import Lab, figures
+from knnext.experiments.lab.argmax_classes import STAGES, Settled, settle_classes
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure
 from knnext.progress import progress
 
 DESCRIPTION = Description(

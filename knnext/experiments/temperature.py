@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from knnext.experiments.claims import holds, negligible, together
-from knnext.experiments.contrast import Gain, advantage, difference_in_differences
-from knnext.experiments.family import Setting
+from knnext.evaluation.tune import PAPER_TEMPERATURES
 from knnext.experiments.lab import Lab
-from knnext.experiments.mixture import LogP
-from knnext.experiments.results import Agreement, Description, Findings, PaperFigure
-from knnext.experiments.sweep import Sweep, orders_differ, refine, sweep
-from knnext.tune import PAPER_TEMPERATURES
+from knnext.experiments.lab.claims import holds, negligible, together
+from knnext.experiments.lab.contrast import Gain, advantage, difference_in_differences
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import LogP
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure
+from knnext.experiments.lab.sweep import Sweep, orders_differ, refine, sweep
 
 DESCRIPTION = Description(
     name="temperature",
@@ -215,7 +215,7 @@ def row(fraction: float, mask: str, score: str, s: Sweep, gain: Gain) -> dict[st
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Perplexity against t: a colour for each pair, dashes for the smaller datastore."""
-    from knnext.experiments.figures import INK, MUTED, dress, line
+    from knnext.experiments.lab.figures import INK, MUTED, dress, line
 
     curves = result["series"]["curves"]
     largest = max(one["fraction"] for one in curves)

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.experiments import token_features as features
-from knnext.experiments.contrast import advantage
-from knnext.experiments.correlation import spearman
-from knnext.experiments.cut import cut
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import COLORS, INK, MUTED, dress, percent_change
+from knnext.evaluation.scores import mix_log_probs
+from knnext.evaluation.token_log import write_token_log
 from knnext.experiments.lab import Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES, Split, fit
-from knnext.experiments.results import Description, Findings, PaperFigure
-from knnext.scores import mix_log_probs
-from knnext.token_log import write_token_log
+from knnext.experiments.lab import token_features as features
+from knnext.experiments.lab.contrast import advantage
+from knnext.experiments.lab.correlation import spearman
+from knnext.experiments.lab.cut import cut
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import COLORS, INK, MUTED, dress, percent_change
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, Split, fit
+from knnext.experiments.lab.results import Description, Findings, PaperFigure
 
 DESCRIPTION = Description(
     name="who-benefits",

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +33,8 @@ from knnext.index.sidecar import (
     check_recipe,
     file_crc32,
     read_json,
-    write_atomically,
-    write_json,
 )
+from knnext.output import whole_file, write_json
 from knnext.progress import progress
 
 if TYPE_CHECKING:
@@ -52,8 +50,19 @@ POINTS_PER_LIST = 256  # k-means subsamples past this
 TRAIN_ROWS = 1_000_000  # the paper's sample
 MIN_SEGMENT_ROWS = 1 << 20
 MAX_SEGMENTS = 32
+# Lists and dimensions a byte of a quick index: near the paper's ratio (64 bytes for 1,024), and the
+# k-means of so many takes seconds.
+_QUICK_LISTS, _DIMS_PER_BYTE = 1024, 8
 # Code lengths that FAISS also runs on GPUs.
 CODE_BYTES = (64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1)
+
+
+def faiss_recipe(num_entries: int, dim: int) -> tuple[str | None, int | None]:
+    """A factory string and training size that one can wait for; (None, None): the defaults."""
+    lists = 1 << (min(_QUICK_LISTS, num_entries // MIN_POINTS_PER_LIST) | 1).bit_length() - 1
+    if lists * MIN_POINTS_PER_LIST < MIN_TRAINED_ROWS or dim % _DIMS_PER_BYTE:
+        return None, None
+    return f"IVF{lists},PQ{dim // _DIMS_PER_BYTE}", min(lists * 40, num_entries)
 
 
 def default_factory(num_entries: int, dim: int) -> str:
@@ -129,10 +138,10 @@ def build(
     trained = folder / TRAINED_FILE
     if not trained.exists():
         index = _train(datastore, recipe, gpu)
-        write_atomically(trained, partial(faiss_library.write, index))
+        _write(trained, index)
     segments = _add_segments(datastore, folder, recipe, add_chunk, gpu)
     merged = _merge(trained, segments, recipe)
-    write_atomically(folder / INDEX_FILE, partial(faiss_library.write, merged))
+    _write(folder / INDEX_FILE, merged)
     _finish(folder, recipe, nprobe)
 
 
@@ -198,7 +207,7 @@ def _add_segments(
                 target.add(faiss_library.as_float32(keys))
                 bar.update(keys.shape[0])
             done = segment if replica is None else faiss_library.to_cpu(replica)
-            write_atomically(path, partial(faiss_library.write, done))
+            _write(path, done)
     return paths
 
 
@@ -229,3 +238,8 @@ def _finish(folder: Path, recipe: Recipe, nprobe: int) -> None:
     sidecar.write(folder / SIDECAR_FILE)
     for leftover in [folder / TRAINED_FILE, folder / RECIPE_FILE, *folder.glob("segment-*.faiss")]:
         leftover.unlink()
+
+
+def _write(path: Path, index: Any) -> None:
+    with whole_file(path) as part:
+        faiss_library.write(index, part)

@@ -20,31 +20,15 @@ block safe whichever half runs first, and what refuses blocks without a feed-for
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-_TRACE_LENGTH = 4
+from knnext.lm.running import TRACE_LENGTH, evaluating, first_tensor, trace_inputs
+
 #: Above this share of the change elsewhere, the last position's change is no rounding (rule 3).
 _MIXING_SHARE = 0.02
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor in nested arguments, in order, positional before named."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    if isinstance(value, Mapping):
-        named = value.get("hidden_states")
-        values = [named, *value.values()] if named is not None else list(value.values())
-    elif isinstance(value, (tuple, list)):
-        values = list(value)
-    else:
-        return None
-    return next((t for t in map(first_tensor, values) if t is not None), None)
 
 
 @dataclass
@@ -83,8 +67,6 @@ def find_feed_forward(model: nn.Module) -> tuple[str, nn.Module]:
 
     ValueError where the rules find none; it lists what ran in the block.
     """
-    from knnext.key_layer import evaluating
-
     with evaluating(model):
         block = _trace_last_block(model)
         width = block.read.shape[-1] if block.read is not None else -1
@@ -93,18 +75,6 @@ def find_feed_forward(model: nn.Module) -> tuple[str, nn.Module]:
             raise ValueError(_not_found(block))
         found = _after_inner_norm(found)
     return found.name, found.module
-
-
-def trace_inputs(model: nn.Module) -> dict[str, Any]:
-    """Arguments of a forward pass of a few tokens, on the model's device and without a cache."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    weight = next(embedding.parameters())
-    ids = torch.arange(1, _TRACE_LENGTH + 1, device=weight.device) % weight.shape[0]
-    inputs: dict[str, Any] = {"input_ids": ids[None]}
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):
-        inputs["use_cache"] = False
-    return inputs
 
 
 def _trace_last_block(model: nn.Module) -> _Call:
@@ -187,7 +157,7 @@ def _after_inner_norm(call: _Call) -> _Call:
 def _is_positionwise(call: _Call) -> bool:
     """Whether changing the earlier positions leaves the last one's output as it was."""
     read = call.read
-    if read is None or read.ndim < 2 or read.shape[-2] != _TRACE_LENGTH:
+    if read is None or read.ndim < 2 or read.shape[-2] != TRACE_LENGTH:
         return False
     changed = 2 * read.flip(-1) + 1
     changed[..., -1, :] = read[..., -1, :]
@@ -200,7 +170,7 @@ def _is_positionwise(call: _Call) -> bool:
     if was is None or now is None or was.shape != now.shape:
         return False
     change = (now.float() - was.float()).abs().flatten(0, -2)
-    if change.shape[0] != _TRACE_LENGTH:
+    if change.shape[0] != TRACE_LENGTH:
         return False
     return bool(change[-1].max() <= _MIXING_SHARE * change[:-1].max())
 

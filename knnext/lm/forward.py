@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnext.block_trace import first_tensor, trace_inputs
-from knnext.key_layer import KeyModule, capture_hidden_states, evaluating, find_key_module
+from knnext.lm.key_layer import KeyModule, capture_hidden_states, find_key_module
+from knnext.lm.running import evaluating, first_tensor, trace_inputs
 
 #: Bytes of float32 logits held at once while log-probabilities are taken.
 _LOGITS_BYTES = 64 << 20

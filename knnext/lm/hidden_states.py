@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from knnext.key_layer import (
+from knnext.lm.forward import ModelForward
+from knnext.lm.key_layer import (
     KEY_LAYERS,
     CapturedStates,
     KeyModule,
     capture_hidden_states,
     find_key_module,
 )
-from knnext.model_forward import ModelForward
 
 __all__ = [
     "KEY_LAYERS",

@@ -7,7 +7,7 @@ Two layers have names (h_ds in the paper):
 
 ``"ffn"`` is the input of ``model.get_output_embeddings()``. ``"att"`` has no accessor, and models
 name and arrange their blocks in many ways, so it is found by watching one forward pass of four
-tokens (knnext/block_trace.py). Anything else is named by hand: ``"module:NAME:input"`` or
+tokens (knnext/lm/block_trace.py). Anything else is named by hand: ``"module:NAME:input"`` or
 ``"module:NAME:output"`` with a name out of ``model.named_modules()``.
 """
 
@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from knnext.block_trace import find_feed_forward, first_tensor
+from knnext.lm.block_trace import find_feed_forward
+from knnext.lm.running import first_tensor
 
 KEY_LAYERS = ("att", "ffn")
 _WANTED = "'att', 'ffn' or 'module:NAME:input' / 'module:NAME:output'"
@@ -133,21 +133,3 @@ def capture_hidden_states(model: nn.Module, key_layer: str | KeyModule) -> Itera
         yield captured
     finally:
         handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside the block; every module's own mode comes back after.
-
-    ``no_grad`` and not ``inference_mode``: what comes out may meet autograd later (a learned
-    temperature, a rescored search), which refuses inference tensors.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

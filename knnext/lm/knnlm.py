@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnext.block_trace import trace_inputs
-from knnext.key_layer import (
+from knnext.lm.key_layer import (
     CapturedStates,
     KeyModule,
     capture_hidden_states,
-    evaluating,
     find_key_module,
 )
+from knnext.lm.running import evaluating, trace_inputs
 from knnext.ops import knn_interpolate
 
 #: Ways of decoding that read the logits of more than the last position.

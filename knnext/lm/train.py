@@ -9,12 +9,10 @@ then give the same model.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from knnext.corpus import Document
+from knnext.lm.load import libraries
 from knnext.progress import Progress
 
 SEPARATOR = "<|endoftext|>"
@@ -70,7 +69,7 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int = 4096) -> An
     Any text can be written with it. One special token, ``<|endoftext|>``, is bos, eos and padding.
     It learns from the first 8 MB.
     """
-    tokenizers, transformers = _libraries()
+    tokenizers, transformers = libraries()
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257 (bytes and a mark), got {vocab_size}")
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -93,7 +92,7 @@ def _head(documents: Sequence[Document], limit: int) -> Iterator[str]:
 
 def new_model(config: TrainConfig, tokenizer: Any) -> Any:
     """An untrained GPT2LMHeadModel of the configured shape, with tied embeddings."""
-    _, transformers = _libraries()
+    _, transformers = libraries()
     torch.manual_seed(config.seed)
     separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
     model = transformers.GPT2LMHeadModel(
@@ -144,28 +143,6 @@ def train_lm(
     model.config.use_cache = True
     seen = len(losses) * config.batch_size * config.block_size
     return TrainResult(model.eval(), len(losses), seen, elapsed, losses)
-
-
-def save_lm(path: str | Path, model: Any, tokenizer: Any) -> None:
-    """Writes model and tokenizer as transformers does; ``load_lm`` or AutoModel read them."""
-    with _quiet_bars():
-        model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
-def load_lm(path: str | Path) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) from a folder that ``save_lm`` wrote, or a hub name.
-
-    No remote code is run. FileNotFoundError where ``path`` reads like a folder and is none.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"no language model at {path}: there is no such folder")
-    source = str(folder if folder.is_dir() else path)
-    _, transformers = _libraries()
-    with _quiet_bars():
-        model = transformers.AutoModelForCausalLM.from_pretrained(source)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(source)
 
 
 def _loop(
@@ -239,29 +216,3 @@ def _batches(tokens: Tensor, config: TrainConfig) -> Iterator[Tensor]:
             order = torch.cat([order, more])
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         yield tokens[chosen[:, None] + torch.arange(block + 1)].long()
-
-
-@contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """No bars of transformers inside the block where stderr is no terminal; as before after it."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    if was_on and not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
-
-
-def _libraries() -> tuple[Any, Any]:
-    try:
-        import tokenizers
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            'language models need transformers and tokenizers: pip install "knnext[lm]"'
-        ) from error
-    return tokenizers, transformers

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from knnext import __version__
+from knnext.output import write_text
 from knnext.report.surface import Surface, surface_figure
 from knnext.report.table import Row, format_bytes, results_table, text_table
 
@@ -51,12 +52,9 @@ class Report:
 
 def write_report(path: str | Path, report: Report) -> Path:
     """Write the page and return its path; it appears under its name when whole."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     # A lone surrogate, from a file name that is not UTF-8, must not end a report.
-    part.write_text(render(report), encoding="utf-8", errors="replace")
-    part.replace(path)
-    return path
+    write_text(path, render(report), errors="replace")
+    return Path(path)
 
 
 def render(report: Report) -> str:

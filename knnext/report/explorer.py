@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from knnext.spans import decode_all, neighbor_spans
+from knnext.evaluation.spans import decode_all, neighbor_spans
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
-    from knnext.scores import StreamScores
+    from knnext.evaluation.scores import StreamScores
 
 _VOTES = 5
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from knnext.tune import TuneResult
+from knnext.evaluation.tune import TuneResult
 
 _INK, _MUTED = "#1f2933", "#52606d"
 

@@ -16,7 +16,7 @@ import pytest
 
 from knnext import cli
 from knnext.cli import main, plain
-from knnext.cli_parser import build_parser, num_bytes
+from knnext.cli.parser import build_parser, num_bytes
 
 COMMANDS = "demo build index tune eval search generate info import doctor".split()  # noqa: SIM905
 WORDS = "the a row key value state of next token near far text model and store".split()  # noqa: SIM905
@@ -95,7 +95,7 @@ def test_plain_holds_no_nan() -> None:
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    from knnext import cli_demo
+    from knnext.cli import demo as cli_demo
 
     def fail(args: Any, say: Any) -> None:
         raise error
@@ -222,7 +222,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of three splits and a model that has seen some of it."""
     pytest.importorskip("transformers")
     from knnext.corpus import load_corpus, tokenize
-    from knnext.train import TrainConfig, save_lm, train_lm, train_tokenizer
+    from knnext.lm.load import save_lm
+    from knnext.lm.train import TrainConfig, train_lm, train_tokenizer
 
     folder = tmp_path_factory.mktemp("cli")
     rng = np.random.default_rng(0)
@@ -338,7 +339,7 @@ def test_eval_without_a_tuning(built: Run) -> None:
 
 
 def test_another_model_is_refused(built: Run, tmp_path: Path) -> None:
-    from knnext.train import load_lm, save_lm
+    from knnext.lm.load import load_lm, save_lm
 
     model, tokenizer = load_lm(built.folder / "model")
     model.transformer.wte.weight.data[0, 0] += 1

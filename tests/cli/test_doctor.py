@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from knnext.doctor import Search, doctor, render
+from knnext.cli.doctor import Search, doctor, render
 from knnext.ops import REPORT
 
 
@@ -49,7 +49,7 @@ def test_missing_faiss_is_said(monkeypatch):
 
 
 def test_a_gpu_without_a_cuda_build_gets_advice():
-    from knnext.doctor import _advice
+    from knnext.cli.doctor import _advice
 
     facts = doctor()
     facts["gpus"] = [{"name": "a GPU"}]

@@ -20,8 +20,8 @@ from knnext.corpus import (
     separator_token,
     tokenize,
 )
-from knnext.corpus_stdlib import stdlib_documents
-from knnext.documents import cap_bytes, name_hash, split_by_hash
+from knnext.corpus.documents import cap_bytes, name_hash, split_by_hash
+from knnext.corpus.stdlib import stdlib_documents
 
 ARTICLES = "".join(
     f"\n = Title {i} = \n\n text of {i} \n = = Section = = \n more\n" for i in range(4)
@@ -282,7 +282,7 @@ def test_dataset_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     pytest.importorskip("transformers")
-    from knnext.train import train_tokenizer
+    from knnext.lm.train import train_tokenizer
 
     text = "the quick brown fox jumps over the lazy dog. def f(x): return x + 1\n" * 20
     return train_tokenizer([Document("a", text)], vocab_size=300)

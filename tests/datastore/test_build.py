@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, random_tokens, tiny
 
-from knnext import build
-from knnext.build import build_datastore, model_identity, tokenizer_hash
 from knnext.corpus import Document, TokenizedDocuments
-from knnext.datastore import DatastoreError, IncompatibleDatastoreError
-from knnext.hidden_states import hidden_states
-from knnext.train import train_tokenizer
+from knnext.datastore import DatastoreError, IncompatibleDatastoreError, build
+from knnext.datastore.build import build_datastore
+from knnext.lm.hidden_states import hidden_states
+from knnext.lm.load import model_identity, tokenizer_hash
+from knnext.lm.train import train_tokenizer
+from tests.lm.tiny_models import VOCAB, random_tokens, tiny
 
 LENGTHS = [40, 7, 90, 3, 60]
 WINDOWS: dict[str, Any] = {"block_size": 16, "stride": 8, "batch_size": 2}

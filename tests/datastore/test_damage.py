@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-from small_datastore import begin, folder_bytes, rows, write
 
 from knnext.datastore import (
     CorruptDatastoreError,
@@ -16,6 +15,7 @@ from knnext.datastore import (
     DatastoreError,
     FormatVersionError,
 )
+from tests.datastore.small import begin, folder_bytes, rows, write
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_datastore import DIM, begin, folder_bytes, rows, write
 
 from knnext.datastore import (
     Datastore,
     DatastoreWriteError,
 )
+from tests.datastore.small import DIM, begin, folder_bytes, rows, write
 
 
 @pytest.fixture

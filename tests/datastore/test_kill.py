@@ -26,9 +26,9 @@ def folder(tmp_path):
 
 
 def kills(folder: Path, begin: int, *modes: str) -> list[dict]:
-    """One record for each kill, at every N-th operation for "mode:N"; see datastore_crash.py."""
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    script = [sys.executable, "-W", "ignore", str(HERE / "datastore_crash.py")]
+    """One record for each kill, at every N-th operation for "mode:N"; see crash.py."""
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    script = [sys.executable, "-W", "ignore", str(HERE / "crash.py")]
     result = subprocess.run(
         [*script, str(folder), str(begin), *modes],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},

@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from knnext.datastore import Datastore
-from knnext.datastore_meta import (
-    META_FILE,
-    DatastoreMeta,
-    FileMeta,
-    ShardMeta,
-    shard_names,
-    to_json,
-)
+from knnext.datastore.meta import META_FILE, DatastoreMeta, FileMeta, ShardMeta, shard_names
+from knnext.datastore.meta_file import to_json
 
 DIM = 1024
 

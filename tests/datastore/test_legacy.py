@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from knnext import datastore_copy, legacy
-from knnext.datastore import Datastore, DatastoreError, IncompatibleDatastoreError
+from knnext.datastore import Datastore, DatastoreError, IncompatibleDatastoreError, legacy
+from knnext.datastore import copy as datastore_copy
 
 N, DIM, TAIL = 300, 8, 37
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_datastore import DIM, begin, folder_bytes, rows, write
 
 from knnext.datastore import (
     CorruptDatastoreError,
@@ -17,6 +16,7 @@ from knnext.datastore import (
     IncompatibleDatastoreError,
     UnfinishedDatastoreError,
 )
+from tests.datastore.small import DIM, begin, folder_bytes, rows, write
 
 
 @pytest.fixture

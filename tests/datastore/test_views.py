@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from knnext import datastore_copy
 from knnext.datastore import Datastore, DatastoreError, IncompatibleDatastoreError
+from knnext.datastore import copy as datastore_copy
 
 N, DIM = 103, 3
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knnext.corpus import TokenizedDocuments
-from knnext.demo import EXACT, FAISS, RESCORED, faiss_recipe, run_demo, take_documents
-from knnext.demo_config import DemoConfig, DemoError
+from knnext.corpus import TokenizedDocuments, take_documents
+from knnext.demo import run_demo
+from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, DemoError
+from knnext.index.faiss_build import faiss_recipe
 
 TINY = {"train_seconds": 4.0, "entries": 20_000, "valid_tokens": 400, "test_tokens": 600, "k": 64}
 

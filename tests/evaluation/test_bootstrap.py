@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from knnext.bootstrap import percentile_interval, resample_means
+from knnext.evaluation.bootstrap import percentile_interval, resample_means
 
 
 def test_bootstrap_of_a_known_case() -> None:
@@ -45,7 +45,7 @@ def test_bootstrap_is_paired_and_seeded() -> None:
 def test_bootstrap_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     sums, counts = np.arange(20.0)[:, None], np.arange(1, 21)
     want = resample_means(sums, counts, resamples=57, seed=0)
-    monkeypatch.setattr("knnext.bootstrap._BLOCK_ENTRIES", 100)
+    monkeypatch.setattr("knnext.evaluation.bootstrap._BLOCK_ENTRIES", 100)
     assert np.array_equal(want, resample_means(sums, counts, resamples=57, seed=0))
 
 

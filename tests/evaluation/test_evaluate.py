@@ -15,9 +15,9 @@ from torch import Tensor
 
 from knnext.corpus import TokenizedDocuments
 from knnext.datastore import Datastore
-from knnext.evaluate import LITERATURE_FLOOR, evaluate, search_stream, write_token_log
+from knnext.evaluation import LITERATURE_FLOOR, evaluate, search_stream, write_token_log
+from knnext.evaluation.scores import StreamScores, mix_log_probs
 from knnext.index import ExactIndex
-from knnext.scores import StreamScores, mix_log_probs
 
 INF = float("inf")
 
@@ -230,7 +230,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 def test_a_later_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("knnext.scores.FORMAT_VERSION", 2)
+        patch.setattr("knnext.evaluation.scores.FORMAT_VERSION", 2)
         hand_scores().save(tmp_path / "scores.npz")
     with pytest.raises(ValueError, match="format version 2"):
         StreamScores.load(tmp_path / "scores.npz")
@@ -311,7 +311,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
 
 
 def test_search_stream_is_the_model_and_the_search(text: Text) -> None:
-    from knnext.hidden_states import hidden_states
+    from knnext.lm.hidden_states import hidden_states
 
     index = ExactIndex(text.store)
     scores = search_stream(text.model, index, text.tokenized, k=20, query_batch=7)
@@ -333,7 +333,7 @@ def test_search_stream_is_the_model_and_the_search(text: Text) -> None:
 
 
 def test_several_indexes_share_one_pass(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
-    import knnext.hidden_states as module
+    import knnext.lm.hidden_states as module
 
     passes = []
     real = module.hidden_states

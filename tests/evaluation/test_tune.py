@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from knnext.scores import StreamScores
-from knnext.tune import (
+from knnext.evaluation.scores import StreamScores
+from knnext.evaluation.tune import (
     DEFAULT_LMBDAS,
     DEFAULT_TEMPERATURES,
     PAPER_LMBDAS,
@@ -176,7 +176,7 @@ def test_as_json() -> None:
 @pytest.mark.parametrize("ending", [".png", ".svg"])
 def test_the_picture(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
-    from knnext.plots import plot_surface
+    from knnext.report.plots import plot_surface
 
     path = tmp_path / f"surface{ending}"
     result = tune(random_scores())
@@ -192,5 +192,5 @@ def test_the_picture(tmp_path: Path, ending: str) -> None:
 
 
 def test_tuning_does_not_load_matplotlib() -> None:
-    code = "import knnext.tune, knnext.plots, sys; assert 'matplotlib' not in sys.modules"
+    code = "import knnext.report.plots, sys; knnext.tune; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from knnext.experiments.lab import Lab
-from knnext.experiments.presets import TINY
+from knnext.experiments.lab.presets import TINY
 
 
 @pytest.fixture(scope="session")

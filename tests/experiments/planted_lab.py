@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import torch
 
-from knnext.experiments.family import Setting
+from knnext.evaluation.perplexity import TextCounts
+from knnext.evaluation.scores import StreamScores
 from knnext.experiments.lab import Lab
-from knnext.experiments.mixture import Split
-from knnext.experiments.presets import TINY
-from knnext.perplexity import TextCounts
-from knnext.scores import StreamScores
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import Split
+from knnext.experiments.lab.presets import TINY
 
 ROWS, DIM = 1000, 8
 

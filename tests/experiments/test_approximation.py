@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from knnext.evaluation.scores import StreamScores
 from knnext.experiments import approximation
 from knnext.experiments.approximation import LISTS, LOT, NEAREST, codes, parse_factory
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import new_figure
-from knnext.experiments.recall import recall, thin
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.recall import recall, thin
 from knnext.experiments.run import run_experiment
-from knnext.scores import StreamScores
 
 INF = torch.inf
 

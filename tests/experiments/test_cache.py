@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from knnext.experiments.cache import SETTINGS_FILE, Cache, settings_key
+from knnext.experiments.lab.cache import SETTINGS_FILE, Cache, settings_key
 
 
 def test_made_once(tmp_path):

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from knnext.bootstrap import Interval
-from knnext.experiments.claims import exceeds, holds, negligible, no_gain, together
+from knnext.evaluation.bootstrap import Interval
+from knnext.experiments.lab.claims import exceeds, holds, negligible, no_gain, together
 
 
 @pytest.mark.parametrize(

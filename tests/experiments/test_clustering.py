@@ -11,13 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("faiss", reason="needs knnext[faiss]")
 
-from knnext.bootstrap import Interval
-from knnext.experiments import clustering, clusters
-from knnext.experiments.contrast import Gain
-from knnext.experiments.family import row_log_p
-from knnext.experiments.lab import Lab
-from knnext.experiments.run import run_experiment
-from knnext.experiments.soft_rows import (
+from knnext.evaluation.bootstrap import Interval
+from knnext.experiments import clustering
+from knnext.experiments.lab import Lab, clusters
+from knnext.experiments.lab.contrast import Gain
+from knnext.experiments.lab.family import row_log_p
+from knnext.experiments.lab.soft_rows import (
     WEIGHTS,
     SoftRows,
     TrainedRows,
@@ -26,6 +25,7 @@ from knnext.experiments.soft_rows import (
     tempered_log_p,
     voted_rows,
 )
+from knnext.experiments.run import run_experiment
 
 
 def blobs(centres: Tensor, size: int, spread: float, seed: int = 0) -> Tensor:

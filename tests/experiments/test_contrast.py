@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 
-from knnext.bootstrap import Interval
-from knnext.experiments.contrast import (
+from knnext.evaluation.bootstrap import Interval
+from knnext.evaluation.perplexity import TextCounts
+from knnext.experiments.lab.contrast import (
     Gain,
     advantage,
     difference_in_differences,
     fit_component,
     tabulate,
 )
-from knnext.experiments.mixture import Split
-from knnext.perplexity import TextCounts
+from knnext.experiments.lab.mixture import Split
 
 DOCUMENTS, EACH = 30, 20
 

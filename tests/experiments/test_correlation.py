@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from knnext.experiments.correlation import pearson, ranks, spearman
+from knnext.experiments.lab.correlation import pearson, ranks, spearman
 
 DOCUMENTS = torch.arange(400) // 10
 

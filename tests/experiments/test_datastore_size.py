@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from planted_lab import ROWS, PlantedLab, scores_of
 
-from knnext.experiments import datastore_size, searches
-from knnext.experiments.growth import per_doubling, r_squared
-from knnext.experiments.mixture import Split
+from knnext.evaluation.perplexity import TextCounts
+from knnext.experiments import datastore_size
+from knnext.experiments.lab import searches
+from knnext.experiments.lab.growth import per_doubling, r_squared
+from knnext.experiments.lab.mixture import Split
 from knnext.experiments.run import run_experiment
-from knnext.perplexity import TextCounts
+from tests.experiments.planted_lab import ROWS, PlantedLab, scores_of
 
 COUNT, P_LM = 2000, 0.02
 FRACTIONS = (0.1, 0.2, 0.4, 0.6, 0.9, 1.0)

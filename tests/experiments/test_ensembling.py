@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from knnext.bootstrap import Interval
+from knnext.evaluation.bootstrap import Interval
+from knnext.evaluation.perplexity import TextCounts
 from knnext.experiments import ensembling
-from knnext.experiments.contrast import Gain
 from knnext.experiments.ensembling import L2, LM, METRICS, OTHER, QUESTIONS, SYSTEMS, mix_system
-from knnext.experiments.figures import new_figure
-from knnext.experiments.mixture import Split, fit_weights
+from knnext.experiments.lab.contrast import Gain
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.mixture import Split, fit_weights
 from knnext.experiments.run import run_experiment
-from knnext.perplexity import TextCounts
 
 COUNT, VOCAB = 4000, 20
 

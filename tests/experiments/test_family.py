@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knnext.experiments.family import Setting, row_log_p, row_scores
+from knnext.experiments.lab.family import Setting, row_log_p, row_scores
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_a_token_without_rows_is_impossible():
 def test_blocks_change_nothing(monkeypatch):
     states, rows, targets = draw(50, 8), draw(11, 8, seed=1), torch.arange(50) % 11
     whole = row_log_p(states, rows, targets)
-    monkeypatch.setattr("knnext.experiments.family._BLOCK_ENTRIES", 33)
+    monkeypatch.setattr("knnext.experiments.lab.family._BLOCK_ENTRIES", 33)
     torch.testing.assert_close(row_log_p(states, rows, targets), whole, atol=1e-6, rtol=0)
 
 

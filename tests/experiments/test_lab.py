@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from knnext.experiments.family import Setting, row_log_p
 from knnext.experiments.lab import Lab
-from knnext.experiments.presets import TINY
+from knnext.experiments.lab.family import Setting, row_log_p
+from knnext.experiments.lab.presets import TINY
 from knnext.index import ExactIndex
 
 
@@ -54,7 +54,7 @@ def test_searches_are_made_once_and_equal_the_index(tiny_lab, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("knnext.experiments.searches.search", refuse)
+    monkeypatch.setattr("knnext.experiments.lab.searches.search", refuse)
     for temperature in (0.5, 2.0):
         tiny_lab.component(replace(Setting(), temperature=temperature), keep_indices=True)
 
@@ -89,7 +89,7 @@ def test_a_second_lab_finds_everything(tiny_lab, monkeypatch):
 
 
 def test_a_given_model_is_used_as_it_is(tiny_lab, tmp_path):
-    from knnext.train import save_lm
+    from knnext.lm.load import save_lm
 
     save_lm(tmp_path / "model", tiny_lab.lm().model, tiny_lab.tokenizer)
     preset = TINY.with_options(model=str(tmp_path / "model"))
@@ -100,7 +100,7 @@ def test_a_given_model_is_used_as_it_is(tiny_lab, tmp_path):
 
 
 def test_text_of_changed_files_is_not_that_of_the_cache(tmp_path):
-    from knnext.experiments.texts import files_key
+    from knnext.experiments.lab.texts import files_key
 
     for name in ("train", "valid", "test"):
         (tmp_path / f"{name}.txt").write_text(f"{name} words")

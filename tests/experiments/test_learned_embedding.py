@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 
-from knnext.bootstrap import Interval
-from knnext.experiments.figures import new_figure
-from knnext.experiments.learned_embedding import judge, plot
-from knnext.experiments.recovery import (
+from knnext.evaluation.bootstrap import Interval
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
     settled,
     share_text,
     still_falling,
 )
+from knnext.experiments.learned_embedding import judge, plot
 from knnext.experiments.run import run_experiment
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knnext.experiments.figures import new_figure
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.training import layer_examples, log_p
 from knnext.experiments.logit_sum import LogitSum, plot
 from knnext.experiments.run import run_experiment
-from knnext.experiments.training import layer_examples, log_p
 
 
 def test_it_is_the_formula_and_trains_the_second_matrix_alone():

@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("transformers", reason="needs knnext[lm]")
 
-from knnext.bootstrap import Interval
-from knnext.experiments import lm_training, memorization
-from knnext.experiments.contrast import Gain
-from knnext.experiments.lab import Lab
-from knnext.experiments.memorizing import load_checkpoints, memorize
+from knnext.evaluation.bootstrap import Interval
+from knnext.experiments import memorization
+from knnext.experiments.lab import Lab, lm_training
+from knnext.experiments.lab.contrast import Gain
+from knnext.experiments.lab.memorizing import load_checkpoints, memorize
 from knnext.experiments.run import run_experiment
-from knnext.train import TrainConfig
+from knnext.lm.train import TrainConfig
 
 OPTIONS = {
     "memorization.tokens": 1500,
@@ -110,7 +110,7 @@ def test_the_loss_is_of_the_token_after_each_position() -> None:
 
 def test_training_blocks_fit_a_text_without_choice(lab: Lab) -> None:
     """A stream of one token: its nll goes to zero."""
-    from knnext.train import new_model
+    from knnext.lm.train import new_model
 
     config = TrainConfig(vocab_size=512, num_layers=1, dim=16, num_heads=2, block_size=16)
     model = new_model(config, lab.tokenizer)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from knnext.experiments.mixture import (
+from knnext.evaluation.perplexity import TextCounts
+from knnext.experiments.lab.mixture import (
     FLOOR,
     Split,
     by_name,
@@ -21,7 +22,6 @@ from knnext.experiments.mixture import (
     paper_way,
     seed_interval,
 )
-from knnext.perplexity import TextCounts
 
 
 def make_split(name: str, log_p: torch.Tensor, documents: int = 10, words: int | None = None):

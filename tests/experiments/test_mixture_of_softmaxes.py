@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from knnext.bootstrap import Interval
+from knnext.evaluation.bootstrap import Interval
 from knnext.experiments import mixture_of_softmaxes
-from knnext.experiments.figures import new_figure
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.recovery import Replacement
+from knnext.experiments.lab.training import Examples, Schedule, log_p, train
 from knnext.experiments.mixture_of_softmaxes import MixtureOfSoftmaxes, Variant, plot, variants
-from knnext.experiments.recovery import Replacement
 from knnext.experiments.run import run_experiment
-from knnext.experiments.training import Examples, Schedule, log_p, train
 
 
 def new(components, output=None, bias=None, train_output=False, seed=0):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knnext.bootstrap import Interval
-from knnext.experiments.figures import new_figure
+from knnext.evaluation.bootstrap import Interval
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.recovery import Replacement
+from knnext.experiments.lab.training import Examples, Schedule, log_p, train, train_log_p_lm
+from knnext.experiments.lab.word_rows import PUBLISHED_FLOOR, WordRows, even_layout
 from knnext.experiments.multi_embedding import judge, plot, uneven_counts, variants, word_weights
-from knnext.experiments.recovery import Replacement
 from knnext.experiments.run import run_experiment
-from knnext.experiments.training import Examples, Schedule, log_p, train, train_log_p_lm
-from knnext.experiments.word_rows import PUBLISHED_FLOOR, WordRows, even_layout
 
 
 def test_rows_follow_the_logarithm_of_the_weight():

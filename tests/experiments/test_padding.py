@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from knnext.evaluation.perplexity import TextCounts
 from knnext.experiments import padding
-from knnext.experiments.contrast import Fitted
-from knnext.experiments.family import Setting
-from knnext.experiments.figures import new_figure
-from knnext.experiments.mixture import Split, report
+from knnext.experiments.lab.contrast import Fitted
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.mixture import Split, report
+from knnext.experiments.lab.zero_rows import insert_zero_rows, places_taken
 from knnext.experiments.run import run_experiment
-from knnext.experiments.zero_rows import insert_zero_rows, places_taken
-from knnext.perplexity import TextCounts
 
 COUNT = 400
 

@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from planted_lab import DIM, ROWS, PlantedLab, drawn_at, scores_of
 
-from knnext.experiments import representation, searches
+from knnext.experiments import representation
+from knnext.experiments.lab import searches
 from knnext.experiments.run import run_experiment
+from tests.experiments.planted_lab import DIM, ROWS, PlantedLab, drawn_at, scores_of
 
 GRID = tuple(2.0**n for n in range(-2, 6))
 SHORT = {"representation.temperatures": (0.5, 1.0, 2.0)}

@@ -12,9 +12,8 @@ import pytest
 
 from knnext.cli import main
 from knnext.experiments import catalog, run
-from knnext.experiments.presets import PRESETS, TINY, preset
-from knnext.experiments.report import markdown_table, write_report
-from knnext.experiments.results import (
+from knnext.experiments.lab.presets import PRESETS, TINY, preset
+from knnext.experiments.lab.results import (
     Description,
     Findings,
     PaperFigure,
@@ -22,6 +21,7 @@ from knnext.experiments.results import (
     percent_interval,
     plain,
 )
+from knnext.experiments.report import markdown_table, write_report
 
 PAPER = (PaperFigure("19.17 | <att>", "recalled"), PaperFigure("21.75", "code"))
 DESCRIPTION = Description(

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from knnext.datastore import Datastore
-from knnext.experiments.contrast import fit_component
-from knnext.experiments.family import Setting
-from knnext.experiments.mixture import Split
-from knnext.experiments.recall import recall
-from knnext.experiments.searches import search, tokens_of
+from knnext.evaluation.perplexity import TextCounts
+from knnext.evaluation.scores import StreamScores
+from knnext.experiments.lab.contrast import fit_component
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import Split
+from knnext.experiments.lab.recall import recall
+from knnext.experiments.lab.searches import search, tokens_of
 from knnext.index import FaissIndex
-from knnext.perplexity import TextCounts
-from knnext.scores import StreamScores
 
 DIM, ROWS, K = 8, 2000, 32
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from knnext.datastore import Datastore
-from knnext.experiments.family import Setting
-from knnext.experiments.searches import copy_store, faiss_scores, search, tokens_of
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.searches import copy_store, faiss_scores, search, tokens_of
 from knnext.index import FaissIndex
 
 DIM, ROWS, K = 16, 3000, 20
@@ -108,7 +108,7 @@ def test_zero_rows_are_the_share_asked_for(store, tmp_path):
 
 
 def test_a_copy_goes_on_where_it_stopped(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("knnext.experiments.searches._COPY_ROWS", 500)
+    monkeypatch.setattr("knnext.experiments.lab.searches._COPY_ROWS", 500)
     appended, append = [], Datastore.append
 
     def stop(self, keys, values, documents=None):

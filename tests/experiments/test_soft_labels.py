@@ -12,12 +12,12 @@ import torch
 pytest.importorskip("transformers", reason="needs knnext[lm]")
 pytest.importorskip("faiss", reason="needs knnext[faiss]")
 
-from knnext.bootstrap import Interval
+from knnext.evaluation.bootstrap import Interval
 from knnext.experiments import soft_labels
-from knnext.experiments.contrast import Gain
-from knnext.experiments.family import Setting
 from knnext.experiments.lab import Lab
-from knnext.experiments.leave_one_out import drop_own, row_neighbors
+from knnext.experiments.lab.contrast import Gain
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.leave_one_out import drop_own, row_neighbors
 from knnext.experiments.run import run_experiment
 from knnext.ops import knn_softmax
 
@@ -118,7 +118,7 @@ def test_the_base_lms_loss_on_its_own_labels_is_their_entropy(lab: Lab) -> None:
 
 
 def test_a_student_does_not_start_where_the_base_lm_started(lab: Lab) -> None:
-    from knnext.train import new_model
+    from knnext.lm.train import new_model
 
     base = new_model(lab.preset.train, lab.tokenizer).get_input_embeddings().weight
     for seed in lab.preset.seeds:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from knnext.bootstrap import Interval
+from knnext.evaluation.bootstrap import Interval
+from knnext.evaluation.perplexity import TextCounts
 from knnext.experiments import sparsification
-from knnext.experiments.cut import cut, target_log_p
-from knnext.experiments.figures import new_figure
-from knnext.experiments.mixture import Split, by_name, mix, report
+from knnext.experiments.lab.cut import cut, target_log_p
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.mixture import Split, by_name, mix, report
 from knnext.experiments.run import run_experiment
-from knnext.perplexity import TextCounts
 
 VOCAB, DIM, COUNT = 30, 30, 3000
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("scipy", reason="needs scipy")
 
-from knnext.experiments.argmax_classes import is_argmax, settle_classes
 from knnext.experiments.lab import Lab
+from knnext.experiments.lab.argmax_classes import is_argmax, settle_classes
 from knnext.experiments.run import run_experiment
 from knnext.experiments.stolen_probabilities import agreement
 

@@ -7,12 +7,13 @@ from functools import cache
 
 import pytest
 import torch
-from planted_lab import PlantedLab, drawn_at, scores_of
 
-from knnext.experiments import searches, temperature
-from knnext.experiments.mixture import fit_lmbda
+from knnext.experiments import temperature
+from knnext.experiments.lab import searches
+from knnext.experiments.lab.mixture import fit_lmbda
+from knnext.experiments.lab.sweep import orders_differ, refine, sweep
 from knnext.experiments.run import run_experiment
-from knnext.experiments.sweep import orders_differ, refine, sweep
+from tests.experiments.planted_lab import PlantedLab, drawn_at, scores_of
 
 SEEDS = {"valid": 0, "test": 1}
 

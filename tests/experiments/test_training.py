@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from knnext.experiments.training import (
+from knnext.experiments.lab.training import (
     Examples,
     Schedule,
     Trained,
@@ -16,7 +16,7 @@ from knnext.experiments.training import (
     train,
     trained,
 )
-from knnext.experiments.word_rows import WordRows, even_layout
+from knnext.experiments.lab.word_rows import WordRows, even_layout
 
 
 def planted(count, seed, words=4):

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from knnext.corpus import TokenizedDocuments
+from knnext.evaluation.perplexity import TextCounts
 from knnext.experiments import who_benefits
-from knnext.experiments.correlation import spearman
-from knnext.experiments.figures import new_figure
-from knnext.experiments.mixture import Split
-from knnext.experiments.run import run_experiment
-from knnext.experiments.token_features import (
+from knnext.experiments.lab.correlation import spearman
+from knnext.experiments.lab.figures import new_figure
+from knnext.experiments.lab.mixture import Split
+from knnext.experiments.lab.token_features import (
     bigram_entropies,
     decades,
     frequencies,
     quantile_buckets,
     seen_share,
 )
-from knnext.perplexity import TextCounts
+from knnext.experiments.run import run_experiment
 
 
 def text(*documents):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from knnext.experiments.family import row_log_p
-from knnext.experiments.word_rows import Layout, WordRows, even_layout, word_log_p
+from knnext.experiments.lab.family import row_log_p
+from knnext.experiments.lab.word_rows import Layout, WordRows, even_layout, word_log_p
 
 COUNTS = torch.tensor([1, 3, 2, 1, 4])
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from knnext.datastore import Datastore
-from knnext.experiments.family import Setting
-from knnext.experiments.searches import copy_store, search, tokens_of
-from knnext.experiments.zero_rows import (
+from knnext.evaluation.scores import StreamScores
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.searches import copy_store, search, tokens_of
+from knnext.experiments.lab.zero_rows import (
     Cloud,
     cloud_of,
     depths,
@@ -19,7 +20,6 @@ from knnext.experiments.zero_rows import (
     places_taken,
     probability_taken,
 )
-from knnext.scores import StreamScores
 
 DIM, ROWS, K, TOKEN = 8, 400, 50, 30
 

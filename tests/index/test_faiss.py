@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from faiss_stores import ROWS, clustered, make_datastore
 from torch import Tensor
 
 from knnext.datastore import Datastore
 from knnext.index import ExactIndex, FaissIndex, check_exactness
 from knnext.index.faiss_build import default_factory, sample_rows
+from tests.index.stores import ROWS, clustered, make_datastore
 
 faiss = pytest.importorskip("faiss")
 

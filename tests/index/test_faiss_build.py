@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from faiss_stores import ROWS, clustered, make_datastore
 from torch import Tensor
 
 from knnext.datastore import Datastore
 from knnext.index import FaissIndex, IndexMismatchError
 from knnext.index.faiss_build import make_recipe
+from tests.index.stores import ROWS, clustered, make_datastore
 
 faiss = pytest.importorskip("faiss")
 

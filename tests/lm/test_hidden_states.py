@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import num_hooks, random_tokens, tiny
 from torch import Tensor
 
-from knnext.hidden_states import HiddenStatesBatch, default_block_size, hidden_states
+from knnext.lm.hidden_states import HiddenStatesBatch, default_block_size, hidden_states
+from tests.lm.tiny_models import num_hooks, random_tokens, tiny
 
 WINDOWS = {"block_size": 32, "stride": 20, "dtype": torch.float32}
 
@@ -118,7 +118,7 @@ def test_logits_and_log_p_agree() -> None:
 def test_log_p_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny("llama"), random_tokens(100)
     whole = joined(hidden_states(model, tokens, with_log_p_lm=True), "log_p_lm")
-    monkeypatch.setattr("knnext.model_forward._LOGITS_BYTES", 7 * 97 * 4)
+    monkeypatch.setattr("knnext.lm.forward._LOGITS_BYTES", 7 * 97 * 4)
     stream = hidden_states(model, tokens, with_log_p_lm=True)  # its probes are done here
     sizes: list[int] = []
     handle = model.lm_head.register_forward_hook(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import num_hooks, random_tokens, tiny
 from torch import Tensor, nn
 
-from knnext.key_layer import capture_hidden_states, find_key_module
+from knnext.lm.key_layer import capture_hidden_states, find_key_module
+from tests.lm.tiny_models import num_hooks, random_tokens, tiny
 
 Check = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

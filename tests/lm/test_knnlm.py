@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, num_hooks, random_tokens, tiny
 from torch import Tensor
 
 from knnext import reference
-from knnext.hidden_states import hidden_states
-from knnext.knnlm import KNNLM
+from knnext.lm.hidden_states import hidden_states
+from knnext.lm.knnlm import KNNLM
+from tests.lm.tiny_models import VOCAB, num_hooks, random_tokens, tiny
 
 NAMES = ["gpt2", "llama", "gpt_neox", "opt", "mistral", "gemma2"]
 

@@ -14,15 +14,8 @@ import torch
 pytest.importorskip("transformers")
 
 from knnext.corpus import Document, tokenize
-from knnext.train import (
-    TrainConfig,
-    _batches,
-    load_lm,
-    rate,
-    save_lm,
-    train_lm,
-    train_tokenizer,
-)
+from knnext.lm.load import load_lm, save_lm
+from knnext.lm.train import TrainConfig, _batches, rate, train_lm, train_tokenizer
 
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    def push(self, item): ...\n" * 30
 SMALL = TrainConfig(

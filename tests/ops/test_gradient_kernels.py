@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixing_cases import INF, NAN, neighbors, run_python, threads
 from torch import Tensor
 
 import knnext
@@ -14,6 +13,7 @@ import knnext._host
 from knnext import reference
 from knnext.ops import _gradients
 from knnext.testing import assert_close
+from tests.ops.mixing_cases import INF, NAN, neighbors, run_python, threads
 
 PATHS = ["plain", "avx2", "avx512"]
 SIZES = [(3, 1, 1), (4, 15, 17), (4, 16, 31), (4, 33, 1025), (3, 700, 5001)]

@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from bad_arguments import assert_refused
 
 import knnext
 from knnext.testing import assert_close, assert_equal_results
+from tests.ops.bad_arguments import assert_refused
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixing_cases import (
+
+import knnext
+from knnext import reference
+from knnext.testing import assert_close
+from tests.ops.mixing_cases import (
     INF,
     NAN,
     assert_same_bits_whatever_the_threads,
     drawn_neighbors,
     neighbors,
 )
-
-import knnext
-from knnext import reference
-from knnext.testing import assert_close
 
 SHAPES = [(1, 1, 1), (3, 7, 2), (5, 64, 13), (4, 65, 1000), (2, 1024, 33344), (3, 1025, 50257)]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from bad_arguments import assert_refused
-from mixing_cases import INF, NAN, assert_compiles, neighbors
 
 import knnext
 from knnext import reference
 from knnext.testing import assert_close
+from tests.ops.bad_arguments import assert_refused
+from tests.ops.mixing_cases import INF, NAN, assert_compiles, neighbors
 
 OP = torch.ops.knnext.knn_interpolate
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_threads import FEW, MANY, threads_that_share  # noqa: F401
 
 import knnext
 from knnext import _host, reference
 from knnext.testing import assert_equal_results, assert_search, assert_topk_close
+from tests.ops.search_threads import FEW, MANY, threads_that_share  # noqa: F401
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 METRICS = ["l2", "ip"]

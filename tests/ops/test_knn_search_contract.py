@@ -9,11 +9,11 @@ import warnings
 
 import pytest
 import torch
-from bad_arguments import assert_refused
 
 import knnext
 from knnext import _host
 from knnext.testing import assert_equal_results, assert_search
+from tests.ops.bad_arguments import assert_refused
 
 Q, X = torch.randn(4, 6), torch.randn(50, 6)
 N32 = torch.zeros(50)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from search_threads import FEW, MANY, threads_that_share  # noqa: F401
 
 import knnext
 from knnext import reference
 from knnext.testing import assert_equal_results, assert_search
+from tests.ops.search_threads import FEW, MANY, threads_that_share  # noqa: F401
 
 INF = float("inf")
 NAN = float("nan")

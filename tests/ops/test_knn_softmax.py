@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bad_arguments import assert_refused
 from hypothesis import given, settings
-from mixing_cases import (
+
+import knnext
+from knnext import reference
+from knnext.testing import assert_close
+from tests.ops.bad_arguments import assert_refused
+from tests.ops.mixing_cases import (
     INF,
     NAN,
     assert_compiles,
@@ -14,10 +18,6 @@ from mixing_cases import (
     drawn_neighbors,
     neighbors,
 )
-
-import knnext
-from knnext import reference
-from knnext.testing import assert_close
 
 OP = torch.ops.knnext.knn_softmax
 SHAPES = [(1, 1, 1), (3, 7, 2), (5, 64, 13), (4, 65, 1000), (2, 1024, 33344), (3, 1025, 50257)]

@@ -7,10 +7,14 @@ import resource
 
 import pytest
 import torch
-from bad_arguments import assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixing_cases import (
+
+import knnext
+from knnext import reference
+from knnext.testing import assert_close
+from tests.ops.bad_arguments import assert_refused
+from tests.ops.mixing_cases import (
     INF,
     NAN,
     assert_compiles,
@@ -18,10 +22,6 @@ from mixing_cases import (
     drawn_neighbors,
     neighbors,
 )
-
-import knnext
-from knnext import reference
-from knnext.testing import assert_close
 
 OP = torch.ops.knnext.knn_target_log_prob
 

@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from bad_arguments import assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import knnext
 from knnext.testing import assert_equal_results, assert_order
+from tests.ops.bad_arguments import assert_refused
 
 INF, NAN = float("inf"), float("nan")
 

@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from bad_arguments import assert_refused
 
 import knnext
 from knnext import reference
 from knnext.testing import assert_close
+from tests.ops.bad_arguments import assert_refused
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 METRICS = ["l2", "ip"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixing_cases import ROOT, run_python
 
 import knnext
 from knnext.ops._schemas import GRADIENT_NAMES, GRADIENT_SCHEMAS, NAMES, SCHEMAS
+from tests.ops.mixing_cases import ROOT, run_python
 
 
 def overload(name: str) -> torch._ops.OpOverload:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from knnext.datastore import Datastore
+from knnext.evaluation.scores import StreamScores
+from knnext.evaluation.spans import neighbor_spans
 from knnext.report import Report, Row, Surface, render, script_json, write_report
 from knnext.report.explorer import choose_excerpts, explorer_data
 from knnext.report.table import format_bytes, text_table
-from knnext.scores import StreamScores
-from knnext.spans import neighbor_spans
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
@@ -32,7 +32,7 @@ TEXTS = {"docs/<b>nasty</b>.py": NASTY * 12, "src/prose.txt": PROSE * 20, "src/m
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     from knnext.corpus import Document
-    from knnext.train import train_tokenizer
+    from knnext.lm.train import train_tokenizer
 
     return train_tokenizer([Document(n, t) for n, t in TEXTS.items()], vocab_size=300)
 

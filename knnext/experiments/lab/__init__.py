@@ -1,6 +1,6 @@
 """What the experiments share: a language model, its states, datastores, indexes and searches.
 
-Everything here is made once for its settings, kept on disk (`knnext.experiments.cache`) and shared
+Everything here is made once for its settings, kept on disk (`lab/cache.py`) and shared
 by all experiments of a folder. No experiment searches twice to change a temperature or a weight:
 `neighbors` keeps what a search found, and temperatures are applied to that.
 """
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.demo import faiss_recipe
-from knnext.experiments import searches
-from knnext.experiments.family import Setting
-from knnext.experiments.mixture import LogP
-from knnext.experiments.models import EVALUATED, LM, ModelLab, States
-from knnext.experiments.presets import Preset
-from knnext.scores import StreamScores
+from knnext.evaluation.scores import StreamScores
+from knnext.experiments.lab import searches
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import LogP
+from knnext.experiments.lab.models import EVALUATED, LM, ModelLab, States
+from knnext.experiments.lab.presets import Preset
+from knnext.index.faiss_build import faiss_recipe
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -105,12 +105,12 @@ class Lab(ModelLab):
 
     def _store_stride(self, lm: LM) -> int:
         """Each state of the store has seen a quarter of a window at least."""
-        from knnext.hidden_states import default_block_size
+        from knnext.lm.hidden_states import default_block_size
 
         return self.preset.stride or max(1, default_block_size(lm.model) * 3 // 4)
 
     def _build(self, folder: Path, key_layer: str, lm: LM) -> None:
-        from knnext.build import build_datastore
+        from knnext.datastore.build import build_datastore
 
         with self.step(f"write the datastore of {key_layer} states"):
             build_datastore(

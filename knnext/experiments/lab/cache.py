@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from knnext.demo_config import write_json
+from knnext.output import write_json
 
 SETTINGS_FILE = "settings.json"
 

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.experiments import clusters, lm_training
-from knnext.experiments.clusters import Keys
-from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import LogP
-from knnext.experiments.soft_rows import (
+from knnext.experiments.lab import EVALUATED, Lab, clusters, lm_training
+from knnext.experiments.lab.clusters import Keys
+from knnext.experiments.lab.mixture import LogP
+from knnext.experiments.lab.soft_rows import (
     WEIGHTS,
     SoftRows,
     one_hot_rows,

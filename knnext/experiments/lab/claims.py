@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
-from knnext.bootstrap import Interval
-from knnext.experiments.results import Agreement
+from knnext.evaluation.bootstrap import Interval
+from knnext.experiments.lab.results import Agreement
 
 MARGIN = 0.01  # in log perplexity: what differs by less than 1 % differs little
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from knnext.datastore_rows import LazyRows
+from knnext.datastore.rows import LazyRows
 from knnext.index import faiss_library
 
 #: (n, D) keys in memory, or those of a datastore, which are read chunk by chunk.

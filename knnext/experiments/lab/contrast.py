@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from knnext.bootstrap import Interval
-from knnext.experiments.mixture import (
+from knnext.evaluation.bootstrap import Interval
+from knnext.evaluation.scores import mix_log_probs
+from knnext.experiments.lab.mixture import (
     LogP,
     Mixture,
     Split,
@@ -23,8 +24,7 @@ from knnext.experiments.mixture import (
     paper_way,
     report,
 )
-from knnext.experiments.results import percent_interval
-from knnext.scores import mix_log_probs
+from knnext.experiments.lab.results import percent_interval
 
 
 @dataclass(frozen=True)

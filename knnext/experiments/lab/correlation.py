@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.bootstrap import FloatArray, Interval, percentile_interval, resample_means
+from knnext.evaluation.bootstrap import FloatArray, Interval, percentile_interval, resample_means
 
 
 @dataclass(frozen=True)

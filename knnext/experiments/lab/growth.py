@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.bootstrap import Interval, percentile_interval
-from knnext.experiments.contrast import Gain
-from knnext.experiments.mixture import Split
-from knnext.perplexity import bootstrap_nll
+from knnext.evaluation.bootstrap import Interval, percentile_interval
+from knnext.evaluation.perplexity import bootstrap_nll
+from knnext.experiments.lab.contrast import Gain
+from knnext.experiments.lab.mixture import Split
 
 
 def per_doubling(

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.experiments.family import Setting
 from knnext.experiments.lab import LM, Lab
-from knnext.experiments.searches import search, tokens_of
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.searches import search, tokens_of
 from knnext.progress import progress
 
 _QUERIES = 16_384

@@ -1,7 +1,7 @@
 """Training a whole language model further, or a student of another: blocks, loss and evaluation.
 
-`knnext.train` trains the base LM on the next token. Here the loss is free (soft labels know their
-positions in the stream), and dropout can be off, as it must be for memorizing.
+`knnext.lm.train` trains the base LM on the next token. Here the loss is free (soft labels know
+their positions in the stream), and dropout can be off, as it must be for memorizing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from knnext.evaluation.stream import run_model
 from knnext.experiments.lab import EVALUATED, Lab
 from knnext.progress import progress
-from knnext.stream import run_model
 
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
@@ -154,6 +154,6 @@ def stream(text: TokenizedDocuments) -> Tensor:
 
 def block_size_of(lab: Lab, model: Any) -> int:
     """Tokens of one training block: the preset's, or what the model was made for."""
-    from knnext.hidden_states import default_block_size
+    from knnext.lm.hidden_states import default_block_size
 
     return lab.preset.block_size or default_block_size(model)

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.demo_config import write_json
-from knnext.experiments import lm_training
-from knnext.experiments.lab import LM, Lab
+from knnext.experiments.lab import LM, Lab, lm_training
+from knnext.output import whole_file, write_json
 
 NLL_TOKENS = 10_000  # of the memorized text, on which its loss is measured
 
@@ -48,8 +47,8 @@ def memorize(lab: Lab, part: Lab, settings: Mapping[str, Any], folder: Path) -> 
             if epoch in epochs:
                 _save(lab, part, model, folder, epoch)
                 state = (model.state_dict(), optimizer.state_dict(), generator.get_state(), epoch)
-                torch.save(state, folder / "state.part")
-                (folder / "state.part").replace(folder / "state.pt")
+                with whole_file(folder / "state.pt") as fresh:
+                    torch.save(state, fresh)
 
 
 def _resume(

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.bootstrap import Interval, percentile_interval
-from knnext.perplexity import TextCounts, bootstrap_nll
-from knnext.scores import mix_log_probs
-from knnext.tune import PAPER_LMBDAS, mixture_nll
+from knnext.evaluation.bootstrap import Interval, percentile_interval
+from knnext.evaluation.perplexity import TextCounts, bootstrap_nll
+from knnext.evaluation.scores import mix_log_probs
+from knnext.evaluation.tune import PAPER_LMBDAS, mixture_nll
 
 #: Every log p_knn below this counts as this: the published code's floor.
 FLOOR = -10_000.0

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.experiments.cache import settings_key
-from knnext.experiments.mixture import Split
-from knnext.experiments.presets import Preset
-from knnext.experiments.texts import TextLab
-from knnext.perplexity import TextCounts
-from knnext.scores import StreamScores
+from knnext.evaluation.perplexity import TextCounts
+from knnext.evaluation.scores import StreamScores
+from knnext.experiments.lab.cache import settings_key
+from knnext.experiments.lab.mixture import Split
+from knnext.experiments.lab.presets import Preset
+from knnext.experiments.lab.texts import TextLab
 
 EVALUATED = ("valid", "test")
 _LINEAR_TOLERANCE = 0.05  # nats; models in half precision differ by a hundredth
@@ -81,7 +81,7 @@ class ModelLab(TextLab):
         return self._lms[seed]
 
     def _given_lm(self, seed: int) -> LM:
-        from knnext.train import load_lm
+        from knnext.lm.load import load_lm
 
         if seed:
             raise ValueError(
@@ -91,8 +91,9 @@ class ModelLab(TextLab):
         return LM(model.to(self.device), tokenizer, self._text_settings, 0)
 
     def _trained_lm(self, seed: int) -> LM:
-        from knnext.demo_config import write_json
-        from knnext.train import load_lm, save_lm, train_lm
+        from knnext.lm.load import load_lm, save_lm
+        from knnext.lm.train import train_lm
+        from knnext.output import write_json
 
         config = replace(self.preset.train, seed=seed)
         steps = self.preset.train_steps
@@ -176,7 +177,7 @@ class ModelLab(TextLab):
         }
 
         def make(folder: Path) -> None:
-            from knnext.stream import run_model
+            from knnext.evaluation.stream import run_model
 
             with self.step(f"run the model over {split} ({key_layer})"):
                 keys, targets, log_p_lm = run_model(
@@ -195,7 +196,7 @@ class ModelLab(TextLab):
 
     def _scores(self, split: str, arrays: Mapping[str, Tensor], **found: Tensor) -> StreamScores:
         """Scores of a split without neighbors, or with those found."""
-        from knnext.stream import describe_stream
+        from knnext.evaluation.stream import describe_stream
 
         count = arrays["targets"].shape[0]
         empty: dict[str, Any] = {

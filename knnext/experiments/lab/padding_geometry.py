@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.experiments.contrast import Fitted, advantage, fit_component
-from knnext.experiments.family import Setting
+from knnext.evaluation.scores import StreamScores
 from knnext.experiments.lab import EVALUATED, Lab
-from knnext.experiments.mixture import DEFAULT_TEMPERATURES
-from knnext.experiments.zero_rows import (
+from knnext.experiments.lab.contrast import Fitted, advantage, fit_component
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES
+from knnext.experiments.lab.zero_rows import (
     cloud_of,
     depths,
     insert_zero_rows,
     places_share,
     places_taken,
 )
-from knnext.scores import StreamScores
 
 MEAN_SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
 #: k / N of the published datastore without its zero rows, at 5 % and at 100 % (spec of its code).

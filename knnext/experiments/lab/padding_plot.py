@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from knnext.experiments.figures import (
+from knnext.experiments.lab.figures import (
     COLORS,
     INK,
     MUTED,

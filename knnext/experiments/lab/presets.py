@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from knnext.train import TrainConfig
+from knnext.lm.train import TrainConfig
 
 
 @dataclass(frozen=True)

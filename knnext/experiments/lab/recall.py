@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from knnext.scores import StreamScores
+from knnext.evaluation.scores import StreamScores
 
 # Of the k-th distance: the same pair scored by two kernels differs by float32 rounding.
 ROUNDING = 1e-5

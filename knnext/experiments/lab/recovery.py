@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnext.bootstrap import Interval, percentile_interval
-from knnext.experiments.family import Setting
+from knnext.evaluation.bootstrap import Interval, percentile_interval
+from knnext.evaluation.perplexity import bootstrap_nll
+from knnext.evaluation.scores import mix_log_probs
 from knnext.experiments.lab import Lab
-from knnext.experiments.mixture import (
+from knnext.experiments.lab.family import Setting
+from knnext.experiments.lab.mixture import (
     DEFAULT_TEMPERATURES,
     LogP,
     Mixture,
@@ -29,10 +31,8 @@ from knnext.experiments.mixture import (
     report,
     seed_interval,
 )
-from knnext.experiments.results import Agreement, percent_interval
-from knnext.experiments.training import Trained
-from knnext.perplexity import bootstrap_nll
-from knnext.scores import mix_log_probs
+from knnext.experiments.lab.results import Agreement, percent_interval
+from knnext.experiments.lab.training import Trained
 
 
 @dataclass(frozen=True)

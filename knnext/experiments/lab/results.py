@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from knnext.demo_config import write_json
+from knnext.output import write_json
 
 FORMAT_VERSION = 1
 Agreement = Literal["agrees", "agrees in part", "disagrees", "undecided"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from knnext.experiments.family import Setting
+from knnext.experiments.lab.family import Setting
 from knnext.index import ExactIndex, FaissIndex
 from knnext.ops import gather_tokens, merge_topk, rescore
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from knnext.experiments.family import row_scores
+from knnext.experiments.lab.family import row_scores
 
 #: How much a key's vote weighs, by its squared distance: spec of the published code.
 WEIGHTS = ("count", "inverse distance", "exponential")
@@ -144,7 +144,7 @@ def tempered_log_p(
 
 
 class TrainedRows(nn.Module):
-    """Rows with a fixed M, trained from given ones: `knnext.experiments.training.Component`."""
+    """Rows with a fixed M, trained from given ones: `knnext.experiments.lab.training.Component`."""
 
     def __init__(self, rows: Tensor, words: SoftRows, metric: str, temperature: float) -> None:
         super().__init__()

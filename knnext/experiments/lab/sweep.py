@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from knnext.experiments.contrast import tabulate
-from knnext.experiments.mixture import LogP, Split, fit, fit_lmbda, paper_way
-from knnext.scores import mix_log_probs
-from knnext.tune import mixture_nll
+from knnext.evaluation.scores import mix_log_probs
+from knnext.evaluation.tune import mixture_nll
+from knnext.experiments.lab.contrast import tabulate
+from knnext.experiments.lab.mixture import LogP, Split, fit, fit_lmbda, paper_way
 
 
 @dataclass(frozen=True)

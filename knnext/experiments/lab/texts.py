@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from knnext.demo import take_documents
-from knnext.experiments.cache import Cache, settings_key
-from knnext.experiments.presets import Preset
+from knnext.corpus import take_documents
+from knnext.experiments.lab.cache import Cache, settings_key
+from knnext.experiments.lab.presets import Preset
 from knnext.progress import format_duration
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TextLab:
         """The given model's, or one trained on the train split."""
         import transformers
 
-        from knnext.train import train_tokenizer
+        from knnext.lm.train import train_tokenizer
 
         if self.preset.model:
             return transformers.AutoTokenizer.from_pretrained(self.preset.model)

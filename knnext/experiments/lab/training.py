@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from knnext.demo_config import write_json
 from knnext.experiments.lab import EVALUATED, LM, Lab
-from knnext.experiments.mixture import LogP
+from knnext.experiments.lab.mixture import LogP
+from knnext.output import write_json
 
 _EVALUATION_ROWS = 4096
 

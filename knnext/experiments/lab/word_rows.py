@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnext.experiments.cache import settings_key
 from knnext.experiments.lab import Lab
-from knnext.experiments.training import (
+from knnext.experiments.lab.cache import settings_key
+from knnext.experiments.lab.training import (
     Examples,
     Loss,
     Schedule,

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from knnext.experiments.family import row_scores
+from knnext.evaluation.scores import StreamScores
+from knnext.experiments.lab.family import row_scores
 from knnext.ops import knn_target_log_prob
-from knnext.scores import StreamScores
 
 _BLOCK_ENTRIES = 1 << 24  # queries x rows at a time: 64 MiB of float32
 

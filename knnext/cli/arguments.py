@@ -1,0 +1,123 @@
+"""Options that several commands share, and the types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[[str], Any]
+
+
+def add_datastore(c: argparse.ArgumentParser) -> None:
+    c.add_argument("datastore", help="folder of the datastore")
+
+
+def add_model(c: argparse.ArgumentParser, required: bool = True) -> None:
+    c.add_argument("--model", required=required, help="folder or hub name of a causal LM")
+    c.add_argument("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
+
+
+def add_corpus(c: argparse.ArgumentParser, split: str, required: bool = True) -> None:
+    text = "stdlib, a file, a folder, or hf:NAME[:CONFIG]"
+    text += "" if required else "; default: the datastore's"
+    c.add_argument("--corpus", required=required, help=text)
+    c.add_argument(
+        "--split", choices=("train", "valid", "test"), default=split, help=f"default: {split}"
+    )
+    c.add_argument("--text-column", default="text", help="of tables and datasets; default: text")
+    c.add_argument("--split-seed", type=int, default=0, help="of a split made by hash; default: 0")
+
+
+def add_windows(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--block-size", type=positive, help="tokens of a window; default: the context")
+    c.add_argument("--stride", type=positive, help="tokens between windows; default: half of it")
+    c.add_argument("--batch-size", type=positive, default=8, help="windows at once; default: 8")
+
+
+def add_text_limits(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--document-tokens", type=positive, help="only the head of each document")
+
+
+def add_index_path(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--index-path", metavar="FOLDER", help="default: beside the datastore")
+
+
+def add_search_options(c: argparse.ArgumentParser, k: int | None = None) -> None:
+    shown = "as tuned, or 1024" if k is None else k
+    c.add_argument("--k", type=positive, default=k, help=f"neighbors; default: {shown}")
+    c.add_argument("--index", choices=("exact", "faiss"), help="default: as tuned, or exact")
+    add_index_path(c)
+    c.add_argument("--nprobe", type=positive, help="lists to visit; default: the index's own")
+    c.add_argument(
+        "--rescore", action="store_true", default=None, help="real distances on FAISS's choice"
+    )
+
+
+def add_mixture(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--temperature", type=positive_float, help="default: as tuned")
+    c.add_argument("--lmbda", type=share, help="weight of p_knn; default: as tuned")
+
+
+# Types of arguments; their names are what argparse calls a wrong value
+
+
+def positive(text: str) -> int:
+    return checked(int, text, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def natural(text: str) -> int:
+    return checked(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    return checked(float, text, lambda x: 0 < x < float("inf"), "a number above 0")
+
+
+def share(text: str) -> float:
+    return checked(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def floats(text: str) -> list[float]:
+    return [
+        checked(float, part, lambda x: x == x, "numbers, as 0.5,1,2") for part in text.split(",")
+    ]
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    found = tuple(natural(part) for part in text.split(","))
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"wanted are different seeds, got {text!r}")
+    return found
+
+
+def num_bytes(text: str) -> int:
+    """``10MB``, ``1.5 GB``, ``2000``: powers of 1000."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = units.get(text.strip()[len(number) :].upper())
+    wanted = "a size, as 10MB or 2000"
+    if unit is None:
+        raise argparse.ArgumentTypeError(f"wanted is {wanted}, got {text!r}")
+    return checked(lambda part: int(float(part) * unit), number, lambda n: n >= 1, wanted, text)
+
+
+def checked(
+    convert: Callable[[str], Any],
+    text: str,
+    fits: Callable[[Any], bool],
+    wanted: str,
+    given: str | None = None,
+) -> Any:
+    try:
+        value = convert(text)
+        good = fits(value)
+    except (ValueError, OverflowError):
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"wanted is {wanted}, got {given or text!r}")
+    return value

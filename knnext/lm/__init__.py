@@ -1,0 +1,1 @@
+"""Language models: loading them, reading the states that become keys, mixing neighbors in."""

@@ -1,0 +1,58 @@
+"""What every run of a model needs: its mode, a few tokens to try it on, the tensor it gave."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Tokens of a trial pass.
+TRACE_LENGTH = 4
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the block; every module's own mode comes back after.
+
+    ``no_grad`` and not ``inference_mode``: what comes out may meet autograd later (a learned
+    temperature, a rescored search), which refuses inference tensors.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def trace_inputs(model: nn.Module) -> dict[str, Any]:
+    """Arguments of a forward pass of a few tokens, on the model's device and without a cache."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    weight = next(embedding.parameters())
+    ids = torch.arange(1, TRACE_LENGTH + 1, device=weight.device) % weight.shape[0]
+    inputs: dict[str, Any] = {"input_ids": ids[None]}
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating-point tensor in nested arguments, in order, positional before named."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, Mapping):
+        named = value.get("hidden_states")
+        values = [named, *value.values()] if named is not None else list(value.values())
+    elif isinstance(value, (tuple, list)):
+        values = list(value)
+    else:
+        return None
+    return next((t for t in map(first_tensor, values) if t is not None), None)

@@ -1,0 +1,70 @@
+"""Files that commands leave behind: looked at before the work begins, whole or absent after it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def check_writable(path: str | Path) -> Path:
+    """The path, where a file could be put there now; so that hours of work do not end at it.
+
+    Raises:
+        OSError: the path is a folder, or its folder is missing or takes no files; names it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a file is wanted, this is a folder", str(path))
+    with whole_file(path, commit=False):
+        pass
+    return path
+
+
+@contextmanager
+def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
+    """A path beside `path` to write to; at the end it is forced to disk and takes the name.
+
+    After an exception nothing of it stays. An OSError that names no file (a full disk) is raised
+    again with the name. Without `commit` the file is made and removed.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.open("wb").close()
+        yield part
+        if commit:
+            _sync(part)
+            part.replace(path)
+            _sync(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(part)) and error.errno is not None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str, *, errors: str = "strict") -> None:
+    """UTF-8, under its name when whole."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", errors=errors)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Indented JSON, under its name when whole."""
+    # A lone surrogate, from a file name that is not UTF-8, becomes JSON's own escape of it.
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_text(path, text, errors="backslashreplace")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,47 @@
+"""Evaluations as rows of the results table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from knnext.evaluation import Evaluation
+from knnext.report.table import Row
+
+
+def table_rows(evaluations: Mapping[str, Evaluation], sizes: Mapping[str, int]) -> list[Row]:
+    """The base and each system, from evaluations of one text."""
+    first = next(iter(evaluations.values()))
+    base = Row(
+        "base LM",
+        first.base.token,
+        (first.base.interval.low, first.base.interval.high),
+        tokens_per_second=first.tokens_per_second["lm"],
+        num_bytes=sizes.get("base LM"),
+    )
+    return [base, *(table_row(name, one, sizes.get(name)) for name, one in evaluations.items())]
+
+
+def table_row(name: str, evaluation: Evaluation, num_bytes: int | None) -> Row:
+    """One mixture against its base."""
+    difference = torch.tensor(
+        [
+            evaluation.log_ppl_difference,
+            evaluation.difference_interval.low,
+            evaluation.difference_interval.high,
+        ],
+        dtype=torch.float64,
+    )
+    change, low, high = torch.expm1(difference).tolist()
+    return Row(
+        name,
+        evaluation.mixture.token,
+        (evaluation.mixture.interval.low, evaluation.mixture.interval.high),
+        change,
+        (low, high),
+        evaluation.temperature,
+        evaluation.lmbda,
+        evaluation.tokens_per_second["total"],
+        num_bytes,
+    )
