@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cases import Implementation
-from measure import Measure, Memory, Work
-from search_data import Data, make_data
-from search_shapes import Shape
 from torch import Tensor
 
 import knnext
+from benchmarks.data.cases import Implementation
+from benchmarks.data.search import Data, make_data
+from benchmarks.data.search_shapes import Shape
+from benchmarks.timing.measure import Measure, Memory, Work
 
 # Neither queries nor k matter here.
 _SHAPE = Shape(1, 65536, 1024, 1)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from cases import Implementation
-from measure import Measure, Memory, Work
-from mixing_data import SHAPES, Data, Shape, compiled, make_data, scattered_softmax
 from torch import Tensor
 
 import knnext
+from benchmarks.data.cases import Implementation
+from benchmarks.data.mixing import SHAPES, Data, Shape, compiled, make_data, scattered_softmax
+from benchmarks.timing.measure import Measure, Memory, Work
 
 __all__ = ["SHAPES"]
 CHECKED_ROWS = 8

@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import cuvs_search
-import faiss_search
 import pytest
 import torch
-import torch_search
-from cases import Implementation
-from limits import seconds_of
-from measure import Measure, Memory, Work
-from search_data import Data, Result, assert_exact, make_data, recall
-from search_shapes import SHAPES, Shape
 
 import knnext
+from benchmarks.data.cases import Implementation
+from benchmarks.data.search import Data, Result, assert_exact, make_data, recall
+from benchmarks.data.search_shapes import SHAPES, Shape
+from benchmarks.rivals import chunked, cuvs, faiss
+from benchmarks.timing.limits import seconds_of
+from benchmarks.timing.measure import Measure, Memory, Work
 
 __all__ = ["SHAPES"]
 
@@ -40,7 +38,7 @@ def _cuvs(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
 
 
 def _faiss_gpu(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
-    return replace(_cuvs(prepare), warm_up=faiss_search.warm_up)
+    return replace(_cuvs(prepare), warm_up=faiss.warm_up)
 
 
 def _torch(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
@@ -49,23 +47,23 @@ def _torch(prepare: Callable[[Data], Callable[[], Result]]) -> Implementation:
 
 # The bare product comes first: the rest is set in relation to it.
 IMPLEMENTATIONS = {
-    "bare_product": Implementation(torch_search.bare_product, capturable=True),
+    "bare_product": Implementation(chunked.bare_product, capturable=True),
     "knnext": Implementation(search, capturable=True),
     "knnext_sqnorms": Implementation(search_with_sqnorms, capturable=True),
-    "torch_chunked": _torch(torch_search.torch_chunked),
+    "torch_chunked": _torch(chunked.torch_chunked),
     "torch_chunked_float32": Implementation(
-        torch_search.torch_chunked_float32, capturable=True, devices=CUDA
+        chunked.torch_chunked_float32, capturable=True, devices=CUDA
     ),
-    "torch_compiled": Implementation(torch_search.torch_compiled, exact=False),
-    "cuvs_brute_force": _cuvs(cuvs_search.brute_force),
-    "faiss_flat": Implementation(faiss_search.flat, devices=CPU),
-    "faiss_gpu_flat_float16": _faiss_gpu(faiss_search.gpu_flat(HALF)),
-    "faiss_gpu_flat_float32": _faiss_gpu(faiss_search.gpu_flat(SINGLE)),
-    "faiss_knn_gpu_float16": _faiss_gpu(faiss_search.knn_gpu(HALF)),
-    "faiss_knn_gpu_bfloat16": _faiss_gpu(faiss_search.knn_gpu(BRAIN)),
-    "faiss_knn_gpu_float32": _faiss_gpu(faiss_search.knn_gpu(SINGLE)),
+    "torch_compiled": Implementation(chunked.torch_compiled, exact=False),
+    "cuvs_brute_force": _cuvs(cuvs.brute_force),
+    "faiss_flat": Implementation(faiss.flat, devices=CPU),
+    "faiss_gpu_flat_float16": _faiss_gpu(faiss.gpu_flat(HALF)),
+    "faiss_gpu_flat_float32": _faiss_gpu(faiss.gpu_flat(SINGLE)),
+    "faiss_knn_gpu_float16": _faiss_gpu(faiss.knn_gpu(HALF)),
+    "faiss_knn_gpu_bfloat16": _faiss_gpu(faiss.knn_gpu(BRAIN)),
+    "faiss_knn_gpu_float32": _faiss_gpu(faiss.knn_gpu(SINGLE)),
     "faiss_ivfpq": Implementation(
-        faiss_search.ivfpq,
+        faiss.ivfpq,
         exact=False,
         own_memory=True,
         late=True,
@@ -81,7 +79,7 @@ def product_seconds(data: Data) -> float:
     """Of the bare product of this shape: from its own row, or measured now."""
     at = (data.shape, data.device)
     if at not in _product_seconds:
-        run = torch_search.bare_product(data)
+        run = chunked.bare_product(data)
         _product_seconds[at] = seconds_of(run, data.device, repeats=3)
     return _product_seconds[at]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cases import Implementation
-from measure import Measure, Memory, Work
-from mixing_data import (
+from torch import Tensor
+
+import knnext
+from benchmarks.data.cases import Implementation
+from benchmarks.data.mixing import (
     SHAPES_WITHOUT_LOGITS,
     Data,
     Shape,
@@ -15,9 +17,7 @@ from mixing_data import (
     make_data,
     scattered_softmax,
 )
-from torch import Tensor
-
-import knnext
+from benchmarks.timing.measure import Measure, Memory, Work
 
 SHAPES = SHAPES_WITHOUT_LOGITS
 CHECKED_ROWS = 8

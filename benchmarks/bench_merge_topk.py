@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cases import Implementation
-from gpu_timing import l2_bytes, rotations
-from measure import Measure, Memory, Work
 from torch import Tensor
 
 import knnext
+from benchmarks.data.buffers import l2_bytes, rotations
+from benchmarks.data.cases import Implementation
+from benchmarks.timing.measure import Measure, Memory, Work
 
 Result = tuple[Tensor, Tensor]
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cases import Implementation
-from measure import Measure, Memory, Work
-from search_data import Data, make_data
-from search_shapes import Shape as SearchShape
 from torch import Tensor
 
 import knnext
+from benchmarks.data.cases import Implementation
+from benchmarks.data.search import Data, make_data
+from benchmarks.data.search_shapes import Shape as SearchShape
+from benchmarks.timing.measure import Measure, Memory, Work
 
 
 @dataclass(frozen=True)

@@ -5,30 +5,31 @@ on adjacent lines.
     pytest benchmarks --full                    # every shape
     pytest benchmarks --benchmark-disable       # small shapes, run and checked, not timed
     pytest benchmarks -k 'knn_search and cpu' --benchmark-json=benchmarks/out/cpu.json
-    python benchmarks/report.py benchmarks/out/cpu.json
+    python -m benchmarks.report benchmarks/out/cpu.json
 
-Real keys come from `benchmarks/real_keys.py` or from any datastore (--datastore). Each result is
-checked once before it is timed; a rival that is not installed is skipped, and says so.
+Real keys come from `benchmarks/data/real_keys.py` or from any datastore (--datastore). Each result
+is checked once before it is timed; a rival that is not installed is skipped, and says so.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import real_keys
 import torch
-from cases import ESSENTIAL, available_devices, cases
-from gpu_timing import gpu_clock
-from measure import Measure, kernels, versions
-from report_targets import names_shape
 
-_START = time.monotonic()
+from benchmarks.data import real_keys
+from benchmarks.data.cases import available_devices, cases
+from benchmarks.report.targets import names_shape
+from benchmarks.timing.budget import Budget
+from benchmarks.timing.gpu import gpu_clock
+from benchmarks.timing.measure import Measure, kernels, versions
+
+_BUDGET = pytest.StashKey[Budget]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_BUDGET] = Budget(config.getoption("--budget"))
     folder = config.getoption("--datastore")
     if folder is not None:
         real_keys.use(folder)
@@ -101,13 +103,11 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(autouse=True)
 def _within_budget(request: pytest.FixtureRequest) -> None:
-    budget = request.config.getoption("--budget")
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get(
-        "implementation"
-    )
-    late = budget is not None and time.monotonic() - _START > budget
-    if name and late and not name.startswith(ESSENTIAL):
-        pytest.skip(f"the budget of {budget:g} s is spent; only knnext and the limits still run")
+    budget = request.config.stash[_BUDGET]
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "implementation" in params and budget.leaves_out(params["implementation"]):
+        spent = f"the budget of {budget.seconds:g} s is spent"
+        pytest.skip(f"{spent}; only knnext and the limits still run")
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ cd "$(dirname "$0")/.." || exit 2
 root=$PWD
 final=${1:-${OUT:-benchmarks/out/gpu}}
 python=${PYTHON:-python3}
+[[ $python = */* && $python != /* ]] && python=$root/$python
 minutes=${MINUTES:-9}
 steps=${STEPS:-}
 rivals=${RIVALS:-.gpu}
@@ -37,7 +38,8 @@ trap 'rm -rf "$scratch"' EXIT
 out=$final
 [ "${ARCHIVE:-0}" = 1 ] && out=$scratch/out && mkdir "$out"
 : >"$out/summary.txt"
-deadline=$((SECONDS + minutes * 60))
+now() { date +%s; }
+deadline=$(($(now) + minutes * 60))
 export PYTHONUNBUFFERED=1 KNNEXT_REQUIRE_GPU=1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
@@ -69,11 +71,12 @@ publish() {
 # step NAME SECONDS RESERVED COMMAND...: at most SECONDS of a nine-minute run, and so that RESERVED
 # seconds stay for the steps behind it. SIGINT lets pytest write what it has measured.
 step() {
-  local name=$1 limit=$(($2 * minutes / 9)) left=$((deadline - SECONDS - $3 * minutes / 9))
-  local start=$SECONDS status=0 verdict=ok
+  local start name=$1 limit=$(($2 * minutes / 9)) left status=0 verdict=ok
+  start=$(now)
+  left=$((deadline - start - $3 * minutes / 9))
   shift 3
   wanted "$name" || return
-  [ -n "$steps" ] && left=$((deadline - SECONDS)) && limit=$left
+  [ -n "$steps" ] && left=$((deadline - start)) && limit=$left
   if [ "$left" -lt 5 ]; then
     say "$(printf '%-14s %-20s' "$name" "NO TIME LEFT")"
     return
@@ -83,11 +86,12 @@ step() {
   # Bash lets what runs in its background ignore SIGINT.
   timeout --signal=INT --kill-after=10 "$limit" env --default-signal=INT "$@" \
     >"$out/$name.log" 2>&1 || status=$?
-  if [ "$status" -ne 0 ]; then
-    verdict="FAILED ($status)"
-    [ $((SECONDS - start)) -ge "$limit" ] && verdict="OUT OF TIME (${limit}s)"
-  fi
-  say "$(printf '%-14s %-20s %4ds  %s' "$name" "$verdict" $((SECONDS - start)) \
+  local took=$(($(now) - start))
+  [ "$status" -ne 0 ] && verdict="FAILED ($status)"
+  # 124 is timeout's word for it; 137 is its SIGKILL, or that of a machine short of memory.
+  [ "$status" -eq 124 ] || { [ "$status" -eq 137 ] && [ "$took" -ge "$limit" ]; } &&
+    verdict="OUT OF TIME (${limit}s)"
+  say "$(printf '%-14s %-20s %4ds  %s' "$name" "$verdict" "$took" \
     "$(grep -aE '(passed|failed|error|skipped|ERROR SUMMARY)' "$out/$name.log" | tail -n 1 | cut -c1-120)")"
   publish
 }
@@ -164,11 +168,11 @@ report() {
     [ -s "$out/$name.json" ] && files+=("$out/$name.json")
   done
   [ ${#files[@]} -gt 0 ] || { echo "error: no benchmark left its JSON"; return 1; }
-  "$python" benchmarks/report.py "${files[@]}" --page "$out/README.md" --pictures "$out/pictures"
+  "$python" -m benchmarks.report "${files[@]}" --page "$out/README.md" --pictures "$out/pictures"
 }
 
-kernel_times() {  # FOLDER NAME: of the package in that folder
-  PYTHONPATH=$1 "$python" "$root/benchmarks/kernel_times.py" --json "$out/$2.json"
+kernel_times() {  # FOLDER NAME: of the package in that folder, found before this one's
+  (cd "$1" && PYTHONPATH=$1:$root "$python" -m benchmarks.timing.kernels --json "$out/$2.json")
 }
 
 null_epilogue() {
@@ -191,7 +195,7 @@ profile() {
       --section Occupancy --section SpeedOfLight --section ComputeWorkloadAnalysis \
       --section MemoryWorkloadAnalysis --section MemoryWorkloadAnalysis_Tables \
       --section SchedulerStats --section WarpStateStats \
-      "$python" benchmarks/kernel_times.py $shape --calls 1 --run-only || return
+      "$python" -m benchmarks.timing.kernels $shape --calls 1 --run-only || return
   done
 }
 export -f machine gpu_tests sanitize activate_rivals benchmarks report kernel_times null_epilogue profile
@@ -224,18 +228,18 @@ else
   say "compute-sanitizer is not installed: its steps were left out"
 fi
 if [ -z "${DATASTORE:-}" ] && "$python" -c 'import transformers' 2>/dev/null; then
-  beside real_keys 120 230 "$python" benchmarks/real_keys.py --steps 1500
+  beside real_keys 120 230 "$python" -m benchmarks.data.real_keys --steps 1500
 fi
 wait
 
 budget=$((130 * minutes / 9))
-[ -n "$steps" ] && budget=$(((deadline - SECONDS) * 6 / 10))
+[ -n "$steps" ] && budget=$(((deadline - $(now)) * 6 / 10))
 step bench 200 65 bash -c "benchmarks bench --budget=$budget"
 step bench_sm90 60 15 env KNNEXT_SM90=1 bash -c \
   'benchmarks bench_sm90 --only=bare_product,knnext,knnext_sqnorms -k "cuda and knn_search"'
 step report 30 0 bash -c report
 if [ "${NULL_EPILOGUE:-0}" = 1 ] || asked kernels || asked kernels_null; then
-  [ -z "$steps" ] && deadline=$((SECONDS + 240))
+  [ -z "$steps" ] && deadline=$(($(now) + 240))
   export KNNEXT_SM90=1
   step kernels 60 0 bash -c 'kernel_times "$root" kernels'
   step kernels_null 240 0 bash -c null_epilogue

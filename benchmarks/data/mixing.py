@@ -7,9 +7,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from cases import dtype_name
-from gpu_timing import l2_bytes, rotations
 from torch import Tensor
+
+from benchmarks.data.buffers import l2_bytes, rotations
+from benchmarks.data.cases import dtype_name
 
 VOCABULARIES = (33_344, 50_257, 128_256, 262_144)
 

@@ -1,6 +1,6 @@
 """Real keys: hidden states of the demo's language model, which cluster as gaussian keys do not.
 
-    python benchmarks/real_keys.py                       # train, then store a million states
+    python -m benchmarks.data.real_keys                  # train, then store a million states
     pytest benchmarks --datastore=knnext-demo/datastore  # or those of `make demo`, or any other
 
 The text is Python's own standard library, so it works offline. The states are 128 wide: a model
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from knnext import Datastore
 
-FOLDER = Path(__file__).resolve().parent / "out" / "lm-keys"
+FOLDER = Path(__file__).resolve().parents[1] / "out" / "lm-keys"
 HINT = (
-    "make them with `python benchmarks/real_keys.py` (it needs knnext[lm]), or give the folder of "
-    "a datastore with --datastore"
+    "make them with `python -m benchmarks.data.real_keys` (it needs knnext[lm]), or give the "
+    "folder of a datastore with --datastore"
 )
 #: The last rows of the datastore are kept out of the keys and asked about.
 HELD_OUT = 16_384
@@ -76,10 +76,10 @@ def load_queries(count: int) -> Tensor:
 
 def make(folder: Path, rows: int, steps: int) -> Path:
     """Trains the demo's model for `steps` and stores `rows` of its states; goes on where it can."""
-    from knnext.build import build_datastore
-    from knnext.corpus import load_corpus, tokenize
-    from knnext.demo import take_documents
-    from knnext.train import load_lm, save_lm, train_lm, train_tokenizer
+    from knnext.corpus import load_corpus, take_documents, tokenize
+    from knnext.datastore.build import build_datastore
+    from knnext.lm.load import load_lm, save_lm
+    from knnext.lm.train import train_lm, train_tokenizer
 
     documents = load_corpus("stdlib").train
     if not (folder / "model" / "config.json").exists():

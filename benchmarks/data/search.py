@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_keys
 import torch
-from gpu_timing import l2_bytes, rotations
-from search_shapes import Shape
 from torch import Tensor
 
 import knnext
+from benchmarks.data import real_keys
+from benchmarks.data.buffers import l2_bytes, rotations
+from benchmarks.data.search_shapes import Shape
 from knnext.testing import tensor_core_tolerance
 
 Result = tuple[Tensor, Tensor]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import dtype_name
+
+from benchmarks.data.cases import dtype_name
 
 QUERIES = (1, 8, 64, 256, 1024, 4096, 16384)
 ENTRIES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000)

@@ -1,38 +1,29 @@
-"""Turns benchmark JSON into benchmarks/README.md and its pictures.
-
-    pytest benchmarks --benchmark-json=benchmarks/out/cpu.json
-    python benchmarks/report.py benchmarks/out/cpu.json              # README.md and results/*.png
-    python benchmarks/report.py --store cpu-2026-11-22 out/cpu.json  # keep its short form first
-
-Several files may be given: of one shape and implementation the first counts. Rows measured with
-KNNEXT_SM90=1 keep a name of their own, so both kernels' runs go into one report.
-"""
+"""The page of a report and where it goes: benchmarks/README.md, with its pictures."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from report_plots import draw, pictures
-from report_rows import Row, Source, read, short_form, with_gemm_shares
-from report_tables import OPS, limits_line, op_table, targets_table
+from benchmarks.report.plots import draw, pictures
+from benchmarks.report.rows import Row, Source, read, short_form, with_gemm_shares
+from benchmarks.report.tables import OPS, limits_line, op_table, targets_table
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 DEVICES = {"cuda": "On a GPU", "cpu": "On a CPU"}
 
 HEAD = """\
 # Benchmarks
 
-Made by `benchmarks/report.py` from {sources}; the story behind the numbers is in [LOG.md](LOG.md).
+Made by `python -m benchmarks.report` from {sources}; their story is in [LOG.md](LOG.md).
 
 ```
 pip install "knnext[bench]"
 make bench                                  # the short list, on what is there
 pytest benchmarks --full                    # every shape
 benchmarks/gpu_run.sh                       # everything that needs a GPU, in nine minutes
-python benchmarks/report.py FILE.json       # this page, from --benchmark-json=FILE.json
+python -m benchmarks.report FILE.json       # this page, from --benchmark-json=FILE.json
 ```
 
 How to read the tables:
@@ -142,29 +133,3 @@ def store(path: Path, name: str, command: str) -> Path:
     content = json.dumps(short_form(path, command), indent=1)
     target.write_text(content + "\n", encoding="utf-8")
     return target
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, help="JSON of --benchmark-json or results/")
-    parser.add_argument("--page", type=Path, default=HERE / "README.md")
-    parser.add_argument("--pictures", type=Path, default=HERE / "results")
-    parser.add_argument(
-        "--store", metavar="NAME", help="keep the one file's short form in results/"
-    )
-    parser.add_argument("--command", default="pytest benchmarks", help="noted with --store")
-    given = parser.parse_args(arguments)
-    files = given.files
-    if given.store:
-        if len(files) != 1:
-            parser.error("--store takes one file")
-        files = [store(files[0], given.store, given.command)]
-    try:
-        written = write(files, given.page, given.pictures)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"report: {error}\n")
-    print("\n".join(str(path) for path in written))
-
-
-if __name__ == "__main__":
-    main()

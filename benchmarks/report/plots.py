@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_rows import Row
-from report_tables import baseline, count, grouped
+from benchmarks.report.rows import Row
+from benchmarks.report.tables import baseline, count, grouped
 
 _INK, _MUTED, _GRID = "#1f2933", "#52606d", "#e4e7eb"
 #: Colors that stay apart for color-blind eyes; one for each family, which its name's start tells.

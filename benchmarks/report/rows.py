@@ -1,7 +1,7 @@
 """Rows of benchmark JSON, whichever of two forms it has.
 
-pytest-benchmark's own, from --benchmark-json; and the short one of `report.py --store`, which keeps
-medians and facts and leaves out the samples and what tells machines apart.
+pytest-benchmark's own, from --benchmark-json; and the short one of --store, which keeps medians and
+facts and leaves out the samples and what tells machines apart.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from report_rows import AXES, Row
-from report_targets import Target, Verdict, verdicts
+from benchmarks.report.rows import AXES, Row
+from benchmarks.report.targets import Target, Verdict, verdicts
 
 OPS = (
     *("knn_search", "knn_softmax", "knn_interpolate", "knn_target_log_prob"),

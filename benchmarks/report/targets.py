@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from report_rows import Row
+from benchmarks.report.rows import Row
 
 Value = Callable[[Row, Sequence[Row]], float | None]
 #: Asked of a row, or of a shape's own facts: of what gives facts by name.

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from limits import seconds_of
-from search_data import Data, Result
-from search_shapes import Shape
 from torch import Tensor
+
+from benchmarks.data.search import Data, Result
+from benchmarks.data.search_shapes import Shape
+from benchmarks.timing.limits import seconds_of
 
 Step = Callable[[Tensor, Tensor, Tensor, int], Result]
 #: Values of one chunk's distances: half a gigabyte in half precision.

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from search_data import Data, Result
+
+from benchmarks.data.search import Data, Result
 
 HINT = (
     "pip install cuvs-cu13==26.6.* rmm-cu13==26.6.* beside a torch for CUDA 13.0, which newer ones "

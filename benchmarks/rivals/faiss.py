@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from search_data import Data, Result, require_memory
 from torch import Tensor
 
+from benchmarks.data.search import Data, Result, require_memory
 from knnext.index.faiss_build import default_factory
 
 GPU_MAX_K = 2048

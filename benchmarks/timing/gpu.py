@@ -32,8 +32,6 @@ GRAPH_BELOW = 1e-3
 MEASURED_SECONDS = 0.25
 MAX_CALLS = 4096
 LONG_SECONDS = 0.5
-#: A cache that a device does not tell of counts as large as an H100's.
-DEFAULT_L2 = 50 << 20
 
 
 class _Clock:
@@ -44,16 +42,6 @@ class _Clock:
 def gpu_clock() -> float:
     """Device seconds so far. Only finished rounds move it."""
     return _Clock.seconds
-
-
-def l2_bytes(device: torch.device | str) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "L2_cache_size", 0) or DEFAULT_L2)
-
-
-def rotations(bytes_per_call: float, l2: int, most: int = 1024) -> int:
-    """How many sets of buffers make a whole turn exceed twice the L2."""
-    return min(most, max(1, math.ceil(2 * l2 / max(1.0, bytes_per_call))))
 
 
 def calls_per_round(seconds: float, sets: int) -> int:

@@ -1,6 +1,6 @@
 """Device time of each kernel of one search: where the time goes, and what an epilogue costs.
 
-    python benchmarks/kernel_times.py --queries 4096 --entries 1000000
+    python -m benchmarks.timing.kernels --queries 4096 --entries 1000000
 
 A build with `NVCC_APPEND_FLAGS=-DKNNEXT_NULL_EPILOGUE` scans without looking at its scores. Its
 results are wrong, and every query goes through the fallback afterwards; what its scan is faster by

@@ -18,7 +18,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from gpu_timing import GpuSampler
+
+from benchmarks.timing.gpu import GpuSampler
 
 CPU_BYTES, GPU_BYTES = 256 << 20, 4 << 30
 CPU_PRODUCT, GPU_PRODUCT = 2048, 8192

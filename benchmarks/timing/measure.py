@@ -1,6 +1,6 @@
 """Times one implementation and writes beside it what its time means.
 
-On a GPU by `gpu_timing`; on a CPU by the host's clock over a fixed number of rounds.
+On a GPU by `benchmarks.timing.gpu`; on a CPU by the host's clock over a fixed number of rounds.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import limits
 import torch
-from cases import Implementation
-from gpu_timing import GpuSampler
+
+from benchmarks.data.cases import Implementation
+from benchmarks.timing import limits
+from benchmarks.timing.gpu import GpuSampler
 
 Run = Callable[[], Any]
 PACKAGES = ("torch", "knnext", "faiss-gpu", "faiss-cpu", "cuvs-cu12", "cuvs-cu13")

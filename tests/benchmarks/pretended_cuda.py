@@ -2,14 +2,16 @@
 
 Tensors asked for on "cuda" lie on the CPU; events, graphs, streams and memory figures are made up;
 of FAISS's GPU interface and of cuVS there is as much as the benchmarks call. Every pair of events
-is one millisecond apart, so the times are known and say nothing.
+is half a millisecond apart, so the times are known, say nothing, and do not depend on the machine;
+neither does how much is run.
 
-    pytest -p pretended_cuda benchmarks
+    pytest -p tests.benchmarks.pretended_cuda benchmarks
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +24,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-MILLISECONDS_APART = 1.0
-L2_BYTES = 1 << 20
+MILLISECONDS_APART = 0.5  # below a millisecond, so that what can be captured is
+L2_BYTES = 1 << 18
 STREAM = 7
 
 
@@ -134,6 +136,7 @@ def cuvs_search(
 def _pretend_torch() -> None:
     torch.Generator = Generator  # type: ignore[misc]
     torch.compile = lambda step, **_: step  # type: ignore[assignment]
+    torch.compiler.reset = lambda: None  # it would load the compiler to do so
     stream = SimpleNamespace(cuda_stream=STREAM)
     made_up = {
         "is_available": lambda: True,
@@ -190,11 +193,16 @@ _pretend_rivals()
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
     """Small shapes under the name of the short list, and limits that take no time."""
-    import cases
-    import gpu_timing
-    import limits
+    from benchmarks.data import cases
+    from benchmarks.timing import gpu, limits
 
     cases.profile = lambda device, full, smoke: "smoke"
-    gpu_timing.SPIN_UP_SECONDS = gpu_timing.WARM_UP_SECONDS = 0.002
-    gpu_timing.spin_up.__defaults__ = (0.0,)
+    gpu.WARM_UP_SECONDS = 1e-3 * MILLISECONDS_APART
+    gpu.MEASURED_SECONDS = 0.0  # the fewest rounds
+    gpu.spin_up = lambda: None
     limits.GPU_BYTES, limits.GPU_PRODUCT, limits.CPU_BYTES = 1 << 20, 64, 1 << 20
+
+
+def pytest_collection_finish() -> None:
+    """What was imported needs no look at each of the benchmarks' collections."""
+    gc.freeze()

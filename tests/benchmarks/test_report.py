@@ -1,4 +1,4 @@
-"""benchmarks/report.py: the committed page, and a small made-up run on a GPU."""
+"""benchmarks/report: the committed page, and a small made-up run on a GPU."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmark_modules import BENCHMARKS, report
-from benchmark_runs import entry, write_run
-from kernel_times import short_name, summed
-from report_plots import LIMIT, pictures
-from report_rows import read
-from report_tables import duration, number, size
-from report_targets import names_shape, verdicts
-from search_shapes import SHAPES
+import torch
+
+from benchmarks.data.search_shapes import SHAPES
+from benchmarks.report.__main__ import main
+from benchmarks.report.page import gather, render, write
+from benchmarks.report.plots import LIMIT, pictures
+from benchmarks.report.rows import read, short_form
+from benchmarks.report.tables import duration, number, size
+from benchmarks.report.targets import names_shape, verdicts
+from benchmarks.timing import kernels
+from benchmarks.timing.kernels import short_name, summed
+from tests.benchmarks.children import BENCHMARKS
+from tests.benchmarks.runs import entry, write_run
 
 COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
 PNG = b"\x89PNG"
@@ -37,17 +42,18 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_committed_page_is_what_the_committed_runs_give() -> None:
-    sources, rows = report.gather(COMMITTED)
+    sources, rows = gather(COMMITTED)
     plots = sorted(f"results/{path.name}" for path in (BENCHMARKS / "results").glob("*.png"))
     assert plots == sorted(f"results/{picture.file_name}" for picture in pictures(rows))
     order = [f"results/{picture.file_name}" for picture in pictures(rows)]
     page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert page == report.render(sources, rows, order), "run benchmarks/report.py results/*.json"
+    again = "python -m benchmarks.report benchmarks/results/*.json"
+    assert page == render(sources, rows, order), again
 
 
 def test_cpu_rows_are_ratios_and_never_times(tmp_path: Path) -> None:
     path = BENCHMARKS / "results" / "cpu-2026-11-22.json"
-    page, *drawn = report.write([path], tmp_path / "README.md", tmp_path)
+    page, *drawn = write([path], tmp_path / "README.md", tmp_path)
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"\d (ms|µs|s) \|", text)
     faiss = next(line for line in text.splitlines() if "faiss_flat" in line)
@@ -57,7 +63,7 @@ def test_cpu_rows_are_ratios_and_never_times(tmp_path: Path) -> None:
 
 
 def test_a_gpu_run_has_times_memory_recall_and_targets(run: Path, tmp_path: Path) -> None:
-    page, *_ = report.write([run], tmp_path / "README.md", tmp_path)
+    page, *_ = write([run], tmp_path / "README.md", tmp_path)
     text = page.read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if "**knnext_sqnorms**" in line)
     assert all(cell in line for cell in ("| 0.80 |", "20.0 ms", "50 %", "1.0000", "123 MB"))
@@ -78,7 +84,7 @@ def test_targets_are_missed_where_they_are_missed(tmp_path: Path) -> None:
         entry("faiss_gpu_flat_float16", 4096, 50.0),
         entry("faiss_knn_gpu_float16", 4096, 90.0),
     ]
-    _, rows = report.gather([write_run(tmp_path / "run.json", entries)])
+    _, rows = gather([write_run(tmp_path / "run.json", entries)])
     found = {(v.target.what, v.target.kernels): v for v in verdicts(rows)}
     assert {kernels for _, kernels in found} == {"hopper"}
     values = {what: (round(v.value, 2), v.met) for (what, _), v in found.items()}
@@ -97,14 +103,14 @@ def test_both_kernels_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None
         entry("knnext_sqnorms", 4096, 12.0, kernels="sm90"),
     ]
     second = write_run(tmp_path / "sm90.json", again)
-    _, rows = report.gather([run, second])
+    _, rows = gather([run, second])
     times = {row.implementation: row.seconds for row in rows if row["Q"] == 4096}
     assert times["knnext_sqnorms"] == 0.020 and times["knnext_sqnorms (sm90)"] == 0.012
     assert times["bare_product"] == 0.010, "of two rows of one name the first file's counts"
 
 
 def test_pictures_hold_every_rival_and_the_limit(run: Path) -> None:
-    _, rows = report.gather([run])
+    _, rows = gather([run])
     (picture,) = pictures(rows)
     lines = {line.name: line for line in picture.lines}
     assert picture.axis == "Q" and picture.device == "cuda"
@@ -115,7 +121,7 @@ def test_pictures_hold_every_rival_and_the_limit(run: Path) -> None:
 
 def test_the_short_form_gives_the_same_rows_and_no_host(run: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.json"
-    short.write_text(json.dumps(report.short_form(run, "pytest benchmarks")))
+    short.write_text(json.dumps(short_form(run, "pytest benchmarks")))
     assert "a-host" not in short.read_text()
     source, rows = read(short)
     assert source.machine["gpu"] == "A GPU" and source.date == "2031-02-03"
@@ -131,7 +137,7 @@ def test_what_is_no_benchmark_file_is_named(
     path = tmp_path / "other.json"
     path.write_text('{"results": []}')
     with pytest.raises(SystemExit) as stopped:
-        report.main([str(path), "--page", str(tmp_path / "page.md")])
+        main([str(path), "--page", str(tmp_path / "page.md")])
     assert stopped.value.code == 2
     assert "other.json is no benchmark JSON" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
@@ -165,3 +171,24 @@ def test_kernel_times_are_of_one_search_and_named_shortly() -> None:
     ]
     found = [(t["kernel"], t["launches"], t["microseconds"]) for t in summed(events, calls=3)]
     assert found == [("scan<__half, 128, 256>", 2, 300.0), ("select", 1, 10.0)]
+
+
+def test_a_run_is_kept_in_short_and_reported_from_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.report.page.HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    page = tmp_path / "page.md"
+    places = ["--page", str(page), "--pictures", str(tmp_path / "pictures")]
+    main([str(run), "--store", "kept", "--command", "as typed", *places])
+    kept = json.loads((tmp_path / "results/kept.json").read_text())
+    assert kept["command"] == "as typed" and "`kept.json` (2031-02-03)" in page.read_text()
+    printed = capsys.readouterr().out.split()
+    assert printed == [str(page), *map(str, (tmp_path / "pictures").iterdir())]
+
+
+def test_kernel_times_want_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kernels"])
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        kernels.main()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from benchmark_modules import BENCHMARKS, real_keys
-from cases import Implementation, cases
-from mixing_data import SHAPES as MIXING_SHAPES
-from report_rows import Row
-from report_targets import TARGETS
-from search_data import Data, Result, assert_exact, make_data, recall
-from search_shapes import SHAPES, Shape, unique
 
 import knnext
+from benchmarks.data import real_keys
+from benchmarks.data.cases import Implementation, cases
+from benchmarks.data.mixing import SHAPES as MIXING_SHAPES
+from benchmarks.data.search import Data, Result, assert_exact, make_data, recall
+from benchmarks.data.search_shapes import SHAPES, Shape, unique
+from benchmarks.report.rows import Row
+from benchmarks.report.targets import TARGETS
 from knnext import Datastore
 
 SHAPE = Shape(9, 2000, 32, 40)
@@ -110,6 +111,6 @@ def test_without_real_keys_the_reason_says_how_to_make_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(real_keys._Place, "folder", tmp_path)
-    with pytest.raises(pytest.skip.Exception, match=r"real_keys\.py.*--datastore"):
+    with pytest.raises(pytest.skip.Exception, match=r"-m benchmarks\.data\.real_keys.*--datastore"):
         real_keys.load_queries(1)
-    assert (BENCHMARKS / "real_keys.py").is_file()
+    assert find_spec("benchmarks.data.real_keys") is not None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_modules import ROOT
-from gpu_timing import (
+
+from benchmarks.data.buffers import rotations
+from benchmarks.report.tables import OPS as REPORTED
+from benchmarks.timing.budget import Budget
+from benchmarks.timing.gpu import (
     MAX_CALLS,
     ROUND_SECONDS,
     GpuSampler,
     calls_per_round,
     gpu_clock,
-    rotations,
     rounds_for,
 )
+from knnext import Datastore
+from tests.benchmarks.children import ROOT, run_child
 
 L2 = 50 << 20
+OPS = set(REPORTED)
 
 
 class Device:
@@ -72,7 +75,7 @@ class Device:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: device.stream)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda s: setattr(device, "stream", s))
-        monkeypatch.setattr("gpu_timing.spin_up", lambda: None)
+        monkeypatch.setattr("benchmarks.timing.gpu.spin_up", lambda: None)
 
 
 def test_buffers_rotate_past_twice_the_cache() -> None:
@@ -154,27 +157,51 @@ def test_sets_of_buffers_take_turns_and_results_live_for_one(
     assert sorted(sampler._results) == [0, 1, 2, 3]
 
 
+def test_only_knnext_and_the_limits_run_once_the_budget_is_spent() -> None:
+    now = [100.0]
+    budget, endless = Budget(30.0, lambda: now[0]), Budget(None, lambda: now[0])
+    names = ("knnext", "knnext_sqnorms", "bare_product", "torch_chunked", "faiss_flat")
+    now[0] = 130.0
+    assert not any(map(budget.leaves_out, names)), "not before it is spent"
+    now[0] = 130.1
+    assert [budget.leaves_out(name) for name in names] == [False, False, False, True, True]
+    assert not any(map(endless.leaves_out, names))
+
+
+def small_datastore(path: Path) -> Path:
+    """As wide as the real keys of the smoke list, and enough of them."""
+    with Datastore.create(path, 128, torch.float16) as store:
+        store.append(torch.randn(6000, 128), torch.zeros(6000, dtype=torch.int64))
+    return path
+
+
 @pytest.mark.slow
 def test_every_cuda_branch_on_a_pretended_gpu(tmp_path: Path) -> None:
     """All rivals run, are checked, and what pytest-benchmark holds is the events' time."""
     pytest.importorskip("faiss")
     target = tmp_path / "bench.json"
+    plugins = ("-p", "tests.benchmarks.pretended_cuda", "-p", "no:cacheprovider")
     command = [
-        *(sys.executable, "-m", "pytest", "-q", "-p", "pretended_cuda", "-p", "no:cacheprovider"),
-        *("benchmarks", "-k", "cuda and not ivfpq", f"--benchmark-json={target}"),
+        *(sys.executable, "-m", "pytest", "-q", *plugins, "benchmarks"),
+        *("-k", "cuda and not ivfpq", f"--benchmark-json={target}"),
+        f"--datastore={small_datastore(tmp_path / 'store')}",
     ]
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "KNNEXT_SM90": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    # One thread: the shapes are tiny, and threads that wait for each other are slow under load.
+    environment = {"PYTHONPATH": str(ROOT), "KNNEXT_SM90": "1", "OMP_NUM_THREADS": "1"}
+    done = run_child(command, cwd=ROOT, scratch=tmp_path / "own", env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-4000:]
     entries = json.loads(target.read_text())["benchmarks"]
     for entry in entries:
         facts = entry["extra_info"]
-        assert entry["stats"]["median"] == pytest.approx(1e-3 / facts["calls"])
+        assert entry["stats"]["median"] == pytest.approx(0.5e-3 / facts["calls"])
         assert facts["kernels"] == "sm90" and facts["device_name"] == "a pretended GPU"
         assert facts["calls"] % facts["rotations"] == 0
         assert {"bytes", "flop", "gbps", "tflops", "share_of_limit", "peak_memory"} <= set(facts)
         assert {"share_of_read", "share_of_copy", "versions", "timing"} <= set(facts)
+    assert {entry["extra_info"]["op"] for entry in entries} == OPS
+    assert any(entry["extra_info"]["rotations"] > 1 for entry in entries)
+    assert {e["extra_info"].get("keys") for e in entries} >= {"gaussian", "lm"}
     search = {e["params"]["implementation"]: e for e in entries if "knn_search" in e["group"]}
     assert {"bare_product", "knnext_sqnorms", "torch_chunked", "torch_compiled"} <= set(search)
     assert {"cuvs_brute_force", "faiss_gpu_flat_float16", "faiss_knn_gpu_bfloat16"} <= set(search)
