@@ -152,7 +152,7 @@ def _add_eval(commands: Any) -> argparse.ArgumentParser:
 
 def _add_search(commands: Any) -> argparse.ArgumentParser:
     text = "the neighbors of a text's last state, as text"
-    c = _command(commands, "search", "knnext.cli.evaluate:search", text)
+    c = _command(commands, "search", "knnext.cli.generate:search", text)
     add_datastore(c)
     c.add_argument("text", help="the text, or - to read it from stdin")
     add_model(c)
@@ -167,7 +167,7 @@ def _add_search(commands: Any) -> argparse.ArgumentParser:
 
 def _add_generate(commands: Any) -> argparse.ArgumentParser:
     text = "continue a text with the kNN-LM"
-    c = _command(commands, "generate", "knnext.cli.evaluate:generate", text)
+    c = _command(commands, "generate", "knnext.cli.generate:generate", text)
     add_datastore(c)
     c.add_argument("text", help="the text to continue, or - to read it from stdin")
     add_model(c)
