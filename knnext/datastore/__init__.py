@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from knnext.datastore.batch import ArrayLike, Documents
-from knnext.datastore.copy import check_mergeable, copy, merge, sample_rows
+from knnext.datastore.copy import check_mergeable, copy_rows, merge_rows, sample_rows
 from knnext.datastore.errors import (
     CorruptDatastoreError,
     DatastoreError,
@@ -250,7 +250,7 @@ class Datastore(DatastoreReader):
             return view
         origin: Origin = {"subsample_of": self.fingerprint, "fraction": fraction, "seed": seed}
         with self._create_like(path, origin, resume) as target:
-            copy(target._writing("copy"), view, progress)
+            copy_rows(target._writing("copy"), view, progress)
         return target
 
     @staticmethod
@@ -269,7 +269,7 @@ class Datastore(DatastoreReader):
         check_mergeable(stores)
         prints = " ".join(store.fingerprint for store in stores)
         with stores[0]._create_like(path, {"merge_of": prints}, resume) as target:
-            merge(target._writing("merge"), stores, progress)
+            merge_rows(target._writing("merge"), stores, progress)
         return target
 
     @staticmethod

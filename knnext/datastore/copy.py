@@ -29,7 +29,7 @@ def chunk_rows(row_bytes: int) -> int:
     return max(1, _CHUNK_BYTES // row_bytes)
 
 
-def merge(
+def merge_rows(
     target: DatastoreWriter, stores: Sequence[DatastoreReader], progress: Progress | None = None
 ) -> None:
     """Append all rows of ``stores`` to ``target``, which may hold the first of them already."""
@@ -50,7 +50,9 @@ def merge(
         document += max(1, store.num_documents)
 
 
-def copy(target: DatastoreWriter, store: DatastoreReader, progress: Progress | None = None) -> None:
+def copy_rows(
+    target: DatastoreWriter, store: DatastoreReader, progress: Progress | None = None
+) -> None:
     """Append the rows of ``store``, a view, to ``target``; document ids stay as they are."""
     if store.num_documents:
         target.set_document_names(store.document_names)

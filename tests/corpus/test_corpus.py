@@ -324,7 +324,7 @@ def test_heads_of_documents_count_their_own_words(tokenizer: Any) -> None:
 
 def test_tokenize_in_batches_is_the_same(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokenize(TEXTS, tokenizer)
-    monkeypatch.setattr("knnext.corpus._BATCH_CHARS", 1)
+    monkeypatch.setattr("knnext.corpus.tokenized._BATCH_CHARS", 1)
     pieces = tokenize(TEXTS, tokenizer)
     assert np.array_equal(whole.tokens, pieces.tokens)
     assert np.array_equal(whole.num_words, pieces.num_words)

@@ -157,7 +157,8 @@ def test_merged_segments_are_the_unbroken_index(
 BUILD = """
     import os, signal, sys
     from pathlib import Path
-    import knnext.index.sidecar as sidecar
+    from contextlib import contextmanager
+    from knnext import output
     import knnext.index.faiss_build as faiss_build
     from knnext.datastore import Datastore
     from knnext.index import FaissIndex
@@ -171,16 +172,16 @@ BUILD = """
         if seen == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    real_write, real_finish = sidecar.write_atomically, faiss_build._finish
+    real_write = output.whole_file
 
-    def write(path, fill):
-        def fill_and_die(part):
-            fill(part)
+    @contextmanager
+    def write(path, **options):
+        with real_write(path, **options) as part:
+            yield part
             die_at_moment()      # written under its temporary name, not yet renamed
-        real_write(path, fill_and_die)
         die_at_moment()          # renamed, nothing after it done
 
-    faiss_build.write_atomically = sidecar.write_atomically = write
+    faiss_build.whole_file = output.whole_file = write
     FaissIndex.build(store, folder, "IVF16,PQ16x4", segment_rows=800, add_chunk=300, gpu=False)
     print("finished", seen)
 """
