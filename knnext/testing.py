@@ -75,7 +75,9 @@ def assert_close(got: Tensor, want: Tensor, kind: str, scale: Tensor | float | N
     tolerance = TOLERANCES[kind]
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    scale = want.abs() if scale is None else torch.as_tensor(scale).double().cpu()
+    scale = (
+        want.abs() if scale is None else torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+    )
     allowed = tolerance.absolute + tolerance.relative * scale.expand_as(want)
     error = (got - want).abs()
     same = (got == want) | (got.isnan() & want.isnan())
@@ -139,7 +141,7 @@ def assert_search(
         assert (error <= slack[q][rows]).all(), f"query {q}: a distance is off by {error.max():g}"
         if 0 < rows.numel() < num_keys:
             farthest = (want[q][rows] - slack[q][rows]).max()
-            left_out = torch.ones(num_keys, dtype=torch.bool)
+            left_out = torch.ones(num_keys, dtype=torch.bool, device="cpu")
             left_out[rows] = False
             nearest = (want[q] + slack[q])[left_out].min()
             assert farthest <= nearest, f"query {q}: a nearer key was left out"
@@ -175,7 +177,7 @@ def assert_topk_close(
     i0, i1 = got[1].cpu(), want[1].cpu()
     padding = i1 < 0
     assert torch.equal(i0 < 0, padding), "a different number of neighbors"
-    allowed = torch.as_tensor(slack).double().cpu().expand_as(d1)
+    allowed = torch.as_tensor(slack, dtype=torch.float64, device="cpu").expand_as(d1)
     error = (d0 - d1).masked_fill(padding, 0.0).abs()
     assert (error <= allowed).all(), f"distances differ by {error.max():g}"
     for row in (i0 != i1).any(1).nonzero().flatten().tolist():

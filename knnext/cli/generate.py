@@ -57,7 +57,7 @@ def _last_state(model: Any, tokenizer: Any, text: str, key_layer: str, dtype: An
 
     ids = _ids(tokenizer, text)[-default_block_size(model) :]
     with evaluating(model), capture_hidden_states(model, key_layer) as captured:
-        model(input_ids=torch.tensor([ids], device=model.device))
+        model(input_ids=torch.tensor([ids], dtype=torch.int64, device=model.device))
         return captured.states(1)[:, -1].to(dtype)
 
 
@@ -74,7 +74,7 @@ def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     index = open_index(args, store, settings)
     mixed = KNNLM(model, index, settings.k, temperature, lmbda)
     text = _text_of(args)
-    ids = torch.tensor([_ids(tokenizer, text)], device=model.device)
+    ids = torch.tensor([_ids(tokenizer, text)], dtype=torch.int64, device=model.device)
     torch.manual_seed(args.seed)
     sampling = {"top_p": args.top_p} if args.do_sample else {}
     output = mixed.generate(

@@ -81,7 +81,7 @@ def sample_rows(num_entries: int, fraction: float, seed: int) -> Tensor:
         raise ValueError(f"fraction: got {fraction}, want a number in [0, 1]")
     wanted = round(fraction * num_entries)
     if wanted == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     limit = _nth_smallest_hash(num_entries, seed, wanted)
     kept = [rows[hashes <= limit] for rows, hashes in _row_hashes(num_entries, seed)]
     return torch.from_numpy(np.concatenate(kept))
@@ -123,8 +123,8 @@ def _chunks(store: DatastoreReader, first: int) -> Iterator[tuple[int, Tensor, T
 
 def _document_ids(store: DatastoreReader, start: int, count: int) -> Tensor:
     if not store.num_documents:  # beside documented stores, such a store is one document
-        return torch.zeros(count, dtype=torch.int64)
-    return store.document_of(torch.arange(start, start + count))
+        return torch.zeros(count, dtype=torch.int64, device="cpu")
+    return store.document_of(torch.arange(start, start + count, device="cpu"))
 
 
 def _document_names(store: DatastoreReader) -> Sequence[str]:

@@ -44,8 +44,10 @@ class DocumentTable:
     def offsets(self) -> Tensor:
         """(count + 1,) int64, ascending from 0 to num_entries."""
         if self._meta is None:
-            return torch.zeros(1, dtype=torch.int64)
-        offsets = torch.full((self._meta.count + 1,), self._num_entries)
+            return torch.zeros(1, dtype=torch.int64, device="cpu")
+        offsets = torch.full(
+            (self._meta.count + 1,), self._num_entries, dtype=torch.int64, device="cpu"
+        )
         begun = self._meta.starts.num_bytes // _START_BYTES
         if begun:
             path = self._directory / self._meta.starts.file

@@ -54,14 +54,14 @@ class ShardFiles:
             start = int(self.bounds[shard])
             parts.append(self._mapped(shard)[max(first - start, 0) : last - start])
         if not parts:
-            return torch.empty((0, *self.row_shape), dtype=self.dtype)
+            return torch.empty((0, *self.row_shape), dtype=self.dtype, device="cpu")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Copy the ``rows`` (n,) int64, read in ascending order so that the disk streams."""
         ordered, order = rows.sort()
         cuts = torch.searchsorted(ordered, torch.from_numpy(self.bounds)).tolist()
-        result = torch.empty((len(rows), *self.row_shape), dtype=self.dtype)
+        result = torch.empty((len(rows), *self.row_shape), dtype=self.dtype, device="cpu")
         for shard in range(len(self.bounds) - 1):
             begin, end = cuts[shard], cuts[shard + 1]
             if begin == end:
@@ -106,9 +106,9 @@ class LazyRows:
         if isinstance(index, slice):
             start, stop, step = index.indices(self._count)
             if step != 1:
-                return self._gather(torch.arange(self._count)[index])
+                return self._gather(torch.arange(self._count, device="cpu")[index])
             return self._read(start, max(start, stop))
-        rows = index if isinstance(index, Tensor) else torch.as_tensor(index)
+        rows = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
         return self._gather(check_rows(rows, self._count))
 
     def range(self, first: int, last: int) -> LazyRows:

@@ -82,7 +82,7 @@ def bootstrap_nll(
     finite = {name: log_p for name, log_p in systems.items() if bool(log_p.isfinite().all())}
     if documents < 2 or not finite or resamples < 1:
         return {}
-    sums = torch.zeros(documents, len(finite), dtype=torch.float64)
+    sums = torch.zeros(documents, len(finite), dtype=torch.float64, device="cpu")
     sums.index_add_(0, ids, -torch.stack(list(finite.values()), 1).double())
     counts = ids.bincount(minlength=documents)
     means = resample_means(sums.numpy(), counts.numpy(), resamples=resamples, seed=seed)

@@ -50,8 +50,12 @@ class StreamScores:
     tokens: Tensor
     indices: Tensor | None = None
     document_names: Sequence[str] = ()
-    num_words: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    num_bytes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    num_words: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
+    num_bytes: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def _spans(
     datastore: Datastore, tokenizer: Any, rows: Tensor, before: int, after: int
 ) -> list[Span]:
     first, last, documents = _bounds(datastore, rows)
-    window = rows[:, None] + torch.arange(-before, after + 1)
+    window = rows[:, None] + torch.arange(-before, after + 1, device="cpu")
     inside = (window >= first[:, None]) & (window < last[:, None])
     # A row outside its document is read as the row itself and dropped below.
     values = datastore.values[torch.where(inside, window, rows[:, None])]

@@ -151,8 +151,8 @@ def describe_stream(
     tokenized: TokenizedDocuments, targets: Tensor, log_p_lm: Tensor
 ) -> dict[str, Any]:
     """The fields of `StreamScores` that do not depend on an index."""
-    offsets = torch.as_tensor(tokenized.document_offsets, dtype=torch.int64)
-    positions = torch.arange(targets.shape[0])
+    offsets = torch.as_tensor(tokenized.document_offsets, dtype=torch.int64, device="cpu")
+    positions = torch.arange(targets.shape[0], device="cpu")
     return {
         "log_p_lm": log_p_lm,
         "targets": targets.to(torch.int64),
@@ -160,8 +160,8 @@ def describe_stream(
         "document_ids": torch.searchsorted(offsets, positions, right=True) - 1,
         "ends_document": torch.isin(positions + 1, offsets),
         "document_names": list(tokenized.names),
-        "num_words": torch.as_tensor(tokenized.num_words, dtype=torch.int64),
-        "num_bytes": torch.as_tensor(tokenized.num_bytes, dtype=torch.int64),
+        "num_words": torch.as_tensor(tokenized.num_words, dtype=torch.int64, device="cpu"),
+        "num_bytes": torch.as_tensor(tokenized.num_bytes, dtype=torch.int64, device="cpu"),
     }
 
 
@@ -176,9 +176,9 @@ def _search(
 ) -> dict[str, Any]:
     """Neighbors of all queries, written batch by batch into arrays of their final size."""
     count = queries.shape[0]
-    distances = torch.empty(count, k)
-    tokens = torch.empty(count, k, dtype=torch.int32)
-    indices = torch.empty(count, k, dtype=torch.int64) if keep_indices else None
+    distances = torch.empty(count, k, dtype=torch.float32, device="cpu")
+    tokens = torch.empty(count, k, dtype=torch.int32, device="cpu")
+    indices = torch.empty(count, k, dtype=torch.int64, device="cpu") if keep_indices else None
     with progress(count, f"searching {name}".rstrip(), unit="tokens") as bar:
         for begin in range(0, count, query_batch):
             part = slice(begin, min(begin + query_batch, count))

@@ -18,11 +18,12 @@ from torch import Tensor
 from knnext.experiments.lab import Lab, centroid_sets, figures
 from knnext.experiments.lab.centroid_sets import CentroidSet, centroid_set, components
 from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_component
+from knnext.experiments.lab.examples import Examples
 from knnext.experiments.lab.family import Setting
 from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, seed_interval
 from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure, percent
 from knnext.experiments.lab.soft_rows import TrainedRows, floored_nll
-from knnext.experiments.lab.training import Examples, Schedule, trained
+from knnext.experiments.lab.training import Schedule, trained
 
 DESCRIPTION = Description(
     name="clustering",

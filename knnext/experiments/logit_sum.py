@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from knnext.experiments import learned_embedding
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds
+from knnext.experiments.lab.examples import layer_examples
 from knnext.experiments.lab.figures import bars, dress
 from knnext.experiments.lab.recovery import (
     Replacement,
@@ -26,7 +27,7 @@ from knnext.experiments.lab.recovery import (
     still_falling,
 )
 from knnext.experiments.lab.results import Description, Findings, PaperFigure, percent_interval
-from knnext.experiments.lab.training import Schedule, Trained, layer_examples, trained
+from knnext.experiments.lab.training import Schedule, Trained, trained
 from knnext.experiments.lab.word_rows import even_layout, word_log_p
 
 DESCRIPTION = Description(
@@ -55,7 +56,9 @@ class LogitSum(nn.Module):
         super().__init__()
         self.register_buffer("output", output, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.second = nn.Parameter(torch.zeros(output.shape[0], dim))
+        self.second = nn.Parameter(
+            torch.zeros(output.shape[0], dim, dtype=torch.float32, device="cpu")
+        )
         self.layout = even_layout(output.shape[0], 1)
 
     def forward(self, states: tuple[Tensor, ...], targets: Tensor) -> Tensor:

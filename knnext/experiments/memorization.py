@@ -99,7 +99,7 @@ class Analysis:
     def __init__(self, lab: Lab) -> None:
         self.lab, self.resamples = lab, lab.preset.resamples
         self.valid, self.test = lab.splits()
-        self.reference = torch.empty(0)
+        self.reference = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def findings(
         self,

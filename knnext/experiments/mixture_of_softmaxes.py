@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds
+from knnext.experiments.lab.examples import layer_examples
 from knnext.experiments.lab.figures import dress, line, reference_line
 from knnext.experiments.lab.recovery import (
     Replacement,
@@ -27,7 +28,7 @@ from knnext.experiments.lab.recovery import (
     still_falling,
 )
 from knnext.experiments.lab.results import Description, Findings, PaperFigure, percent_interval
-from knnext.experiments.lab.training import Schedule, Trained, layer_examples, trained
+from knnext.experiments.lab.training import Schedule, Trained, trained
 from knnext.experiments.lab.word_rows import even_layout, word_log_p
 
 DESCRIPTION = Description(
@@ -70,11 +71,24 @@ class MixtureOfSoftmaxes(nn.Module):
     ) -> None:
         super().__init__()
         dim = output.shape[1]
-        noise = torch.randn(components, dim, dim, generator=generator) * 0.1 * dim**-0.5
-        gate = torch.randn(components, dim, generator=generator) * 0.1 * dim**-0.5
-        self.contexts = nn.Parameter(torch.eye(dim) + noise)
-        self.shifts = nn.Parameter(torch.zeros(components, dim))
-        self.gate, self.gate_bias = nn.Parameter(gate), nn.Parameter(torch.zeros(components))
+        noise = (
+            torch.randn(
+                components, dim, dim, generator=generator, dtype=torch.float32, device="cpu"
+            )
+            * 0.1
+            * dim**-0.5
+        )
+        gate = (
+            torch.randn(components, dim, generator=generator, dtype=torch.float32, device="cpu")
+            * 0.1
+            * dim**-0.5
+        )
+        self.contexts = nn.Parameter(torch.eye(dim, dtype=torch.float32, device="cpu") + noise)
+        self.shifts = nn.Parameter(torch.zeros(components, dim, dtype=torch.float32, device="cpu"))
+        self.gate, self.gate_bias = (
+            nn.Parameter(gate),
+            nn.Parameter(torch.zeros(components, dtype=torch.float32, device="cpu")),
+        )
         self.output = nn.Parameter(output.clone(), requires_grad=train_output)
         self.register_buffer("bias", bias)
         self.layout = even_layout(output.shape[0], 1)

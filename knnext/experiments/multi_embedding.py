@@ -19,6 +19,7 @@ from torch import Tensor
 from knnext.experiments import learned_embedding
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds, together
+from knnext.experiments.lab.examples import train_log_p_lm
 from knnext.experiments.lab.family import Setting
 from knnext.experiments.lab.figures import COLORS, dress, line, reference_line
 from knnext.experiments.lab.recovery import (
@@ -29,7 +30,7 @@ from knnext.experiments.lab.recovery import (
     still_falling,
 )
 from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure
-from knnext.experiments.lab.training import Schedule, train_log_p_lm
+from knnext.experiments.lab.training import Schedule
 from knnext.experiments.lab.word_rows import PUBLISHED_FLOOR, Layout, even_layout, trained_rows
 
 DESCRIPTION = Description(
@@ -103,7 +104,7 @@ def variants(lab: Lab) -> list[Variant]:
 def word_weights(lab: Lab, vocab_size: int) -> dict[str, Tensor]:
     """(V,) float64: frequency of each word in the datastore; 1 + its total loss there."""
     targets = lab.train_states("att").targets
-    loss = torch.zeros(vocab_size, dtype=torch.float64)
+    loss = torch.zeros(vocab_size, dtype=torch.float64, device="cpu")
     loss.index_add_(0, targets, -train_log_p_lm(lab).double())
     return {
         "by frequency": targets.bincount(minlength=vocab_size).double(),

@@ -21,6 +21,7 @@ from torch import Tensor
 from knnext.experiments import multi_embedding
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds
+from knnext.experiments.lab.examples import Examples, layer_examples, train_log_p_lm
 from knnext.experiments.lab.figures import bars, dress
 from knnext.experiments.lab.leave_one_out import row_neighbors
 from knnext.experiments.lab.recovery import (
@@ -38,7 +39,7 @@ from knnext.experiments.lab.results import (
     PaperFigure,
     percent_interval,
 )
-from knnext.experiments.lab.training import Examples, Trained, layer_examples, nll, train_log_p_lm
+from knnext.experiments.lab.training import Trained, nll
 from knnext.experiments.lab.word_rows import PUBLISHED_FLOOR, even_layout, trained_rows
 from knnext.ops import knn_target_log_prob
 
@@ -92,7 +93,7 @@ def knn_wins(lab: Lab, yardstick: Yardstick) -> tuple[Tensor, Tensor]:
     train = lab.train_states("att")
     count = len(train.targets)
     sample = min(count, lab.preset.option("objectives.sample", max(8192, count // 100)))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
     rows = order[:sample].sort().values
     near = row_neighbors(lab, rows, lab.preset.k, yardstick.setting)
     targets = train.targets[rows]

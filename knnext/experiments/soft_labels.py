@@ -93,9 +93,9 @@ def _plan(lab: Lab) -> tuple[BlockSchedule, Tensor]:
         min_rate=train.min_rate,
         weight_decay=train.weight_decay,
     )
-    starts = torch.arange(0, len(lab.text("store").tokens) - block, block)
+    starts = torch.arange(0, len(lab.text("store").tokens) - block, block, device="cpu")
     wanted = min(schedule.steps * schedule.batch_size, option("soft-labels.blocks", _BLOCKS))
-    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0), device="cpu")
     return schedule, starts[order[:wanted]].sort().values
 
 
@@ -138,7 +138,7 @@ def _teacher_settings(lab: Lab, teacher: Teacher) -> dict[str, Any]:
 def _orders(starts: Tensor, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield starts[torch.randperm(len(starts), generator=generator)]
+        yield starts[torch.randperm(len(starts), generator=generator, device="cpu")]
 
 
 def _new_student(lab: Lab, seed: int) -> nn.Module:
@@ -166,9 +166,9 @@ def label_loss(
     bias = lab.lm().output_bias
     bias = None if bias is None else bias.to(lab.device)
     keys = lab.train_states("ffn").keys
-    positions = (starts[:, None] + torch.arange(block_size)).flatten()
-    place = torch.full((len(tokens),), -1, dtype=torch.int64)
-    place[positions] = torch.arange(len(positions))
+    positions = (starts[:, None] + torch.arange(block_size, device="cpu")).flatten()
+    place = torch.full((len(tokens),), -1, dtype=torch.int64, device="cpu")
+    place[positions] = torch.arange(len(positions), device="cpu")
     near = None if labels == BASE else row_neighbors(lab, positions, teacher.k, _SETTING)
     m = teacher.fitted.mixture
 

@@ -67,7 +67,9 @@ def _row(
 ) -> dict[str, Any]:
     """One matrix's row of the table; `sample` classes drawn with seed 0, or all."""
     if classes is None:
-        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(
+            len(weight), generator=torch.Generator().manual_seed(0), device="cpu"
+        )
         classes = order[:sample].sort().values
     start = time.perf_counter()
     with progress(None, f"linear programs: {name}", unit="classes") as bar:
@@ -95,14 +97,14 @@ def _planted_row(lab: Lab, weight: Tensor, bias: Tensor | None, steps: int) -> d
     count = lab.preset.option("stolen-probabilities.planted", _PLANTED)
     generator = torch.Generator().manual_seed(0)
     spanned = torch.stack(
-        [torch.randperm(len(weight), generator=generator)[:50] for _ in range(count)]
+        [torch.randperm(len(weight), generator=generator, device="cpu")[:50] for _ in range(count)]
     )
-    shares = torch.rand(count, 50, generator=generator, dtype=torch.float64) + 0.01
+    shares = torch.rand(count, 50, generator=generator, dtype=torch.float64, device="cpu") + 0.01
     shares /= shares.sum(1, keepdim=True)
     inner = (shares[:, :, None] * weight[spanned]).sum(1)
     if bias is not None:  # a mean of rows is stolen only with a bias no higher than their mean
         bias = torch.cat([bias.double(), (shares * bias.double()[spanned]).sum(1)])
-    planted = torch.arange(len(weight), len(weight) + count)
+    planted = torch.arange(len(weight), len(weight) + count, device="cpu")
     both = torch.cat([weight, inner])
     return _row(lab, "planted in the LM's W", both, bias, None, steps, classes=planted)
 

@@ -188,12 +188,12 @@ def _by_word(lab: Lab, test: Split, wins: Tensor) -> dict[str, Any]:
     train = lab.text("train")
     size = max(lab.padding_token, int(train.tokens.max()) + 1)
     counts = test.targets.bincount(minlength=size)
-    won = torch.zeros(size, dtype=torch.float64).index_add_(0, test.targets, wins)
+    won = torch.zeros(size, dtype=torch.float64, device="cpu").index_add_(0, test.targets, wins)
     kept = counts >= lab.preset.option("who-benefits.min_occurrences", MIN_OCCURRENCES)
     found: dict[str, Any] = {"words": int(kept.sum())}
     if found["words"] < 3:
         return found
-    share, ids = won[kept] / counts[kept], torch.arange(found["words"])
+    share, ids = won[kept] / counts[kept], torch.arange(found["words"], device="cpu")
     for name, entropy in zip(
         (FOLLOWS, PRECEDES), features.bigram_entropies(train.tokens, size), strict=True
     ):

@@ -99,7 +99,7 @@ class ExactIndex(TokenTable):
         rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype)
         rounded = rounded.to(self.device)
         count = rounded.shape[0]
-        distances = torch.full((count, k), float("inf"), device=self.device)
+        distances = torch.full((count, k), float("inf"), dtype=torch.float32, device=self.device)
         indices = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
         groups = group_queries(exclude_documents, self.datastore.document_offsets, count)
         if groups:

@@ -70,7 +70,9 @@ def check_exactness(
     if k == 0 or queries.shape[0] == 0 or sample < 1:
         raise ValueError("check_exactness needs a query, a sample and a datastore with rows")
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(queries.shape[0], generator=generator)[:sample].sort().values
+    chosen = (
+        torch.randperm(queries.shape[0], generator=generator, device="cpu")[:sample].sort().values
+    )
     picked = queries[chosen.to(queries.device)].cpu()
     distances, indices = (t.cpu() for t in index.search(picked, k))
     rounded = prepare_queries(picked, datastore.dim, datastore.dtype).double()
@@ -83,13 +85,15 @@ class _Float64Search:
 
     def __init__(self, datastore: Datastore, queries: Tensor, k: int, metric: str) -> None:
         self.datastore, self.queries, self.metric, self.k = datastore, queries, metric, k
-        self.best = torch.empty(queries.shape[0], 0, dtype=torch.float64)
-        self.indices = torch.empty(queries.shape[0], 0, dtype=torch.int64)
+        self.best = torch.empty(queries.shape[0], 0, dtype=torch.float64, device="cpu")
+        self.indices = torch.empty(queries.shape[0], 0, dtype=torch.int64, device="cpu")
         largest = 0.0
         for start, keys, _ in datastore.iter_chunks(32_768):
             keys = keys.double()
             largest = max(largest, float(keys.square().sum(1).max()))
-            rows = torch.arange(start, start + keys.shape[0]).expand(queries.shape[0], -1)
+            rows = torch.arange(start, start + keys.shape[0], device="cpu").expand(
+                queries.shape[0], -1
+            )
             self._keep(self._distances(keys), rows)
         self.scale = queries.square().sum(1) + largest
 
@@ -107,7 +111,7 @@ class _Float64Search:
 
     def of_rows(self, indices: Tensor) -> Tensor:
         """(q, k) float64 distances of the rows named; +inf at -1."""
-        out = torch.full(indices.shape, float("inf"), dtype=torch.float64)
+        out = torch.full(indices.shape, float("inf"), dtype=torch.float64, device="cpu")
         for q, rows in enumerate(indices):
             real = rows >= 0
             keys = self.datastore.keys[rows[real].sort().values].double()
@@ -149,4 +153,4 @@ def _next_best(search: _Float64Search, k: int) -> Tensor:
     """(q, 1) distance of the nearest row left out, inf where all rows are kept."""
     if search.best.shape[1] > k:
         return search.best[:, k : k + 1]
-    return torch.full((search.best.shape[0], 1), float("inf"), dtype=torch.float64)
+    return torch.full((search.best.shape[0], 1), float("inf"), dtype=torch.float64, device="cpu")

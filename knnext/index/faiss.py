@@ -197,8 +197,10 @@ class FaissIndex(TokenTable):
         check_k(k)
         nprobe = self.nprobe if nprobe is None else _check_nprobe(nprobe)
         rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype).cpu()
-        distances = torch.full((rounded.shape[0], k), float("inf"))
-        indices = torch.full((rounded.shape[0], k), -1, dtype=torch.int64)
+        distances = torch.full(
+            (rounded.shape[0], k), float("inf"), dtype=torch.float32, device="cpu"
+        )
+        indices = torch.full((rounded.shape[0], k), -1, dtype=torch.int64, device="cpu")
         offsets = self.datastore.document_offsets
         for group in group_queries(exclude_documents, offsets, rounded.shape[0]):
             for rows in _batches(group, rounded.shape[0], _QUERY_BATCH):
@@ -264,7 +266,7 @@ class FaissIndex(TokenTable):
         k = indices.shape[1]
         row_bytes = self.datastore.dim * self.datastore.dtype.itemsize
         step = max(1, self.gather_bytes // (k * row_bytes))
-        distances = torch.full(indices.shape, float("inf"))
+        distances = torch.full(indices.shape, float("inf"), dtype=torch.float32, device="cpu")
         for begin in range(0, queries.shape[0], step):
             part = slice(begin, begin + step)
             rows, local = indices[part].unique(return_inverse=True)  # ascending, -1 first

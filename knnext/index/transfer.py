@@ -54,7 +54,7 @@ def prefetch_to_device(
 
 
 def _new_slot(keys: Tensor, device: torch.device | None) -> _Slot:
-    pinned = torch.empty(keys.shape, dtype=keys.dtype, pin_memory=True)
+    pinned = torch.empty(keys.shape, dtype=keys.dtype, pin_memory=True, device="cpu")
     return _Slot(pinned, None if device is None else torch.empty_like(keys, device=device))
 
 

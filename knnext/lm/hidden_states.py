@@ -175,9 +175,11 @@ def _window_batch(
     nothing; a causal model needs no mask for that, as nothing before it can see it.
     """
     length = min(block, count)
-    starts = torch.arange(first, last) * stride
-    positions = starts[:, None] + torch.arange(length)
-    new_from = torch.tensor([_first_new(w, block, stride) for w in range(first, last)])
+    starts = torch.arange(first, last, device="cpu") * stride
+    positions = starts[:, None] + torch.arange(length, device="cpu")
+    new_from = torch.tensor(
+        [_first_new(w, block, stride) for w in range(first, last)], dtype=torch.int64, device="cpu"
+    )
     gives = (positions >= new_from[:, None]) & (positions < count)
     ids = stream[positions.clamp(max=count - 1)]
     return ids, torch.where(gives, positions, -1)

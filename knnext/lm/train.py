@@ -207,12 +207,14 @@ def _batches(tokens: Tensor, config: TrainConfig) -> Iterator[Tensor]:
     """Blocks (batch, block + 1) int64; each pass cuts the stream elsewhere, in another order."""
     generator = torch.Generator().manual_seed(config.seed)
     block, size = config.block_size, len(tokens)
-    order = torch.empty(0, dtype=torch.int64)
+    order = torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
         while len(order) < config.batch_size:
-            shift = int(torch.randint(min(block, size - block), (1,), generator=generator))
-            starts = torch.arange(shift, size - block, block)
-            more = starts[torch.randperm(len(starts), generator=generator)]
+            shift = int(
+                torch.randint(min(block, size - block), (1,), generator=generator, device="cpu")
+            )
+            starts = torch.arange(shift, size - block, block, device="cpu")
+            more = starts[torch.randperm(len(starts), generator=generator, device="cpu")]
             order = torch.cat([order, more])
         chosen, order = order[: config.batch_size], order[config.batch_size :]
-        yield tokens[chosen[:, None] + torch.arange(block + 1)].long()
+        yield tokens[chosen[:, None] + torch.arange(block + 1, device="cpu")].long()

@@ -61,9 +61,11 @@ def explorer_data(
         excerpts.append(excerpt.plain(num_neighbors, vocabulary, rows))
     spans = []
     found = neighbor_spans(
-        datastore, tokenizer, torch.tensor(list(rows.numbers), dtype=torch.int64)
+        datastore, tokenizer, torch.tensor(list(rows.numbers), dtype=torch.int64, device="cpu")
     )
-    tokens = datastore.values[torch.tensor(list(rows.numbers), dtype=torch.int64)].tolist()
+    tokens = datastore.values[
+        torch.tensor(list(rows.numbers), dtype=torch.int64, device="cpu")
+    ].tolist()
     for span, token in zip(found, tokens, strict=True):
         spans.append([span.before, vocabulary(token), span.after, documents(span.document)])
     return {
@@ -125,7 +127,9 @@ class _Excerpt:
         for tokens, shares in zip(self.part.tokens, self.shares, strict=True):
             kept = tokens >= 0
             named, place = tokens[kept].unique(return_inverse=True)
-            sums = torch.zeros(len(named), dtype=torch.float64).index_add_(0, place, shares[kept])
+            sums = torch.zeros(len(named), dtype=torch.float64, device="cpu").index_add_(
+                0, place, shares[kept]
+            )
             top = sums.topk(min(_VOTES, len(sums)))
             line: list[float] = []
             for share, at in zip(top.values.tolist(), top.indices.tolist(), strict=True):

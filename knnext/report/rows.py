@@ -32,6 +32,7 @@ def table_row(name: str, evaluation: Evaluation, num_bytes: int | None) -> Row:
             evaluation.difference_interval.high,
         ],
         dtype=torch.float64,
+        device="cpu",
     )
     change, low, high = torch.expm1(difference).tolist()
     return Row(

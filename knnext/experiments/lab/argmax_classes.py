@@ -79,14 +79,20 @@ def settle_classes(
         tick: called after each linear program.
     """
     weight = weight.double()
-    bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    bias = (
+        torch.zeros(len(weight), dtype=torch.float64, device="cpu")
+        if bias is None
+        else bias.double()
+    )
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"weight must be (V, D) and bias (V,), got {tuple(weight.shape)} and "
             f"{tuple(bias.shape)}"
         )
-    classes = torch.arange(len(weight)) if classes is None else classes
-    nowhere = torch.full((len(classes), weight.shape[1]), torch.nan, dtype=torch.float64)
+    classes = torch.arange(len(weight), device="cpu") if classes is None else classes
+    nowhere = torch.full(
+        (len(classes), weight.shape[1]), torch.nan, dtype=torch.float64, device="cpu"
+    )
     test = Settled(classes, ["open"] * len(classes), nowhere)
     if guesses:
         _guess(test, weight, bias, steps, bound)
@@ -107,7 +113,9 @@ def _margins(
 ) -> tuple[Tensor, Tensor]:
     """(m,) by how much a class leads, and (m,) the strongest of the others."""
     margins, rivals = [], []
-    for part in torch.arange(len(classes)).split(max(1, _BLOCK_ENTRIES // len(weight))):
+    for part in torch.arange(len(classes), device="cpu").split(
+        max(1, _BLOCK_ENTRIES // len(weight))
+    ):
         logits = states[part] @ weight.T + bias
         own = logits.gather(1, classes[part, None])
         best, rival = logits.scatter(1, classes[part, None], -torch.inf).max(1)
@@ -136,7 +144,9 @@ def _guess(test: Settled, weight: Tensor, bias: Tensor, steps: int, bound: float
         )
         states = (states - length * away / norms).clamp(-bound, bound)
         _keep(test, weight, bias, "reflection", states, open_)
-        left = torch.tensor([test.stages[n] == "open" for n in open_.tolist()], dtype=torch.bool)
+        left = torch.tensor(
+            [test.stages[n] == "open" for n in open_.tolist()], dtype=torch.bool, device="cpu"
+        )
         open_, states = open_[left], states[left]
 
 
@@ -146,7 +156,9 @@ def _to_bound(states: Tensor, bound: float) -> Tensor:
 
 
 def _open(test: Settled) -> Tensor:
-    return torch.tensor([n for n, s in enumerate(test.stages) if s == "open"], dtype=torch.int64)
+    return torch.tensor(
+        [n for n, s in enumerate(test.stages) if s == "open"], dtype=torch.int64, device="cpu"
+    )
 
 
 def _keep(
@@ -158,7 +170,7 @@ def _keep(
     numbers: Tensor | None = None,
 ) -> None:
     """Note the open classes that lead under their states, one a class or one a number."""
-    numbers = torch.arange(len(test.classes)) if numbers is None else numbers
+    numbers = torch.arange(len(test.classes), device="cpu") if numbers is None else numbers
     leads = is_argmax(weight, bias, states, test.classes[numbers])
     for place in leads.nonzero()[:, 0].tolist():
         number = int(numbers[place])
@@ -175,7 +187,7 @@ def _solve(
     rows has a radius at least as large, so a radius of 0 proves the whole; and an x that wins the
     argmax needs no further row.
     """
-    others = torch.arange(len(weight)) != index
+    others = torch.arange(len(weight), device="cpu") != index
     normals, gaps = (weight - weight[index])[others], (bias[index] - bias)[others]
     norms = normals.norm(dim=1)
     if bool(((norms == 0) & (gaps <= 0)).any()):
@@ -184,7 +196,7 @@ def _solve(
     usable = norms > 0
     units, sides = normals[usable] / norms[usable, None], (gaps / norms.clamp_min(1e-300))[usable]
     norms = norms[usable]
-    chosen = torch.zeros(len(units), dtype=torch.bool)
+    chosen = torch.zeros(len(units), dtype=torch.bool, device="cpu")
     excess = units @ _to_bound(weight[index, None], bound)[0] - sides
     while True:
         worst = excess.masked_fill(chosen, -torch.inf).topk(min(_ADDED_ROWS, len(units))).indices
@@ -197,7 +209,11 @@ def _solve(
             test.stages[number] = "stolen"
             test.hull_errors[index] = _hull_error(units[chosen], norms[chosen], duals)
             return
-        if bool(is_argmax(weight, bias, state[None], torch.tensor([index]))):
+        if bool(
+            is_argmax(
+                weight, bias, state[None], torch.tensor([index], dtype=torch.int64, device="cpu")
+            )
+        ):
             test.stages[number], test.states[number] = "linear program", state
             return
         excess = units @ state + radius - sides

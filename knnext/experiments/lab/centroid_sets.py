@@ -96,7 +96,7 @@ def centroid_set(lab: Lab, name: str, seed: int) -> CentroidSet:
 def _over_all(keys: Keys, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Centroids of all words together, and each key's centroid and squared distance."""
     spherical, seed = settings["name"] == SPHERICAL, settings["seed"]
-    sample = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))
+    sample = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed), device="cpu")
     sampled = keys[sample[: settings["sample"]].sort().values]
     # On the sphere the distances of exp(-d^2) and 1 / (d^2 + 0.01) are those of unit vectors.
     points = clusters.unit(sampled) if spherical else sampled

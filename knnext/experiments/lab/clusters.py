@@ -74,10 +74,10 @@ def word_means(keys: Keys, words: Tensor) -> tuple[Tensor, Tensor]:
 def random_keys(keys: Keys, words: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """((R, D), (R,)): `count` random keys of each word, all where it has fewer, and their words."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(words), generator=generator)
+    order = torch.randperm(len(words), generator=generator, device="cpu")
     order = order[words[order].sort(stable=True).indices]
     sizes = words.bincount()
-    place = torch.arange(len(words)) - (sizes.cumsum(0) - sizes)[words[order]]
+    place = torch.arange(len(words), device="cpu") - (sizes.cumsum(0) - sizes)[words[order]]
     chosen = order[place < count]
     return keys[chosen].float(), words[chosen]
 
@@ -130,7 +130,7 @@ def adaptive_word_kmeans(
         if square > 0 and count < len(members[number]):
             heapq.heappush(queue, (-square, number))
         tick()
-    owners = torch.tensor([len(centroids) for _, centroids in clusterings])
+    owners = torch.tensor([len(c) for _, c in clusterings], dtype=torch.int64, device="cpu")
     return torch.cat([c for _, c in clusterings]), found.repeat_interleave(owners)
 
 
@@ -142,7 +142,7 @@ def mean_square(keys: Tensor, count: int, seed: int, iterations: int) -> tuple[f
     limit = POINTS_PER_CENTROID * count
     if len(keys) > limit:
         generator = torch.Generator().manual_seed(seed)
-        keys = keys[torch.randperm(len(keys), generator=generator)[:limit]]
+        keys = keys[torch.randperm(len(keys), generator=generator, device="cpu")[:limit]]
     keys = keys.float()
     if count == 1:
         centroids = keys.mean(0, keepdim=True)
@@ -161,8 +161,8 @@ def _nearest_of_word(
     """
     sizes = owners.bincount(minlength=int(words.max()) + 1)
     first = sizes.cumsum(0) - sizes
-    best = torch.full((len(words),), torch.inf)
-    nearest = torch.zeros(len(words), dtype=torch.int64)
+    best = torch.full((len(words),), torch.inf, dtype=torch.float32, device="cpu")
+    nearest = torch.zeros(len(words), dtype=torch.int64, device="cpu")
     for begin in range(0, len(words), _CHUNK_ROWS):
         part = slice(begin, begin + _CHUNK_ROWS)
         chunk, own = keys[part].float(), words[part]
@@ -177,7 +177,7 @@ def _nearest_of_word(
 
 
 def _means(keys: Keys, group: Tensor, count: int) -> Tensor:
-    sums = torch.zeros(count, keys.shape[1], dtype=torch.float64)
+    sums = torch.zeros(count, keys.shape[1], dtype=torch.float64, device="cpu")
     for begin in range(0, len(group), _CHUNK_ROWS):
         part = slice(begin, begin + _CHUNK_ROWS)
         sums.index_add_(0, group[part], keys[part].double())

@@ -43,7 +43,9 @@ def pearson(
     x, y = (_standard(one.double()) for one in (x, y))
     _, ids = document_ids.unique(return_inverse=True)
     moments = torch.stack([x, y, x * x, y * y, x * y], 1)
-    sums = torch.zeros(int(ids.max()) + 1, 5, dtype=torch.float64).index_add_(0, ids, moments)
+    sums = torch.zeros(int(ids.max()) + 1, 5, dtype=torch.float64, device="cpu").index_add_(
+        0, ids, moments
+    )
     value = float(_coefficient(moments.mean(0).numpy()[None])[0])
     draws = resample_means(sums.numpy(), ids.bincount().numpy(), resamples=resamples, seed=seed)
     samples = _coefficient(draws) if len(sums) > 1 else np.empty(0)

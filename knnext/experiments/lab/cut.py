@@ -76,7 +76,7 @@ def _cut_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_p = logits.log_softmax(1)
     target = log_p.gather(1, targets[:, None])
-    ids = torch.arange(log_p.shape[1])
+    ids = torch.arange(log_p.shape[1], device="cpu")
     before = (log_p > target) | ((log_p == target) & (ids < targets[:, None]))
     rank = before.sum(1)
     entropy = -(log_p.exp() * log_p).sum(1).double()
@@ -84,10 +84,12 @@ def _cut_block(
     longest = max((m for m in kept if m < log_p.shape[1]), default=1)
     mass = log_p.topk(longest, 1).values.double().exp().cumsum(1)
     columns = [
-        torch.ones(len(rank), dtype=torch.float64) if m == log_p.shape[1] else mass[:, m - 1]
+        torch.ones(len(rank), dtype=torch.float64, device="cpu")
+        if m == log_p.shape[1]
+        else mass[:, m - 1]
         for m in kept
     ]
     masses = torch.stack(columns)
-    inside = rank < torch.tensor(kept)[:, None]
+    inside = rank < torch.tensor(kept, dtype=torch.int64, device="cpu")[:, None]
     cut_log_p = (target[:, 0].double() - masses.log()).masked_fill(~inside, -torch.inf)
     return cut_log_p, masses, entropy, rank

@@ -113,8 +113,8 @@ def row_log_p(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    tokens = torch.arange(rows.shape[0]) if row_tokens is None else row_tokens
-    out = torch.empty(states.shape[0], dtype=torch.float64)
+    tokens = torch.arange(rows.shape[0], device="cpu") if row_tokens is None else row_tokens
+    out = torch.empty(states.shape[0], dtype=torch.float64, device="cpu")
     step = max(1, _BLOCK_ENTRIES // max(1, rows.shape[0]))
     for begin in range(0, states.shape[0], step):
         part = slice(begin, begin + step)

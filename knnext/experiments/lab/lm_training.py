@@ -61,14 +61,18 @@ def next_token_loss(tokens: Tensor) -> BlockLoss:
 def passes(count: int, block_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Starts of blocks, one tensor a pass, in random order and cut elsewhere in each pass."""
     while True:
-        shift = int(torch.randint(min(block_size, count - block_size), (1,), generator=generator))
-        starts = torch.arange(shift, count - block_size, block_size)
-        yield starts[torch.randperm(len(starts), generator=generator)]
+        shift = int(
+            torch.randint(
+                min(block_size, count - block_size), (1,), generator=generator, device="cpu"
+            )
+        )
+        starts = torch.arange(shift, count - block_size, block_size, device="cpu")
+        yield starts[torch.randperm(len(starts), generator=generator, device="cpu")]
 
 
 def batches(starts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
     """Starts (size,) without end, across the ends of passes."""
-    held = torch.empty(0, dtype=torch.int64)
+    held = torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
         while len(held) < size:
             held = torch.cat([held, next(starts)])
@@ -95,7 +99,7 @@ def step(
 ) -> float:
     """One step on the blocks at `starts` of a (T,) stream; the loss before it."""
     device = next(model.parameters()).device
-    positions = starts[:, None] + torch.arange(block_size)
+    positions = starts[:, None] + torch.arange(block_size, device="cpu")
     logits = model(input_ids=tokens[positions].long().to(device), use_cache=False).logits
     value = loss(logits.flatten(0, 1), positions.flatten())
     optimizer.zero_grad(set_to_none=True)

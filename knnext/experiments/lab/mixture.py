@@ -206,7 +206,7 @@ def fit_weights(log_ps: Tensor) -> Tensor:
         log_ps: (m, n) log-probabilities of m components; -inf allowed where another is finite.
     """
     p = (log_ps.double() - log_ps.double().amax(0)).exp()
-    weights = torch.full((p.shape[0],), 1 / p.shape[0], dtype=torch.float64)
+    weights = torch.full((p.shape[0],), 1 / p.shape[0], dtype=torch.float64, device="cpu")
     for _ in range(_EM_STEPS):
         share = weights[:, None] * p
         new = (share / share.sum(0)).mean(1)

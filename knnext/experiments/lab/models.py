@@ -200,8 +200,8 @@ class ModelLab(TextLab):
 
         count = arrays["targets"].shape[0]
         empty: dict[str, Any] = {
-            "distances": torch.empty(count, 0),
-            "tokens": torch.empty(count, 0, dtype=torch.int32),
+            "distances": torch.empty(count, 0, dtype=torch.float32, device="cpu"),
+            "tokens": torch.empty(count, 0, dtype=torch.int32, device="cpu"),
         }
         shared = describe_stream(self.text(split), arrays["targets"], arrays["log_p_lm"])
         return StreamScores(**shared, **{**empty, **found})

@@ -125,12 +125,12 @@ def _sampled_keys(lab: Lab, layer: str) -> Tensor:
 
 
 def _sample(count: int, most: int) -> Tensor:
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
     return chosen.sort().values
 
 
 def _curve(layer: str, moved: bool, mean_share: float, depth: Tensor) -> dict[str, Any]:
-    quantiles = depth.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
+    quantiles = depth.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device="cpu"))
     return {
         "h_ds": layer,
         "moved": moved,

@@ -39,7 +39,10 @@ def recall(found: StreamScores, exact: StreamScores) -> Tensor:
 def thin(scores: StreamScores, share: float, seed: int = 0) -> StreamScores:
     """The same neighbors with a share of each query's dropped by lot, as if never found."""
     generator = torch.Generator().manual_seed(seed)
-    dropped = torch.rand(scores.distances.shape, generator=generator) >= share
+    dropped = (
+        torch.rand(scores.distances.shape, generator=generator, dtype=torch.float32, device="cpu")
+        >= share
+    )
     return replace(
         scores,
         distances=scores.distances.masked_fill(dropped, torch.inf),

@@ -70,7 +70,7 @@ def faiss_scores(index: FaissIndex, queries: Tensor, rows: Tensor) -> tuple[Tens
     """
     queries = queries.to(index.datastore.dtype).float()
     step = max(1, _GATHER_BYTES // (rows.shape[1] * index.datastore.dim * 4))
-    found = torch.full(rows.shape, float("inf"))
+    found = torch.full(rows.shape, float("inf"), dtype=torch.float32, device="cpu")
     ordered = rows.clone()
     for begin in range(0, queries.shape[0], step):
         part = slice(begin, begin + step)
@@ -112,8 +112,10 @@ def copy_store(
         _copy_rows(store, target)
         while len(target) < len(store) + zeros:
             count = min(_COPY_ROWS, len(store) + zeros - len(target))
-            keys = torch.zeros(count, store.dim, dtype=store.dtype)
-            target.append(keys, torch.full((count,), padding_token))
+            keys = torch.zeros(count, store.dim, dtype=store.dtype, device="cpu")
+            target.append(
+                keys, torch.full((count,), padding_token, dtype=torch.int64, device="cpu")
+            )
     return Datastore.open(path)
 
 

@@ -6,6 +6,7 @@ followed it, with a weight of 1 or one that falls with its distance to the centr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,15 +51,20 @@ class SoftRows:
 
     def dense(self, num_rows: int) -> Tensor:
         """(V, R) M itself; for small ones."""
-        m = torch.zeros(len(self.offsets) - 1, num_rows)
-        word, row, log_share = self.entries(torch.arange(len(m)))
+        m = torch.zeros(len(self.offsets) - 1, num_rows, dtype=torch.float32, device="cpu")
+        word, row, log_share = self.entries(torch.arange(len(m), device="cpu"))
         m[word, row] = log_share.exp()
         return m
 
 
 def one_hot_rows(words: Tensor, vocab_size: int) -> SoftRows:
     """M of rows that stand for one word each, (R,)."""
-    return _sparse(words, torch.arange(len(words)), torch.ones(len(words)), vocab_size)
+    return _sparse(
+        words,
+        torch.arange(len(words), device="cpu"),
+        torch.ones(len(words), dtype=torch.float32, device="cpu"),
+        vocab_size,
+    )
 
 
 def voted_rows(
@@ -79,20 +85,24 @@ def voted_rows(
         votes = 1 / (squares + 0.01)
     else:
         count = int(clusters.max()) + 1
-        nearest = torch.full((count,), torch.inf, dtype=torch.float64)
+        nearest = torch.full((count,), torch.inf, dtype=torch.float64, device="cpu")
         nearest.scatter_reduce_(0, clusters, squares, "amin")
         votes = (nearest[clusters] - squares).exp()
-    total = torch.zeros(int(clusters.max()) + 1, dtype=torch.float64).index_add_(0, clusters, votes)
+    total = torch.zeros(int(clusters.max()) + 1, dtype=torch.float64, device="cpu").index_add_(
+        0, clusters, votes
+    )
     return _sparse(words, clusters, votes / total[clusters], vocab_size)
 
 
 def _sparse(words: Tensor, rows: Tensor, shares: Tensor, vocab_size: int) -> SoftRows:
     count = int(rows.max()) + 1
     pairs, place = (words.long() * count + rows).unique(return_inverse=True)
-    summed = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, place, shares.double())
+    summed = torch.zeros(len(pairs), dtype=torch.float64, device="cpu").index_add_(
+        0, place, shares.double()
+    )
     pairs, summed = pairs[summed > 0], summed[summed > 0]
     sizes = (pairs // count).bincount(minlength=vocab_size)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes.cumsum(0)])
     return SoftRows(offsets, pairs % count, summed.log().float())
 
 
@@ -128,7 +138,7 @@ def tempered_log_p(
     rows = rows.to(device)
     placed = {name: one.to(device) for name, one in words.items()}
     shape = (len(temperatures), len(targets))
-    out = {name: torch.empty(shape, dtype=torch.float64) for name in words}
+    out = {name: torch.empty(shape, dtype=torch.float64, device="cpu") for name in words}
     step = max(1, _BLOCK_ENTRIES // len(rows))
     for begin in range(0, len(targets), step):
         part = slice(begin, begin + step)
@@ -161,5 +171,5 @@ class TrainedRows(nn.Module):
 
 def floored_nll(log_p: Tensor, _examples: object) -> Tensor:
     """Mean cross-entropy in nats, a word's probability counting as 1e-9 at least."""
-    floor = torch.tensor(TRAINING_FLOOR).log().item()
+    floor = math.log(TRAINING_FLOOR)
     return -log_p.clamp_min(floor).mean()

@@ -87,8 +87,8 @@ def quantile_buckets(values: Tensor, count: int) -> Tensor:
     """(n,) int64 bucket 0..count-1 by rank; equal values share the bucket of their first."""
     order = values.argsort(stable=True)
     ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(values))
+    ranks[order] = torch.arange(len(values), device="cpu")
     _, inverse = values.unique(return_inverse=True)
-    lowest = torch.full((int(inverse.max()) + 1,), len(values))
+    lowest = torch.full((int(inverse.max()) + 1,), len(values), dtype=torch.int64, device="cpu")
     lowest.scatter_reduce_(0, inverse, ranks, "amin")
     return lowest[inverse] * count // len(values)

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,74 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from knnext.experiments.lab import EVALUATED, LM, Lab
+from knnext.experiments.lab.examples import EVALUATION_ROWS, Examples
 from knnext.experiments.lab.mixture import LogP
 from knnext.output import write_json
-
-_EVALUATION_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Rows to train on or to score.
-
-    `states`: (n, D) tensors, any float dtype, one for each that the component reads. `targets`
-    (n,) int64. `extra`: (n,) tensors by name that a loss reads, such as the LM's log p.
-    """
-
-    states: tuple[Tensor, ...]
-    targets: Tensor
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return self.targets.shape[0]
-
-    def at(self, rows: Tensor | slice, device: str | torch.device) -> Examples:
-        """Some rows, states in float32, on a device."""
-        return Examples(
-            tuple(s[rows].to(device, non_blocking=True).float() for s in self.states),
-            self.targets[rows].to(device),
-            {name: one[rows].to(device) for name, one in self.extra.items()},
-        )
-
-
-def layer_examples(lab: Lab, *layers: str, lm: LM | None = None) -> Callable[[str], Examples]:
-    """The states at one or more layers by split; `"train"` are the rows of the datastore."""
-
-    def examples(split: str) -> Examples:
-        found = [
-            lab.train_states(layer, lm) if split == "train" else lab.states(split, layer, lm)
-            for layer in layers
-        ]
-        for other in found[1:]:
-            if not torch.equal(other.targets, found[0].targets):
-                raise ValueError(f"the {split} states of {', '.join(layers)} are of other rows")
-        return Examples(tuple(one.keys for one in found), found[0].targets)
-
-    return examples
-
-
-def train_log_p_lm(lab: Lab, lm: LM | None = None) -> Tensor:
-    """(N,) float32 log p_lm of the datastore's own targets, from its ffn states; made once."""
-    lm = lm or lab.lm()
-    store = lab.store("ffn", lm=lm)
-
-    def make(folder: Path) -> None:
-        lab.check_output_layer(lm)
-        weight, bias = lm.output_embedding.to(lab.device), lm.output_bias
-        bias = None if bias is None else bias.to(lab.device)
-        examples, parts = layer_examples(lab, "ffn", lm=lm)("train"), []
-        with lab.step("score the datastore's rows with the LM"):
-            for begin in range(0, len(examples), _EVALUATION_ROWS):
-                block = examples.at(slice(begin, begin + _EVALUATION_ROWS), lab.device)
-                logits = nn.functional.linear(block.states[0], weight, bias)
-                loss = nn.functional.cross_entropy(logits, block.targets, reduction="none")
-                parts.append(-loss.cpu())
-        np.savez(folder / "log_p.npz", allow_pickle=False, log_p=torch.cat(parts).numpy())
-
-    folder = lab.cache.get("train_log_p_lm", {"store": store.fingerprint}, make)
-    with np.load(folder / "log_p.npz", allow_pickle=False) as archive:
-        return torch.from_numpy(archive["log_p"])
-
 
 #: Log p of the targets (n,) under a module, from the states and the targets.
 Component = nn.Module
@@ -274,8 +209,8 @@ def log_p(component: Component, examples: Examples, to: str | torch.device = "cp
     parts = []
     with torch.no_grad():
         component.eval()
-        for begin in range(0, len(examples), _EVALUATION_ROWS):
-            block = examples.at(slice(begin, begin + _EVALUATION_ROWS), device)
+        for begin in range(0, len(examples), EVALUATION_ROWS):
+            block = examples.at(slice(begin, begin + EVALUATION_ROWS), device)
             parts.append(component(block.states, block.targets).double().to(to))
     return torch.cat(parts)
 
@@ -301,9 +236,9 @@ def _trainable(component: Component) -> dict[str, nn.Parameter]:
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Row numbers (size,) int64, each row once a pass; ascending, as files like to be read."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
+    order = torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
         while len(order) < size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
+            order = torch.cat([order, torch.randperm(count, generator=generator, device="cpu")])
         yield order[:size].sort().values
         order = order[size:]

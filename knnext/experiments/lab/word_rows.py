@@ -8,6 +8,7 @@ M is never formed. The gradient needs one (n, R) matrix, the softmax itself, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,8 @@ from torch import Tensor, nn
 
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.cache import settings_key
-from knnext.experiments.lab.training import (
-    Examples,
-    Loss,
-    Schedule,
-    Trained,
-    layer_examples,
-    nll,
-    trained,
-)
+from knnext.experiments.lab.examples import Examples, layer_examples
+from knnext.experiments.lab.training import Loss, Schedule, Trained, nll, trained
 
 #: The published loss clamps a word's probability here before the logarithm; below it, no gradient.
 PUBLISHED_FLOOR = 1e-9
@@ -50,7 +44,7 @@ class Layout:
     @property
     def row_tokens(self) -> Tensor:
         """(R,) int64, the word of each row."""
-        return torch.arange(len(self.counts)).repeat_interleave(self.counts)
+        return torch.arange(len(self.counts), device="cpu").repeat_interleave(self.counts)
 
     def members(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(n, m) rows of each target, and (n, m) bool: places that hold no row of it."""
@@ -63,7 +57,7 @@ class Layout:
 
 def even_layout(vocab_size: int, rows: int, single: tuple[int, ...] = ()) -> Layout:
     """`rows` rows for every word but the `single` ones (special tokens), which have one."""
-    counts = torch.full((vocab_size,), rows, dtype=torch.int64)
+    counts = torch.full((vocab_size,), rows, dtype=torch.int64, device="cpu")
     counts[list(single)] = 1
     return Layout(counts)
 
@@ -98,7 +92,7 @@ def word_log_p(
         wanted = scores.gather(1, members[part]).masked_fill_(absent[part], -torch.inf)
         parts.append(wanted.logsumexp(1) - scores.logsumexp(1))
     log_p = torch.cat(parts) if parts else states.new_zeros(0)
-    return log_p.clamp_min(torch.tensor(floor).log().item()) if floor else log_p
+    return log_p.clamp_min(math.log(floor)) if floor else log_p
 
 
 def _product(states: Tensor, rows: Tensor, logits: Tensor | None) -> Tensor:
@@ -156,7 +150,12 @@ class WordRows(nn.Module):
     ) -> None:
         super().__init__()
         self.layout, self.floor = layout, floor
-        rows = torch.randn(layout.num_rows, dim, generator=generator) * dim**-0.5
+        rows = (
+            torch.randn(
+                layout.num_rows, dim, generator=generator, dtype=torch.float32, device="cpu"
+            )
+            * dim**-0.5
+        )
         self.rows = nn.Parameter(rows)
 
     def forward(self, states: tuple[Tensor, ...], targets: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def insert_zero_rows(
         a store that ends in the new rows.
     """
     k = scores.k
-    place = torch.arange(k)
+    place = torch.arange(k, device="cpu")
     nearer = (scores.distances <= distances[:, None]).sum(1, keepdim=True)
     new = (place >= nearer) & (place < nearer + rows)
     source = torch.where(place < nearer, place, (place - rows).clamp_min(0))
@@ -94,7 +94,11 @@ class Cloud:
         if not 0 <= mean_share < 1:
             raise ValueError(f"mean_share must lie in [0, 1), got {mean_share}")
         norm = self.mean.norm()
-        direction = self.mean / norm if norm > 0 else torch.eye(1, self.mean.shape[0])[0]
+        direction = (
+            self.mean / norm
+            if norm > 0
+            else torch.eye(1, self.mean.shape[0], dtype=torch.float32, device="cpu")[0]
+        )
         return self.mean - direction * math.sqrt(self.variance * mean_share / (1 - mean_share))
 
 
@@ -112,7 +116,7 @@ def depths(queries: Tensor, keys: Tensor, origins: Tensor) -> Tensor:
     k / N, and then it and its like take the last `k - depth N` places.
     """
     queries, keys, origins = queries.float(), keys.float(), origins.float()
-    out = torch.empty(queries.shape[0], origins.shape[0], dtype=torch.float64)
+    out = torch.empty(queries.shape[0], origins.shape[0], dtype=torch.float64, device="cpu")
     step = max(1, _BLOCK_ENTRIES // keys.shape[0])
     for begin in range(0, queries.shape[0], step):
         part = queries[begin : begin + step]
