@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from knnext.experiments.lab.examples import layer_examples
 from knnext.experiments.lab.figures import new_figure
-from knnext.experiments.lab.training import layer_examples, log_p
+from knnext.experiments.lab.training import log_p
 from knnext.experiments.logit_sum import LogitSum, plot
 from knnext.experiments.run import run_experiment
 

@@ -10,9 +10,10 @@ import torch
 
 from knnext.evaluation.bootstrap import Interval
 from knnext.experiments import mixture_of_softmaxes
+from knnext.experiments.lab.examples import Examples
 from knnext.experiments.lab.figures import new_figure
 from knnext.experiments.lab.recovery import Replacement
-from knnext.experiments.lab.training import Examples, Schedule, log_p, train
+from knnext.experiments.lab.training import Schedule, log_p, train
 from knnext.experiments.mixture_of_softmaxes import MixtureOfSoftmaxes, Variant, plot, variants
 from knnext.experiments.run import run_experiment
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from knnext.evaluation.bootstrap import Interval
+from knnext.experiments.lab.examples import Examples, train_log_p_lm
 from knnext.experiments.lab.figures import new_figure
 from knnext.experiments.lab.recovery import Replacement
-from knnext.experiments.lab.training import Examples, Schedule, log_p, train, train_log_p_lm
+from knnext.experiments.lab.training import Schedule, log_p, train
 from knnext.experiments.lab.word_rows import PUBLISHED_FLOOR, WordRows, even_layout
 from knnext.experiments.multi_embedding import judge, plot, uneven_counts, variants, word_weights
 from knnext.experiments.run import run_experiment

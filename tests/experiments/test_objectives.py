@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
+from knnext.experiments.lab.examples import Examples
 from knnext.experiments.lab.family import Setting
 from knnext.experiments.lab.figures import new_figure
 from knnext.experiments.lab.leave_one_out import row_neighbors
 from knnext.experiments.lab.recovery import Yardstick
-from knnext.experiments.lab.training import Examples, Schedule, nll, train
+from knnext.experiments.lab.training import Schedule, nll, train
 from knnext.experiments.lab.word_rows import WordRows, even_layout
 from knnext.experiments.objectives import class_weights, interpolated, knn_wins, plot, weighted
 from knnext.experiments.run import run_experiment

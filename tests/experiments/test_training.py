@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from knnext.experiments.lab.training import (
-    Examples,
-    Schedule,
-    Trained,
-    layer_examples,
-    log_p,
-    nll,
-    train,
-    trained,
-)
+from knnext.experiments.lab.examples import Examples, layer_examples
+from knnext.experiments.lab.training import Schedule, Trained, log_p, nll, train, trained
 from knnext.experiments.lab.word_rows import WordRows, even_layout
 
 
