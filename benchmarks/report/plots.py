@@ -30,8 +30,34 @@ _FAMILIES = {
 _HOPPER, _OTHER = "#5f3dc4", _MUTED
 _MARKS = "osD^vP"
 _STYLES = ("-", "--", ":", "-.")
-_NAMES = {"Q": "queries", "N": "entries", "k": "k", "V": "vocabulary size"}
+_NAMES = {
+    "Q": "number of queries, Q",
+    "N": "number of keys, N",
+    "k": "number of neighbors, k",
+    "V": "vocabulary size, V",
+}
 LIMIT = "limit"
+#: What the legend says; other names are said with spaces.
+_WORDS = {
+    LIMIT: "measured limit",
+    "knnext_sqnorms": "knnext, norms given",
+    "bare_product": "matrix product alone",
+    "bare_zeros": "zeros alone",
+    "bare_log_softmax": "log-softmax alone",
+    "torch_eager": "torch",
+    "torch_compiled": "torch.compile",
+    "torch_chunked": "torch, in chunks",
+    "torch_chunked_float32": "torch, in chunks, float32",
+    "torch_probabilities": "torch, in probabilities",
+    "torch_whole_row": "torch, whole row",
+    "torch_masked": "torch, masked",
+    "compiled_masked": "torch.compile, masked",
+    "faiss_flat": "FAISS flat",
+    "faiss_ivfpq": "FAISS IVF-PQ",
+    "cuvs_brute_force": "cuVS brute force",
+    **{f"faiss_gpu_flat_{t}": f"FAISS GPU flat, {t}" for t in ("float16", "float32")},
+    **{f"faiss_knn_gpu_{t}": f"FAISS kNN, {t}" for t in ("float16", "bfloat16", "float32")},
+}
 
 
 @dataclass(frozen=True)
@@ -120,11 +146,18 @@ def draw(picture: Picture, folder: Path) -> Path:
     axes = figure.add_subplot()
     looks = _looks([line.name for line in picture.lines])
     for line in picture.lines:
-        axes.plot(line.x, line.y, label=line.name, **looks[line.name])
+        axes.plot(line.x, line.y, label=words(line.name), **looks[line.name])
     _dress(axes, picture)
     path = folder / picture.file_name
     figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
     return path
+
+
+def words(name: str) -> str:
+    """A line's name as a reader says it."""
+    start, bracket, rest = name.partition(" (")
+    rest = rest.replace("sm90", "Hopper kernels")
+    return _WORDS.get(start, start.replace("_", " ")) + bracket + rest
 
 
 def _looks(names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
@@ -166,7 +199,7 @@ def _dress(axes: Any, picture: Picture) -> None:
     axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
     axes.tick_params(which="both", labelsize=8, colors=_MUTED)
     axes.set_xlabel(_NAMES[picture.axis], color=_MUTED)
-    unit = "time, ms" if picture.device == "cuda" else "time / knnext's"
+    unit = "time, ms" if picture.device == "cuda" else "time relative to knnext"
     axes.set_ylabel(f"{unit} (lower is better)", color=_MUTED)
     axes.set_title(picture.title, loc="left", fontsize=10, color=_INK)
     axes.grid(which="major", color=_GRID, lw=0.8)
@@ -202,7 +235,7 @@ def _minor_label(axes: Any):
 def _legend(axes: Any, picture: Picture) -> None:
     """Beside the lines, in the order in which these end at the right."""
     handles, labels = axes.get_legend_handles_labels()
-    last = {line.name: (line.x[-1], line.y[-1]) for line in picture.lines}
+    last = {words(line.name): (line.x[-1], line.y[-1]) for line in picture.lines}
     order = sorted(range(len(labels)), key=lambda i: -last[labels[i]][1])
     axes.legend(
         [handles[i] for i in order],

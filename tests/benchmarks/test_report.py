@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from benchmarks.data.search_shapes import SHAPES
 from benchmarks.report.__main__ import main
 from benchmarks.report.page import gather, render, write
-from benchmarks.report.plots import LIMIT, pictures
+from benchmarks.report.plots import LIMIT, pictures, words
 from benchmarks.report.rows import read, short_form
 from benchmarks.report.tables import duration, number, size
 from benchmarks.report.targets import names_shape, verdicts
@@ -117,6 +118,16 @@ def test_pictures_hold_every_rival_and_the_limit(run: Path) -> None:
     assert {"knnext", "torch_chunked", "faiss_ivfpq (approximate)", LIMIT} <= set(lines)
     assert lines["knnext"].x == [64, 256, 1024, 4096] and lines["knnext"].y[-1] == 25.0
     assert lines[LIMIT].y == pytest.approx([1.0] * 4), "milliseconds, from any row's share"
+
+
+def test_legends_say_words_and_no_two_names_the_same() -> None:
+    files = sorted(path.stem for path in BENCHMARKS.glob("bench_*.py"))
+    assert len(files) == 7
+    for file in files:
+        names = import_module(f"benchmarks.{file}").IMPLEMENTATIONS
+        said = {words(name) for name in names}
+        assert len(said) == len(names) and not any("_" in text for text in said)
+    assert words("knnext_sqnorms (sm90)") == "knnext, norms given (Hopper kernels)"
 
 
 def test_the_short_form_gives_the_same_rows_and_no_host(run: Path, tmp_path: Path) -> None:

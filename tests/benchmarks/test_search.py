@@ -114,3 +114,23 @@ def test_without_real_keys_the_reason_says_how_to_make_them(
     with pytest.raises(pytest.skip.Exception, match=r"-m benchmarks\.data\.real_keys.*--datastore"):
         real_keys.load_queries(1)
     assert find_spec("benchmarks.data.real_keys") is not None
+
+
+@pytest.mark.slow
+def test_real_keys_are_made_once_and_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small corpus in the place of the standard library; no step of it is a stand-in."""
+    pytest.importorskip("transformers")
+    import knnext.corpus
+    from knnext.corpus import Corpus, Document
+
+    words = " ".join(f"def f{i}(x): return x + {i}" for i in range(200))
+    documents = [Document(f"{i}.py", words) for i in range(8)]
+    monkeypatch.setattr(knnext.corpus, "load_corpus", lambda name: Corpus(name, documents))
+    where = real_keys.make(tmp_path, rows=300, steps=1)
+    with Datastore.open(where) as store:
+        assert store.num_entries >= 300 and store.keys[:1].shape == (1, 128)
+    model = (tmp_path / "model/model.safetensors").stat()
+    assert real_keys.make(tmp_path, rows=300, steps=1) == where
+    assert (tmp_path / "model/model.safetensors").stat().st_mtime_ns == model.st_mtime_ns
