@@ -102,7 +102,9 @@ def _placed(model):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data.real_keys", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--rows", type=int, default=1_000_000, help="hidden states to store")
     parser.add_argument("--steps", type=int, default=3000, help="training steps of 512 tokens")
     parser.add_argument("--out", type=Path, default=FOLDER)

@@ -71,7 +71,9 @@ def short_name(signature: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.timing.kernels", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--queries", type=int, default=4096)
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=1024)
@@ -84,14 +86,14 @@ def main() -> None:
     given = vars(parser.parse_args())
     path, run_only = given.pop("json"), given.pop("run_only")
     if not torch.cuda.is_available():
-        sys.exit("kernel_times: torch sees no CUDA device")
+        sys.exit("kernels: torch sees no CUDA device")
     if run_only:
         searches(**given)()
         torch.cuda.synchronize()
         return
     times = kernel_times(**given)
     if not times:
-        sys.exit("kernel_times: the profiler saw no kernel; CUPTI may be closed on this machine")
+        sys.exit("kernels: the profiler saw no kernel; CUPTI may be closed on this machine")
     total = sum(entry["microseconds"] for entry in times)
     for entry in times:
         share = 100 * entry["microseconds"] / total
