@@ -35,8 +35,8 @@ demo: build  ## train a small LM on Python's own sources, and see neighbors impr
 experiments: build  ## every experiment of the paper, in under an hour on two cores
 	$(BIN)/knnext experiment all $(ARGS)
 
-test: build  ## the tests (those marked gpu are skipped without one)
-	$(BIN)/python -m pytest $(ARGS)
+test: build  ## the tests, in parallel (those marked gpu are skipped without one)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 bench: build  ## the benchmarks against the peers
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -1,5 +1,10 @@
-"""Markers `gpu` and `multi_gpu`: skipped without the devices. KNNEXT_REQUIRE_GPU says how many
-there must be: with 1, no test of one device is skipped, and with 2, none of two.
+"""Devices that must be there, and workers that do not get into each other's way.
+
+Markers `gpu` and `multi_gpu`: skipped without the devices. KNNEXT_REQUIRE_GPU says how many there
+must be: with 1, no test of one device is skipped, and with 2, none of two.
+
+With ``-n N --dist loadgroup`` the tests of one file run in one worker, since they share what they
+build; a test that must not share a worker's time with others names a group of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +15,24 @@ import pytest
 import torch
 
 NEEDED = {"gpu": 1, "multi_gpu": 2}
+#: Folders whose tests share something dear, made once a worker: a laboratory, the emulator's build.
+ONE_GROUP = ("experiments",)
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
+
+
+def pytest_configure() -> None:
+    if _WORKERS > 1:  # torch's threads of several workers would wait for each other
+        threads = max(1, (os.cpu_count() or 1) // _WORKERS)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of their children
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _WORKERS > 1 and item.get_closest_marker("xdist_group") is None:
+            path = item.path
+            shared = next((name for name in ONE_GROUP if path.parent.name == name), None)
+            item.add_marker(pytest.mark.xdist_group(shared or f"{path.parent.name}/{path.stem}"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
