@@ -1,5 +1,5 @@
 // knn_interpolate on CUDA: log((1 - lmbda) softmax(logits) + lmbda p_knn), one block a row where
-// rows are many and not too long (else mixing/row_pieces.cuh).
+// rows are many (else mixing/row_pieces.cuh).
 //
 //   logits (V) --> max, sum of exp; the row, or as much of it as fits, stays in shared memory
 //   out (V)    <-- x - max - log(sum) + log(1 - lmbda), 16 bytes a store; drains during the sort
@@ -61,7 +61,7 @@ template <class T>
 void launch_dtype(const KnnInterpolateParams& params, Stream stream) {
   const SortPlan plan(params.neighbors.k, params.vocab_size);
   if (params.split) {
-    const SplitPlan split(params.neighbors.rows, params.neighbors.k, params.vocab_size, sizeof(T));
+    const SplitPlan split(params.neighbors.rows, params.neighbors.k, params.vocab_size);
     return plan.narrow ? launch_split<T, unsigned>(params, plan, split, stream)
                        : launch_split<T, unsigned long long>(params, plan, split, stream);
   }
@@ -78,10 +78,7 @@ void launch_dtype(const KnnInterpolateParams& params, Stream stream) {
 }  // namespace
 
 int64_t split_words(const KnnInterpolateParams& p) {
-  const int64_t bytes = p.logits_dtype == Dtype::kDouble  ? 8
-                        : p.logits_dtype == Dtype::kFloat ? 4
-                                                          : 2;
-  const SplitPlan plan(p.neighbors.rows, p.neighbors.k, p.vocab_size, bytes);
+  const SplitPlan plan(p.neighbors.rows, p.neighbors.k, p.vocab_size);
   return plan.pieces ? p.neighbors.rows * plan.words_a_row(p.neighbors.k) : 0;
 }
 

@@ -152,8 +152,8 @@ def test_few_long_rows_are_split(skew: int) -> None:
     assert runs[0][2].isnan().all()
 
 
-def test_many_long_rows_go_in_groups() -> None:
-    """Rows of more logits than are kept are split too, some at a time: 64 and one here."""
+def test_many_long_rows_are_not_split() -> None:
+    """One row more than are split, each of more logits than may be kept."""
     rows, vocab_size = 65, 25_700  # 201 KB of float64
     distances, tokens = neighbors(rows, 6, vocab_size)
     tokens[64, :3] = torch.tensor([0, 2048, vocab_size - 1])

@@ -1,20 +1,12 @@
-// knn_interpolate for so few rows that one block a row would leave most of the device idle, and for
-// rows so long that their logits would be read twice from memory. A row is cut into pieces, and two
-// steps follow each other.
+// knn_interpolate for so few rows that one block a row would leave most of the device idle. A row
+// is cut into pieces, and two kernels follow each other.
 //
 //   1  a block a piece:  its logits --> (max, sum of exp)
 //      and one a row:    the neighbors, sorted and summed by token --> (token, log l q) each
 //   2  a block a piece:  the sums of all pieces, the logits again (from the L2) --> out, and
 //                        log-added what the neighbors have in this piece
 //
-// Of many rows as many go at once as the L2 holds beside the next ones, and a launch takes step 2
-// of some with step 1 of the next: while one waits for reads, the other writes.
-//
-//   launch:     0 | 1     | 2     | ...          rows 0..15 | rows 16..31 | ...
-//   step 1 of   A | B     | C     |                   A            B
-//   step 2 of     | A     | B     | ...
-//
-// How rows are grouped and cut depends on the shapes alone.
+// How rows are cut depends on the shapes alone.
 #pragma once
 
 #include "cuda/mixing/logit_row.cuh"
@@ -28,25 +20,15 @@ __device__ __forceinline__ float log_add_exp(float a, float b) {
 }
 
 struct SplitPlan {
-  // Rows up to kWholeBytes of logits stay mostly in shared memory, or in the L2, till they are
-  // written. Two groups of kGroupBytes of longer ones fit the L2 of an A100 (40 MB); smaller
-  // caches, as of desktop cards, do not hold them.
   static constexpr int64_t kFewRows = 64, kBlocks = 1024;
-  static constexpr int64_t kWholeBytes = 200 << 10, kGroupBytes = 16 << 20;
   unsigned threads;
   int64_t length, pieces;  // of a piece, a multiple of the chunk; 0 pieces: not split
-  int64_t rows_at_once;
 
-  SplitPlan(int64_t rows, int k, int64_t vocab_size, int64_t element_bytes)
-      : threads(k > 2048 ? 1024 : 256), rows_at_once(rows) {
-    const int64_t row_bytes = vocab_size * element_bytes;
-    if (rows > kFewRows)
-      rows_at_once = max(int64_t{1}, min(kFewRows, kGroupBytes / max(int64_t{1}, row_bytes)));
-    const int64_t shared = (vocab_size * rows_at_once / kBlocks + kChunk - 1) / kChunk * kChunk;
+  SplitPlan(int64_t rows, int k, int64_t vocab_size) : threads(k > 2048 ? 1024 : 256) {
+    const int64_t shared = (vocab_size * rows / kBlocks + kChunk - 1) / kChunk * kChunk;
     length = max(int64_t{kChunk} * threads, shared);
     pieces = (vocab_size + length - 1) / length;
-    if (rows > kFewRows && row_bytes <= kWholeBytes) pieces = 0;
-    if (pieces < 4 || vocab_size > 0x7FFFFFFF) pieces = 0;
+    if (rows > kFewRows || pieces < 4 || vocab_size > 0x7FFFFFFF) pieces = 0;
   }
   __host__ __device__ int64_t words_a_row(int k) const { return 1 + pieces + k; }
 };
@@ -65,10 +47,13 @@ struct SplitRow {
   LogSum* parts;
   Entry* entries;
 
-  __device__ __forceinline__ SplitRow(uint64_t* row, int64_t pieces)
-      : header(reinterpret_cast<Header*>(row)),
-        parts(reinterpret_cast<LogSum*>(row + 1)),
-        entries(reinterpret_cast<Entry*>(row + 1 + pieces)) {}
+  __device__ __forceinline__ SplitRow(const KnnInterpolateParams& p, const SplitPlan& split,
+                                      int64_t r) {
+    uint64_t* row = p.split + r * split.words_a_row(p.neighbors.k);
+    header = reinterpret_cast<Header*>(row);
+    parts = reinterpret_cast<LogSum*>(row + 1);
+    entries = reinterpret_cast<Entry*>(row + 1 + split.pieces);
+  }
 
   // The sum over all pieces, in their order.
   __device__ __forceinline__ LogSum total(int64_t pieces) const {
@@ -109,72 +94,49 @@ __device__ __forceinline__ void list_tokens(const KnnInterpolateParams& p, const
   if (threadIdx.x == 0) *to.header = {logf(static_cast<float>(1.0 - lmbda)), count};
 }
 
+// The logits of a piece, and where they go.
 template <class T>
-__device__ __forceinline__ void sum_piece(const KnnInterpolateParams& p, const SplitPlan& split,
-                                          int64_t r, int64_t piece, const SplitRow& to) {
-  const int64_t start = piece * split.length, size = min(split.length, p.vocab_size - start);
-  const T* logits = static_cast<const T*>(p.logits) + r * p.logits_stride + start;
-  const LogitRow<T> lm(logits, p.out + r * p.vocab_size + start, size, 0);
-  const LogSum sum = lm.log_sum();
-  if (threadIdx.x == 0) to.parts[piece] = sum;
+__device__ __forceinline__ LogitRow<T> piece_of(const KnnInterpolateParams& p,
+                                                const SplitPlan& split, int64_t r, int64_t start) {
+  return LogitRow<T>(static_cast<const T*>(p.logits) + r * p.logits_stride + start,
+                     p.out + r * p.vocab_size + start, min(split.length, p.vocab_size - start), 0);
+}
+
+// The neighbors' blocks take longest, so they come first.
+template <class T, class Word>
+__global__ void __launch_bounds__(1024, 1)
+    sum_pieces_kernel(KnnInterpolateParams p, SortPlan plan, SplitPlan split) {
+  const int64_t rows = p.neighbors.rows, block = blockIdx.x;
+  if (block < rows) return list_tokens<Word>(p, plan, block, SplitRow(p, split, block));
+  const int64_t r = (block - rows) / split.pieces, piece = (block - rows) % split.pieces;
+  const LogSum sum = piece_of<T>(p, split, r, piece * split.length).log_sum();
+  if (threadIdx.x == 0) SplitRow(p, split, r).parts[piece] = sum;
 }
 
 template <class T>
-__device__ __forceinline__ void write_piece(const KnnInterpolateParams& p, const SplitPlan& split,
-                                            int64_t r, int64_t piece, const SplitRow& from) {
-  const int64_t start = piece * split.length, size = min(split.length, p.vocab_size - start);
-  float* out = p.out + r * p.vocab_size + start;
-  const LogitRow<T> lm(static_cast<const T*>(p.logits) + r * p.logits_stride + start, out, size, 0);
+__global__ void __launch_bounds__(1024, 1)
+    write_pieces_kernel(KnnInterpolateParams p, SplitPlan split) {
+  const int64_t r = blockIdx.x / split.pieces, start = blockIdx.x % split.pieces * split.length;
+  const SplitRow from(p, split, r);
+  const LogitRow<T> lm = piece_of<T>(p, split, r, start);
   const LogSum total = from.total(split.pieces);
   lm.write(total.peak, from.header->log_rest - logf(total.sum));
   __syncthreads();
   for (int i = threadIdx.x; i < from.header->count; i += blockDim.x) {
     const SplitRow::Entry entry = from.entries[i];
     const int64_t at = entry.token - start;
-    if (at >= 0 && at < size) out[at] = log_add_exp(out[at], entry.log_p);
+    if (at >= 0 && at < lm.size) lm.out[at] = log_add_exp(lm.out[at], entry.log_p);
   }
-}
-
-// Rows that a launch takes: `count` of them from `first` on.
-struct RowRange {
-  int64_t first, count;
-};
-
-template <class T, class Word>
-__global__ void __launch_bounds__(1024, 1)
-    split_kernel(KnnInterpolateParams p, SortPlan plan, SplitPlan split, RowRange sums,
-                 RowRange writes) {
-  const auto row = [&](int64_t r) {
-    return SplitRow(p.split + r * split.words_a_row(p.neighbors.k), split.pieces);
-  };
-  // The neighbors' blocks take longest, so they come first; what is read from the L2 comes next.
-  int64_t block = blockIdx.x;
-  if (block < sums.count)
-    return list_tokens<Word>(p, plan, sums.first + block, row(sums.first + block));
-  block -= sums.count;
-  const int64_t written = writes.count * split.pieces;
-  const bool sum = block >= written;
-  if (sum) block -= written;
-  const int64_t r = (sum ? sums.first : writes.first) + block / split.pieces;
-  if (sum)
-    sum_piece<T>(p, split, r, block % split.pieces, row(r));
-  else
-    write_piece<T>(p, split, r, block % split.pieces, row(r));
 }
 
 template <class T, class Word>
 void launch_split(const KnnInterpolateParams& p, const SortPlan& plan, const SplitPlan& split,
                   Stream stream) {
   const size_t bytes = p.workspace ? 0 : plan.bytes();
-  const int64_t rows = p.neighbors.rows, step = split.rows_at_once;
-  RowRange writes{0, 0};
-  for (int64_t first = 0; first < rows || writes.count; first += step) {
-    const RowRange sums{first, max(int64_t{0}, min(step, rows - first))};
-    const int64_t blocks = sums.count * (split.pieces + 1) + writes.count * split.pieces;
-    launch(split_kernel<T, Word>, grid_of(blocks), dim3(split.threads), bytes, stream, p, plan,
-           split, sums, writes);
-    writes = sums;
-  }
+  const int64_t pieces = p.neighbors.rows * split.pieces;
+  launch(sum_pieces_kernel<T, Word>, grid_of(p.neighbors.rows + pieces), dim3(split.threads), bytes,
+         stream, p, plan, split);
+  launch(write_pieces_kernel<T>, grid_of(pieces), dim3(split.threads), 0, stream, p, split);
 }
 
 }  // namespace knnext
