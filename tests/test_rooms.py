@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def test_there_is_no_circle() -> None:
         for module in free:
             del left[module]
     assert not left, f"circles of imports run through {', '.join(sorted(left))}"
+
+
+def test_the_table_in_contributing_is_true() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `([\w.]+)` \| [^|]+ \|(.*)\|$", text, flags=re.MULTILINE)
+    stated = {name: set(re.findall(r"`([\w.]+)`", known)) for name, known in lines}
+    files = {"", "_host", "progress", "say", "output"}  # which all may know
+    found: dict[str, set[str]] = {name: set() for name in stated}
+    for module, names in IMPORTS.items():
+        if room(module) in found:
+            found[room(module)] |= {room(name) for name in names} - files - {room(module)}
+    del stated["cli"], found["cli"]  # the last room may know all
+    assert stated == found
 
 
 def test_a_planted_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
