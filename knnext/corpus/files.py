@@ -1,14 +1,20 @@
 """Corpora from text files and folders: which file is which split, and where documents begin.
 
-Splits, by name: a file or folder whose name, cut at anything but letters, has the part ``train``,
-``valid`` (or ``validation``, ``val``, ``dev``) or ``test`` is that split: ``train.txt.xz``,
-``wiki.valid.tokens``, ``test/``. Where no such name is found, or a split is missing, documents are
-divided by a hash of their names (knnext/corpus/documents.py).
+Splits, by name: a file or folder called exactly ``train``, ``valid`` (or ``validation``, ``val``,
+``dev``) or ``test`` but for its suffix is that split: ``train.txt.xz``, ``test/``, and pieces of
+one, ``train-00000-of-00004.jsonl``. So are files that differ in that word alone, as WikiText's
+``wiki.train.tokens`` and ``wiki.valid.tokens``. A folder with none of these has no split: all its
+files are one text, divided by a hash of the documents' names (knnext/corpus/documents.py), as a
+split is that is missing beside ``train``. What lies beside splits is not read, and is named.
+
+Every file that is text is read, whatever its suffix. Hidden, binary and unreadable ones are passed
+over, counted and named; a byte that is not UTF-8 in a file that is text by its suffix is an error.
 
 Documents, in this order of rules, each for one file:
 
 1. ``.jsonl``: one object a line, its ``text`` (the given column); named by ``name``, ``title``,
-   ``id`` or line number.
+   ``id`` or line number. ``.json``: a list of such objects or of strings, one object, or lists of
+   them in an object. ``.ipynb``: the sources of the cells.
 2. Two or more level-one headings in WikiText's form, ``= Title =`` alone on a line at the file's
    head or after an empty line: a document from each heading to the next, named by its title.
 3. Lines that hold only ``<|endoftext|>``, or form feeds: a document between each two.
@@ -19,27 +25,25 @@ Documents, in this order of rules, each for one file:
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from knnext.corpus.documents import CorpusError, Document, unique_names
+from knnext.corpus.decode import Reading, UnreadableError, kind_of, plain_name, read_text
+from knnext.corpus.documents import CorpusError, Document, few, unique_names
+from knnext.corpus.rows import NoTextError, json_file, json_lines, notebook
+from knnext.corpus.walk import Skipped, files_below
 
 # fmt: off
+#: What is text by its name: not being UTF-8 is then an error and no reason to pass it over.
 _TEXT_SUFFIXES = frozenset({
-    ".txt", ".text", ".tokens", ".raw", ".jsonl", ".csv", ".tsv",
+    ".txt", ".text", ".tokens", ".raw", ".log", ".jsonl", ".json", ".ipynb", ".csv", ".tsv",
     ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".html", ".xml",
     ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java",
     ".js", ".ts", ".go", ".rs", ".rb", ".pl", ".sh",
 })
 # fmt: on
-_UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    ".xz": lzma.decompress,
-    ".gz": gzip.decompress,
-}
+_ROWS = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file, ".ipynb": notebook}
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -49,84 +53,123 @@ _SPLIT_WORDS = {
     "dev": "valid",
     "test": "test",
 }
+_PIECE = re.compile(r"(?P<word>.+)-\d+-of-\d+")
 _HEADING = re.compile(r"^ ?= (?P<title>[^=\s](?:.*[^=\s])?) = ?$")
 _MARK = re.compile(r"^<\|endoftext\|>\s*$|\f", re.MULTILINE)
 _CUT_ABOVE, _CUT_SIZE = 64 * 1024, 16 * 1024
 
 
-def file_documents(path: Path, text_column: str = "text") -> list[Document]:
+def file_documents(path: Path, reading: Reading) -> list[Document]:
     """The documents of one file that is the whole corpus."""
-    return unique_names(_documents(path, _plain_name(path.name), text_column, whole=True))
+    if kind_of(path) == "binary":
+        raise CorpusError(f"corpus file {path} is binary, not UTF-8 text")
+    return unique_names(_documents(path, plain_name(path.name), reading, whole=True))
 
 
-def folder_splits(folder: Path, text_column: str = "text") -> dict[str, list[Document]]:
-    """Splits found in the folder by name; ``{"all": documents}`` where none is named.
-
-    Hidden files and folders and files that are no text are passed over.
-    """
-    found: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        split = _split_of(entry)
-        if split is not None:
-            found.setdefault(split, []).append(entry)
+def folder_splits(folder: Path, reading: Reading) -> dict[str, list[Document]]:
+    """Splits found in the folder by name; ``{"all": documents}`` where none is named."""
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    found = _named_splits([entry for entry in entries if entry.is_dir() or _is_text(entry)])
+    if not found:
+        return {"all": _folder_documents(folder, folder, reading)}
+    read = [path for paths in found.values() for path in paths]
+    names = ", ".join(_shown(path) for path in read)
     if "train" not in found:
-        if found:
-            names = ", ".join(p.name for paths in found.values() for p in paths)
-            raise CorpusError(f"corpus folder {folder} has {names} but nothing named 'train'")
-        return {"all": _folder_documents(folder, folder, text_column)}
+        raise CorpusError(
+            f"corpus folder {folder} has {names}, which by that name is a split, but nothing named "
+            "'train' beside it: name the rest train (a file or a folder), or rename "
+            f"{_shown(read[0])} where the folder is one text without splits"
+        )
+    others = [_shown(entry) for entry in entries if entry not in read]
+    if others:
+        reading.notes.append(
+            f"corpus folder {folder}: its splits are {names}; {len(others):,} others beside them "
+            f"are not read: {few(others)}"
+        )
     return {
-        split: [d for p in paths for d in _entry_documents(p, folder, text_column)]
+        split: unique_names([d for p in paths for d in _entry_documents(p, folder, reading)])
         for split, paths in found.items()
     }
 
 
-def _split_of(entry: Path) -> str | None:
-    if entry.name.startswith(".") or not (entry.is_dir() or _is_text(entry)):
-        return None
-    parts = re.split(r"[^a-z]+", entry.name.lower())
-    splits = {_SPLIT_WORDS[part] for part in parts if part in _SPLIT_WORDS}
-    return splits.pop() if len(splits) == 1 else None
+def _shown(entry: Path) -> str:
+    return entry.name + "/" * entry.is_dir()
 
 
-def _entry_documents(entry: Path, root: Path, text_column: str) -> list[Document]:
+def _named_splits(entries: list[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for entry in entries:
+        stem = entry.name if entry.is_dir() else Path(plain_name(entry.name)).stem
+        piece = _PIECE.fullmatch(stem.lower())
+        split = _SPLIT_WORDS.get(piece["word"] if piece else stem.lower())
+        if split is not None:
+            found.setdefault(split, []).append(entry)
+    return found or _prefixed_splits(entries)
+
+
+def _prefixed_splits(entries: list[Path]) -> dict[str, list[Path]]:
+    """``wiki.train.tokens`` beside ``wiki.valid.tokens``: the word alone makes the difference."""
+    groups: dict[str, dict[str, list[Path]]] = {}
+    for entry in entries:
+        prefix, dot, word = Path(plain_name(entry.name)).stem.rpartition(".")
+        if dot and not entry.is_dir() and word.lower() in _SPLIT_WORDS:
+            groups.setdefault(prefix, {}).setdefault(_SPLIT_WORDS[word.lower()], []).append(entry)
+    sets = [group for group in groups.values() if "train" in group and len(group) > 1]
+    return sets[0] if len(sets) == 1 else {}
+
+
+def _entry_documents(entry: Path, root: Path, reading: Reading) -> list[Document]:
     if entry.is_dir():
-        return _folder_documents(entry, root, text_column)
-    return unique_names(_documents(entry, _plain_name(entry.name), text_column, whole=True))
+        return _folder_documents(entry, root, reading)
+    return _documents(entry, plain_name(entry.name), reading, whole=True)
 
 
-def _folder_documents(folder: Path, root: Path, text_column: str) -> list[Document]:
+def _folder_documents(folder: Path, root: Path, reading: Reading) -> list[Document]:
     documents: list[Document] = []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(root)
-        if _is_text(path) and not any(part.startswith(".") for part in relative.parts):
-            documents += _documents(path, relative.as_posix(), text_column, whole=False)
+    skipped = Skipped()
+    for name, path in files_below(folder, root, skipped):
+        documents += _file_in_folder(path, name, reading, skipped)
+    reading.notes += skipped.note(f"corpus folder {folder}")
     return unique_names(documents)
 
 
-def _is_text(path: Path) -> bool:
-    return path.is_file() and Path(_plain_name(path.name)).suffix.lower() in _TEXT_SUFFIXES
-
-
-def _plain_name(name: str) -> str:
-    """The name without the suffix of its packing."""
-    return name[: -len(Path(name).suffix)] if Path(name).suffix in _UNPACK else name
-
-
-def _read(path: Path) -> str:
-    unpack = _UNPACK.get(path.suffix, bytes)
+def _file_in_folder(path: Path, name: str, reading: Reading, skipped: Skipped) -> list[Document]:
+    """Its documents, or none and the reason in `skipped`."""
+    by_name = _text_by_name(path)
     try:
-        text = unpack(path.read_bytes()).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"corpus file {path} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise CorpusError(f"corpus file {path} cannot be read: {error}") from error
-    return text.replace("\r\n", "\n")
+        kind = kind_of(path)
+        if kind == "text" or (by_name and kind != "binary"):
+            return _documents(path, name, reading, whole=False)
+        skipped.add(kind, name)
+    except NoTextError:
+        skipped.add(f"JSON without a {reading.text_column!r}", name)
+    except UnreadableError as error:
+        skipped.add("unreadable", f"{name}: {error}")
+    except CorpusError:
+        if by_name:
+            raise
+        skipped.add("not UTF-8 or damaged", name)
+    return []
 
 
-def _documents(path: Path, name: str, text_column: str, whole: bool) -> list[Document]:
-    text = _read(path)
-    if Path(name).suffix.lower() == ".jsonl":
-        return list(_json_lines(path, name, text, text_column))
+def _text_by_name(path: Path) -> bool:
+    return Path(plain_name(path.name)).suffix.lower() in _TEXT_SUFFIXES
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        kind = kind_of(path) if path.is_file() else "none"
+    except CorpusError:  # told where it is read
+        return _text_by_name(path)
+    return kind == "text" or (kind != "binary" and _text_by_name(path))
+
+
+def _documents(path: Path, name: str, reading: Reading, whole: bool) -> list[Document]:
+    """``name``: of the documents. The suffix below the packing decides how the text is read."""
+    text = read_text(path, reading.errors)
+    rows = _ROWS.get(Path(plain_name(path.name)).suffix.lower())
+    if rows is not None:
+        return rows(str(path), name, text, reading)
     return documents_of_text(name, text, whole=whole)
 
 
@@ -178,18 +221,3 @@ def _numbered(name: str, pieces: list[str]) -> Iterator[tuple[str, str]]:
     width = len(str(len(kept)))
     for i, piece in enumerate(kept, start=1):
         yield f"{name}#{i:0{width}d}", piece
-
-
-def _json_lines(path: Path, name: str, text: str, column: str) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            raise CorpusError(f"{path}, line {number} has no text under {column!r}")
-        label = next((row[key] for key in ("name", "title", "id") if row.get(key)), None)
-        if row[column].strip():
-            yield Document(str(label) if label is not None else f"{name}#{number}", row[column])

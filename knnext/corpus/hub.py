@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from knnext.corpus.decode import Reading
 from knnext.corpus.documents import CorpusError, Document, unique_names
 from knnext.corpus.files import documents_of_text
 
@@ -12,7 +13,7 @@ _SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "t
 _LABELS = ("name", "title", "path", "url", "id")
 
 
-def hub_splits(spec: str, text_column: str = "text") -> dict[str, list[Document]]:
+def hub_splits(spec: str, reading: Reading) -> dict[str, list[Document]]:
     """The splits of ``NAME``, ``NAME:CONFIG`` or a folder written by ``save_to_disk``.
 
     A revision may follow the name: ``NAME@REVISION:CONFIG``. One row is one document, unless the
@@ -24,10 +25,19 @@ def hub_splits(spec: str, text_column: str = "text") -> dict[str, list[Document]
     for split, names in _SPLIT_NAMES.items():
         rows = next((loaded[name] for name in names if name in loaded), None)
         if rows is not None:
-            result[split] = _documents(rows, split, spec, text_column)
+            result[split] = _documents(rows, split, spec, reading.text_column)
     if "train" not in result:
         raise CorpusError(f"dataset {spec!r} has splits {sorted(loaded)}; 'train' is wanted")
     return result
+
+
+def absolute(spec: str) -> str:
+    """``NAME``, or the folder that it is, from wherever it will be read again."""
+    name, colon, config = spec.partition(":")
+    for path, rest in ((spec, ""), (name, colon + config)):
+        if path and Path(path).expanduser().exists():
+            return f"{Path(path).expanduser().resolve()}{rest}"
+    return spec
 
 
 def _load(spec: str) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from knnext.corpus.documents import Document, name_hash
+from knnext.corpus.decode import check_text
+from knnext.corpus.documents import HASH_BYTES, Document, name_hash
 
 #: The tokenizer gets at least so much text at once, which keeps its threads busy.
 _BATCH_CHARS = 1 << 20
@@ -22,7 +23,8 @@ class TokenizedDocuments:
     separator (bos or eos), so that each of its own tokens is a target. ``document_offsets``
     (n + 1,) int64. ``num_words`` (n,) int64 counts whitespace-separated words and ``num_bytes``
     (n,) int64 UTF-8 bytes, both of exactly the text whose tokens are here; the separator counts
-    as neither.
+    as neither. ``hashes`` (n, 16) uint8 stand for the whole text of each document, also where only
+    its head is here (``Document.content_hash``); None where nobody knows them.
     """
 
     tokens: np.ndarray
@@ -30,6 +32,7 @@ class TokenizedDocuments:
     names: list[str]
     num_words: np.ndarray
     num_bytes: np.ndarray
+    hashes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,7 +65,7 @@ def tokenize(
     ``tokenizer``: a fast tokenizer of transformers. Special tokens spelled out in the text are
     read as plain text, so that no separator but ours is in the stream. ``max_tokens`` keeps only
     the head of each document (words and bytes are then those of the head): the way to evaluate on
-    many documents at a small cost.
+    many documents at a small cost. CorpusError for a document with half a surrogate pair.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -94,6 +97,9 @@ def tokenize(
         names=[d.name for d in documents],
         num_words=np.asarray(words, dtype=np.int64),
         num_bytes=np.asarray(num_bytes, dtype=np.int64),
+        hashes=np.frombuffer(b"".join(d.content_hash for d in documents), np.uint8).reshape(
+            -1, HASH_BYTES
+        ),
     )
 
 
@@ -101,7 +107,7 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[str]]:
     texts: list[str] = []
     size = 0
     for document in documents:
-        texts.append(document.text)
+        texts.append(check_text(document.text, f"document {document.name!r}"))
         size += len(document.text)
         if size >= _BATCH_CHARS:
             yield texts
@@ -132,4 +138,5 @@ def take_documents(text: TokenizedDocuments, most: int, seed: int = 0) -> Tokeni
         names=[text.names[i] for i in kept],
         num_words=(text.num_words[kept] * share).astype(np.int64),
         num_bytes=(text.num_bytes[kept] * share).astype(np.int64),
+        hashes=None if text.hashes is None else text.hashes[kept],
     )

@@ -121,7 +121,8 @@ def write(path: Path, text: str) -> None:
         ("train.txt.xz", "valid.txt.gz", "test.txt"),
         ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
         ("train/a.md", "dev/b.md", "test/c.rst"),
-        ("my-training.txt", "validation.txt", "test.py"),
+        ("Training.txt", "validation.txt", "test.py"),
+        ("train-00000-of-00001.txt", "val", "test.log"),
     ],
 )
 def test_folder_with_named_splits(tmp_path: Path, files: tuple[str, ...]) -> None:
