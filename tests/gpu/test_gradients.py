@@ -13,6 +13,12 @@ from knnext import reference
 from knnext.ops import _gradients
 from knnext.ops._schemas import GRADIENT_NAMES
 from knnext.testing import assert_close
+from tests.gpu.runs import (
+    assert_kept_to_a_side_stream,
+    assert_replays,
+    assert_same_bits_a_hundred_times,
+    same,
+)
 
 pytestmark = pytest.mark.gpu
 INF = float("inf")
@@ -141,43 +147,19 @@ def calls() -> list[Callable[[], tuple[Tensor, ...]]]:
     ]
 
 
-def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("which", range(7))
 def test_same_bits_a_hundred_times(which: int) -> None:
-    run = calls()[which]
-    first = run()
-    assert all(same(run(), first) for _ in range(100))
+    assert_same_bits_a_hundred_times(calls()[which])
 
 
 @pytest.mark.parametrize("which", range(7))
 def test_graph_capture_and_replay(which: int) -> None:
-    run = calls()[which]
-    want = run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    for _ in range(3):
-        for g in got:
-            g.zero_()
-        graph.replay()
-        assert same(got, want)
+    assert_replays(calls()[which])
 
 
 @pytest.mark.parametrize("which", range(7))
 def test_side_stream(which: int) -> None:
-    run = calls()[which]
-    want = run()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # work queued elsewhere would overtake this
-        got = run()
-        ready = stream.record_event()
-    ready.synchronize()
-    assert same(got, want)
+    assert_kept_to_a_side_stream(calls()[which])
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 65])

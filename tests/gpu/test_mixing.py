@@ -10,6 +10,11 @@ from torch import Tensor
 
 import knnext
 from knnext import reference
+from tests.gpu.runs import (
+    assert_kept_to_a_side_stream,
+    assert_replays,
+    assert_same_bits_a_hundred_times,
+)
 
 pytestmark = pytest.mark.gpu
 INF, NAN = float("inf"), float("nan")
@@ -111,37 +116,17 @@ def calls(rows: int = 300, k: int = 1024, vocab_size: int = 5003) -> list[Callab
 
 @pytest.mark.parametrize("which", range(6))
 def test_same_bits_a_hundred_times(which: int) -> None:
-    run = calls()[which]
-    first = run()
-    assert all(torch.equal(run(), first) for _ in range(100))
+    assert_same_bits_a_hundred_times(calls()[which])
 
 
 @pytest.mark.parametrize("which", range(6))
 def test_graph_capture_and_replay(which: int) -> None:
-    run = calls()[which]
-    want = run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    for _ in range(3):
-        got.zero_()
-        graph.replay()
-        assert torch.equal(got, want)
+    assert_replays(calls()[which])
 
 
 @pytest.mark.parametrize("which", range(6))
 def test_side_stream(which: int) -> None:
-    run = calls()[which]
-    want = run()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # work queued elsewhere would overtake this
-        filler = torch.empty_like(want).fill_(7)
-        got = run()
-        ready = stream.record_event()
-    ready.synchronize()
-    assert torch.equal(got, want) and filler.eq(7).all()
+    assert_kept_to_a_side_stream(calls()[which])
 
 
 @pytest.mark.multi_gpu

@@ -18,7 +18,16 @@ import torch
 import knnext
 from knnext import reference
 from knnext.testing import assert_equal_results, assert_search
-from tests.gpu.searches import assert_exact, gaussian, integers
+from tests.gpu.runs import assert_same_bits_a_hundred_times
+from tests.gpu.searches import (
+    ORDERS,
+    assert_exact,
+    assert_late_keys_are_waited_for,
+    assert_replays_on_new_data,
+    gaussian,
+    integers,
+    keys_in_order,
+)
 
 pytestmark = pytest.mark.gpu
 INF = float("inf")
@@ -152,21 +161,10 @@ def test_forced_failures_change_nothing(forced: str, dtype: torch.dtype, monkeyp
         assert knnext.failed_queries() - before == (0 if forced == "as planned" else q)
 
 
-@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fail", [False, True])
 def test_orders_that_fill_lists(order: str, fail: bool, monkeypatch) -> None:
-    keys, queries = integers(200_000, 16, high=20), integers(40, 16)
-    by_distance = keys.float().square().sum(1).argsort(stable=True)
-    if order == "near to far":
-        keys = keys[by_distance]
-    elif order == "far to near":
-        keys = keys[by_distance.flip(0)]
-    elif order == "equal":
-        keys[:] = 3
-    elif order == "cluster":
-        keys[1000:190_000] = integers(1, 16)
-    else:
-        keys = keys[:500].repeat(400, 1)
+    queries, keys = integers(40, 16), keys_in_order(order)
     if fail:
         monkeypatch.setenv("KNNEXT_TEST_SEARCH", "fail=1")
     before = knnext.failed_queries()
@@ -285,43 +283,17 @@ def test_limits_are_said() -> None:
 @pytest.mark.parametrize("q", [8, 200])
 def test_a_hundred_runs_give_the_same_bits(q: int) -> None:
     queries, keys = gaussian(q, 128), gaussian(100_000, 128)
-    first = knnext.knn_search(queries, keys, 500)
-    for _ in range(100):
-        assert_equal_results(knnext.knn_search(queries, keys, 500), first)
+    assert_same_bits_a_hundred_times(lambda: knnext.knn_search(queries, keys, 500))
 
 
 @pytest.mark.parametrize("forced", FORCED)
 def test_a_graph_replays_on_new_data(forced: str, monkeypatch) -> None:
     monkeypatch.setenv("KNNEXT_TEST_SEARCH", FORCED[forced])
-    queries, keys = integers(70, 32), integers(7000, 32)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        knnext.knn_search(queries, keys, 90, refine=True)
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = knnext.knn_search(queries, keys, 90, refine=True)
-    for _ in range(3):
-        queries.copy_(integers(70, 32))
-        keys.copy_(integers(7000, 32))
-        graph.replay()
-        want = reference.knn_search(queries, keys, 90, compute_dtype=torch.float64)
-        assert_equal_results(got, want)
+    assert_replays_on_new_data(integers(70, 32), integers(7000, 32), refine=True)
 
 
 def test_a_side_stream_is_kept_to() -> None:
-    queries, keys = integers(64, 64), integers(50_000, 64)
-    want = knnext.knn_search(queries, keys, 100)
-    torch.cuda.synchronize()
-    for _ in range(5):
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            late = torch.zeros_like(keys)
-            torch.cuda._sleep(20_000_000)
-            late.copy_(keys)
-            got = knnext.knn_search(queries, late, 100)
-        side.synchronize()
-        assert_equal_results(got, want)
+    assert_late_keys_are_waited_for()
 
 
 @pytest.mark.multi_gpu

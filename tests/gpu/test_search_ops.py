@@ -11,6 +11,11 @@ from torch import Tensor
 import knnext
 from knnext import reference
 from knnext.testing import assert_equal_results
+from tests.gpu.runs import (
+    assert_kept_to_a_side_stream,
+    assert_replays,
+    assert_same_bits_a_hundred_times,
+)
 
 pytestmark = pytest.mark.gpu
 INF, NAN = float("inf"), float("nan")
@@ -116,35 +121,16 @@ def calls() -> list[Callable[[], tuple[Tensor, ...]]]:
     ]
 
 
-def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("which", range(4))
 def test_same_bits_a_hundred_times_and_in_a_graph(which: int) -> None:
     run = calls()[which]
-    want = run()
-    assert all(same(run(), want) for _ in range(100))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    for t in got:
-        t.zero_()
-    graph.replay()
-    assert same(got, want)
+    assert_same_bits_a_hundred_times(run)
+    assert_replays(run)
 
 
 @pytest.mark.parametrize("which", range(4))
 def test_side_stream(which: int) -> None:
-    run = calls()[which]
-    want = run()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
-        got = run()
-    stream.synchronize()
-    assert same(got, want)
+    assert_kept_to_a_side_stream(calls()[which])
 
 
 def test_rescore_gradients_and_opcheck() -> None:

@@ -1,6 +1,6 @@
 """The Hopper scan for many queries on a Hopper GPU, with clusters of one block and of two: it runs
 where the plan says so, and gives what the float64 reference and the portable kernels give.
-tests/gpu/test_gpu_search.py runs over it too, with KNNEXT_SM90=all.
+test_search.py runs over it too, with KNNEXT_SM90=all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ import torch
 import knnext
 from knnext import reference
 from knnext.testing import assert_equal_results, assert_search
-from tests.gpu.searches import assert_exact, gaussian, integers, kernels_of
+from tests.gpu.runs import assert_same_bits_a_hundred_times
+from tests.gpu.searches import (
+    ORDERS,
+    assert_exact,
+    assert_replays_on_new_data,
+    assert_runs_where_the_plan_says,
+    gaussian,
+    integers,
+    keys_in_order,
+    needs_hopper,
+)
 
 pytestmark = pytest.mark.gpu
 HALVES = [torch.float16, torch.bfloat16]
@@ -29,13 +39,7 @@ FAILS = {"too tight", "no room", "all fail"}
 
 @pytest.fixture(autouse=True)
 def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    from knnext._host import build_info
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    if "9.0a" not in build_info()["cuda_archs"]:
-        pytest.skip("the build has no code for 9.0a")
-    monkeypatch.setenv("KNNEXT_SM90", "all")
+    needs_hopper(monkeypatch)
 
 
 @pytest.fixture(params=CLUSTERS)
@@ -45,22 +49,15 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_it_runs_where_the_plan_says(monkeypatch) -> None:
-    from knnext._host import SearchPlan
-
-    for switch, q, n, dim in (
+    cases = (
         ("1", 65, 100_000, 64),
         ("1", 4096, 100_000, 64),
         ("1", 300, 20_000, 64),
         ("all", 300, 20_000, 64),
         ("0", 300, 100_000, 64),
         ("1", 300, 100_000, 65),
-    ):
-        monkeypatch.setenv("KNNEXT_SM90", switch)
-        plan = SearchPlan(queries=q, entries=n, dim=dim, k=50, capability=(9, 0), num_units=132)
-        queries, keys = integers(q, dim), integers(n, dim)
-        names = kernels_of(lambda q=queries, x=keys: knnext.knn_search(q, x, 50))
-        ran = any("sm90_filter_kernel" in name for name in names)
-        assert ran == (plan.kernel == "cuda_sm90_filter"), (switch, q, n, dim, plan.kernel, names)
+    )
+    assert_runs_where_the_plan_says("sm90_filter", cases, monkeypatch)
 
 
 # Shapes
@@ -138,21 +135,9 @@ def test_forced_failures_change_nothing(
         assert knnext.failed_queries() - before == (q if forced in FAILS else 0)
 
 
-@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_orders_that_fill_lists(order: str, cluster: str) -> None:
-    keys, queries = integers(200_000, 16, high=20), integers(140, 16)
-    by_distance = keys.float().square().sum(1).argsort(stable=True)
-    if order == "near to far":
-        keys = keys[by_distance]
-    elif order == "far to near":
-        keys = keys[by_distance.flip(0)]
-    elif order == "equal":
-        keys[:] = 3
-    elif order == "cluster":
-        keys[1000:190_000] = integers(1, 16)
-    else:
-        keys = keys[:500].repeat(400, 1)
-    assert_exact(queries, keys, 1024)
+    assert_exact(integers(140, 16), keys_in_order(order), 1024)
 
 
 def test_a_store_with_a_period_does_not_bend_the_sample(cluster: str) -> None:
@@ -182,9 +167,7 @@ def test_nan_and_infinity(metric: str, cluster: str) -> None:
 @pytest.mark.parametrize("q", [65, 1000])
 def test_a_hundred_runs_give_the_same_bits(q: int, cluster: str) -> None:
     queries, keys = gaussian(q, 256), gaussian(100_000, 256)
-    first = knnext.knn_search(queries, keys, 500)
-    for _ in range(100):
-        assert_equal_results(knnext.knn_search(queries, keys, 500), first)
+    assert_same_bits_a_hundred_times(lambda: knnext.knn_search(queries, keys, 500))
 
 
 def test_both_sizes_of_clusters_give_the_same_bits(monkeypatch) -> None:
@@ -205,20 +188,7 @@ def test_identical_keys_tie_by_index_wherever_they_lie(cluster: str) -> None:
 
 
 def test_a_graph_replays_on_new_data(cluster: str) -> None:
-    queries, keys = integers(140, 64), integers(40_000, 64)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        knnext.knn_search(queries, keys, 90)
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = knnext.knn_search(queries, keys, 90)
-    for _ in range(3):
-        queries.copy_(integers(140, 64))
-        keys.copy_(integers(40_000, 64))
-        graph.replay()
-        want = reference.knn_search(queries, keys, 90, compute_dtype=torch.float64)
-        assert_equal_results(got, want)
+    assert_replays_on_new_data(integers(140, 64), integers(40_000, 64))
 
 
 def test_more_keys_than_a_chunk(cluster: str) -> None:

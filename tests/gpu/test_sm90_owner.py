@@ -1,5 +1,5 @@
 """The Hopper scan for few queries on a Hopper GPU: it runs where the plan says so, and gives what
-the float64 reference and the portable kernels give. tests/gpu/test_gpu_search.py runs over it too,
+the float64 reference and the portable kernels give. test_search.py runs over it too,
 with KNNEXT_SM90=all.
 """
 
@@ -9,9 +9,19 @@ import pytest
 import torch
 
 import knnext
-from knnext import reference
-from knnext.testing import assert_equal_results, assert_search
-from tests.gpu.searches import assert_exact, gaussian, integers, kernels_of
+from knnext.testing import assert_search
+from tests.gpu.runs import assert_same_bits_a_hundred_times
+from tests.gpu.searches import (
+    ORDERS,
+    assert_exact,
+    assert_late_keys_are_waited_for,
+    assert_replays_on_new_data,
+    assert_runs_where_the_plan_says,
+    gaussian,
+    integers,
+    keys_in_order,
+    needs_hopper,
+)
 
 pytestmark = pytest.mark.gpu
 HALVES = [torch.float16, torch.bfloat16]
@@ -26,19 +36,11 @@ FORCED = {
 
 @pytest.fixture(autouse=True)
 def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    from knnext._host import build_info
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    if "9.0a" not in build_info()["cuda_archs"]:
-        pytest.skip("the build has no code for 9.0a")
-    monkeypatch.setenv("KNNEXT_SM90", "all")
+    needs_hopper(monkeypatch)
 
 
 def test_it_runs_where_the_plan_says(monkeypatch) -> None:
-    from knnext._host import SearchPlan
-
-    for switch, q, n, dim in (
+    cases = (
         ("1", 8, 20_000, 64),
         ("1", 8, 16_000, 64),
         ("1", 64, 20_000, 1280),
@@ -46,13 +48,8 @@ def test_it_runs_where_the_plan_says(monkeypatch) -> None:
         ("all", 8, 9000, 64),
         ("0", 8, 20_000, 64),
         ("1", 8, 20_000, 65),
-    ):
-        monkeypatch.setenv("KNNEXT_SM90", switch)
-        plan = SearchPlan(queries=q, entries=n, dim=dim, k=50, capability=(9, 0), num_units=132)
-        queries, keys = integers(q, dim), integers(n, dim)
-        names = kernels_of(lambda q=queries, x=keys: knnext.knn_search(q, x, 50))
-        ran = any("sm90_owner_kernel" in name for name in names)
-        assert ran == (plan.kernel == "cuda_sm90_owner"), (switch, q, n, dim, plan.kernel, names)
+    )
+    assert_runs_where_the_plan_says("sm90_owner", cases, monkeypatch)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -96,20 +93,9 @@ def test_forced_failures_change_nothing(forced: str, dtype: torch.dtype, monkeyp
         assert knnext.failed_queries() - before == (0 if forced == "as planned" else 40)
 
 
-@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "cluster", "doubled"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_orders_that_fill_lists(order: str) -> None:
-    keys, queries = integers(200_000, 16, high=20), integers(40, 16)
-    by_distance = keys.float().square().sum(1).argsort(stable=True)
-    if order == "near to far":
-        keys = keys[by_distance]
-    elif order == "far to near":
-        keys = keys[by_distance.flip(0)]
-    elif order == "equal":
-        keys[:] = 3
-    elif order == "cluster":
-        keys[1000:190_000] = integers(1, 16)
-    else:
-        keys = keys[:500].repeat(400, 1)
+    queries, keys = integers(40, 16), keys_in_order(order)
     before = knnext.failed_queries()
     assert_exact(queries, keys, 1024)
     assert knnext.failed_queries() == before
@@ -126,9 +112,7 @@ def test_rows_apart_and_expanded() -> None:
 @pytest.mark.parametrize("q", [1, 64])
 def test_a_hundred_runs_give_the_same_bits(q: int) -> None:
     queries, keys = gaussian(q, 256), gaussian(100_000, 256)
-    first = knnext.knn_search(queries, keys, 500)
-    for _ in range(100):
-        assert_equal_results(knnext.knn_search(queries, keys, 500), first)
+    assert_same_bits_a_hundred_times(lambda: knnext.knn_search(queries, keys, 500))
 
 
 def test_identical_keys_tie_by_index_wherever_they_lie() -> None:
@@ -141,32 +125,8 @@ def test_identical_keys_tie_by_index_wherever_they_lie() -> None:
 
 
 def test_a_graph_replays_on_new_data() -> None:
-    queries, keys = integers(30, 64), integers(40_000, 64)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        knnext.knn_search(queries, keys, 90)
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = knnext.knn_search(queries, keys, 90)
-    for _ in range(3):
-        queries.copy_(integers(30, 64))
-        keys.copy_(integers(40_000, 64))
-        graph.replay()
-        want = reference.knn_search(queries, keys, 90, compute_dtype=torch.float64)
-        assert_equal_results(got, want)
+    assert_replays_on_new_data(integers(30, 64), integers(40_000, 64))
 
 
 def test_a_side_stream_is_kept_to() -> None:
-    queries, keys = integers(64, 64), integers(50_000, 64)
-    want = knnext.knn_search(queries, keys, 100)
-    torch.cuda.synchronize()
-    for _ in range(5):
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            late = torch.zeros_like(keys)
-            torch.cuda._sleep(20_000_000)
-            late.copy_(keys)
-            got = knnext.knn_search(queries, late, 100)
-        side.synchronize()
-        assert_equal_results(got, want)
+    assert_late_keys_are_waited_for()
