@@ -16,6 +16,8 @@ setup: $(READY)  ## a .venv with pinned versions (TORCH=2.13.0 unless said other
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	  "knnext needs Python >= 3.10; say which one to use with PYTHON=python3.12")'
+	@command -v $${CXX:-g++} >/dev/null || { echo "knnext needs a C++20 compiler and found no \
+	$${CXX:-g++}: install one (Debian: apt install g++), or name it with CXX=clang++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"

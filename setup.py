@@ -7,7 +7,9 @@ libraries), never imported: an isolated build finds the one that is installed ar
     KNNEXT_CUDA=1 | FORCE_CUDA=1   insist on the CUDA library (also beside a CPU-only torch)
     KNNEXT_CUDA=0                  leave it out
     KNNEXT_LOCAL_VERSION           e.g. cu130: the local label of a wheel's version
-    TORCH_CUDA_ARCH_LIST           e.g. "8.0;9.0a+PTX"; CUDA_HOME, MAX_JOBS, NVCC_THREADS, DEBUG
+    TORCH_CUDA_ARCH_LIST           e.g. "8.0;9.0a+PTX"; by default the cards of this machine, and
+                                   for a wheel, or without cards, 8.0 to 12.0
+    CUDA_HOME, MAX_JOBS, NVCC_THREADS, DEBUG, CXX
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import fcntl
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,7 +37,16 @@ ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c",
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
 }
-DEFAULT_ARCHS = "8.0;9.0a+PTX"
+#: Where TORCH_CUDA_ARCH_LIST is not set and no card is in sight: what nvcc knows of these, and PTX
+#: of the last for what comes after it.
+DEFAULT_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
+OLDEST_ARCH = 80
+#: The names that torch's own builds know.
+ARCH_NAMES = {
+    "kepler": "3.5", "maxwell": "5.0;5.2", "pascal": "6.0;6.1", "volta": "7.0", "turing": "7.5",
+    "ampere": "8.0;8.6+PTX", "ampere+tegra": "8.7", "ada": "8.9+PTX", "hopper": "9.0+PTX",
+    "blackwell": "10.0;10.3;12.0;12.1+PTX", "blackwell+tegra": "11.0",
+}  # fmt: skip
 VERSION = "0.1.0"
 
 
@@ -79,8 +92,11 @@ class Cuda:
     archs: list[str] = field(default_factory=list)
 
     @classmethod
-    def find(cls, torch: Torch) -> Cuda | None:
-        """The compiler, or None where the CUDA library is not to be built; says which."""
+    def find(cls, torch: Torch, for_here: bool = True) -> Cuda | None:
+        """The compiler, or None where the CUDA library is not to be built; says which.
+
+        ``for_here``: the library need only run on the cards of this machine, where it has some.
+        """
         wish = os.environ.get("KNNEXT_CUDA", "1" if os.environ.get("FORCE_CUDA") == "1" else "")
         if wish not in ("", "0", "1"):
             stop(f"KNNEXT_CUDA must be 0, 1 or unset, not {wish!r}.")
@@ -97,11 +113,14 @@ class Cuda:
             return cls._without("no nvcc was found")
         if wish != "1" and torch.cuda is None:
             return cls._without(f"torch {torch.version} has no CUDA (KNNEXT_CUDA=1 insists)")
+        visible = visible_archs() if for_here else []
+        if visible and not wish and not any(map(_is_new_enough, visible)) and not _arch_wish():
+            return cls._without(f"the cards here ({', '.join(visible)}) are older than 8.0")
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+\.\d+)", text)
         if release is None:
             stop(f"could not read the version that {nvcc} prints.")
-        archs = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS).strip())
+        archs = choose_archs(known_archs(nvcc), visible)
         return cls(nvcc, release.group(1), archs)
 
     @staticmethod
@@ -124,8 +143,95 @@ class Cuda:
         return " ".join(flags)
 
 
+def known_archs(nvcc: str) -> set[str]:
+    """Digits, as ``"90"``, of what this nvcc compiles for; empty where it does not tell."""
+    text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return set(re.findall(r"compute_(\d+)", text))
+
+
+def visible_archs() -> list[str]:
+    """Compute capabilities of this machine's cards, as ``["8.0", "9.0"]``."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return sorted(set(re.findall(r"^\d+\.\d+$", text, flags=re.MULTILINE)))
+
+
+def choose_archs(known: set[str], visible: list[str]) -> list[str]:
+    """What to compile for, as ``["8.0", "9.0a", "12.0+PTX"]``.
+
+    Images preset TORCH_CUDA_ARCH_LIST for other packages, so what cannot be built is passed over
+    with a line; only where nothing is left is that an error.
+    """
+    wish = _arch_wish()
+    if not wish:
+        chosen = list(filter(_is_new_enough, visible))
+        if not chosen:
+            chosen = [
+                a for a in DEFAULT_ARCHS if not known or a.rstrip("a").replace(".", "") in known
+            ]
+            chosen[-1:] = [f"{arch}+PTX" for arch in chosen[-1:]]
+        wish = ";".join(chosen)
+    entries = [e for part in re.split(r"[;,\s]+", wish) for e in _spelled_out(part).split(";") if e]
+    kept = list(dict.fromkeys(arch for arch in map(partial(_buildable, known), entries) if arch))
+    if not kept:
+        stop(
+            f"TORCH_CUDA_ARCH_LIST={wish!r} names nothing that can be built; wanted are compute "
+            'capabilities from 8.0 on that nvcc knows, such as "8.0;9.0a+PTX".'
+        )
+    return kept
+
+
+def _arch_wish() -> str:
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,\t\n")
+    return "" if wish.lower() == "native" else wish
+
+
+def _is_new_enough(arch: str) -> bool:
+    return int(arch.replace(".", "")) >= OLDEST_ARCH
+
+
+def _spelled_out(entry: str) -> str:
+    name, plus, rest = entry.lower().partition("+")
+    named = ARCH_NAMES.get(entry.lower()) or ARCH_NAMES.get(name if rest == "ptx" else "")
+    return entry if named is None else named + ("+PTX" if plus and "+PTX" not in named else "")
+
+
+def _buildable(known: set[str], entry: str) -> str | None:
+    """The entry as it is compiled, or None, with a line that says why it is passed over."""
+    match = re.fullmatch(r"(?:sm_|compute_)?(\d+)\.?(\d)([af]?)(\+PTX)?", entry, re.IGNORECASE)
+    digits = match[1] + match[2] if match else ""
+    if match is None:
+        reason = "it is no compute capability"
+    elif not _is_new_enough(digits):
+        reason = "the kernels need 8.0 or later"
+    elif known and digits not in known:
+        reason = "this nvcc does not know it"
+    else:
+        # Hopper's own kernels need the "a"; code of it runs wherever plain 9.0's does.
+        suffix = "a" if digits == "90" else match[3].lower()
+        return f"{match[1]}.{match[2]}{suffix}{(match[4] or '').upper()}"
+    print(f"knnext: not compiled for {entry}: {reason}.", file=sys.stderr)
+    return None
+
+
 def optimization() -> str:
     return "-O0 -g" if os.environ.get("DEBUG") == "1" else "-O3 -DNDEBUG"
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def check_compiler() -> None:
+    """Say what is missing before ninja says it once a file."""
+    if shutil.which(shlex.split(compiler())[0]) is None:
+        stop(
+            f"no C++ compiler: {compiler()} was not found; install one that knows C++20 (Debian: "
+            "apt install g++, Fedora: dnf install gcc-c++), or name it with CXX."
+        )
 
 
 class NinjaFile:
@@ -142,7 +248,7 @@ class NinjaFile:
         include = " ".join(f"-isystem {p}" for p in torch.includes)
         link = f"-L{torch.root / 'lib'} -ltorch_cpu -lc10"
         common = f"-std=c++20 {optimization()} -I{CSRC}"
-        cxx = os.environ.get("CXX", "g++")
+        cxx = compiler()
         self.lines += [
             "ninja_required_version = 1.5",
             f"builddir = {self.build}",
@@ -240,8 +346,9 @@ class Build(build_ext):
 
     def run(self) -> None:
         torch = Torch.find()
-        cuda = Cuda.find(torch)
+        check_compiler()
         in_place = self.inplace or getattr(self, "editable_mode", False)
+        cuda = Cuda.find(torch, for_here=bool(in_place))
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "knnext"
         build = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
         ninja = NinjaFile(torch, cuda, build, package)

@@ -131,6 +131,78 @@ def test_architectures(build, monkeypatch, tmp_path):
     assert hopper == "-gencode arch=compute_90a,code=sm_90a"
 
 
+@pytest.mark.parametrize(
+    ("wish", "chosen", "passed_over"),
+    [
+        ("7.5;8.0;8.6", ["8.0", "8.6"], ["7.5"]),
+        ("5.2 6.0 6.1 7.0 7.5 8.0 8.6 9.0+PTX", ["8.0", "8.6", "9.0a+PTX"], ["5.2", "7.0", "7.5"]),
+        (";8.0;;9.0a;", ["8.0", "9.0a"], []),
+        ("8.0,9.0a,", ["8.0", "9.0a"], []),
+        ("Ampere;Hopper", ["8.0", "8.6+PTX", "9.0a+PTX"], []),
+        ("Turing;Ada", ["8.9+PTX"], ["7.5"]),
+        ("Volta+PTX hopper+PTX", ["9.0a+PTX"], ["7.0+PTX"]),
+        ("Blackwell", ["10.0", "12.0"], ["10.3", "12.1+PTX"]),  # this nvcc lacks two of them
+        ("sm_80;compute_90", ["8.0", "9.0a"], []),
+        ("8.0;20.0", ["8.0"], ["20.0"]),
+        ("8.0;Rubin", ["8.0"], ["Rubin"]),
+        ("9.0;9.0a", ["9.0a"], []),
+    ],
+)
+def test_presets_of_other_packages_are_read(build, monkeypatch, capsys, wish, chosen, passed_over):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+    known = {"80", "86", "89", "90", "100", "120"}
+    assert build.choose_archs(known, visible=["8.6"]) == chosen
+    said = capsys.readouterr().err
+    for name in passed_over:
+        assert f"not compiled for {name}: " in said
+    assert said.count("not compiled") >= len(passed_over)
+
+
+@pytest.mark.parametrize("wish", ["7.5", "Turing", "nonsense", "6.0;7.0+PTX"])
+def test_an_arch_list_of_which_nothing_is_left_is_an_error(build, monkeypatch, wish):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+    with pytest.raises(SystemExit, match="names nothing that can be built; wanted are"):
+        build.choose_archs({"75", "80", "90"}, visible=["8.6"])
+
+
+@pytest.mark.parametrize("wish", [None, "", ";", "native"])
+def test_without_a_list_the_cards_decide(build, monkeypatch, wish):
+    if wish is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+    known = {"80", "86", "90", "100", "120"}
+    assert build.choose_archs(known, ["8.6"]) == ["8.6"]
+    assert build.choose_archs(known, ["7.5", "9.0"]) == ["9.0a"]
+    assert build.choose_archs(known, []) == ["8.0", "9.0a", "10.0", "12.0+PTX"]
+    assert build.choose_archs({"80", "86", "90"}, []) == ["8.0", "9.0a+PTX"]  # an older nvcc
+    assert build.choose_archs(set(), []) == ["8.0", "9.0a", "10.0", "12.0+PTX"]
+
+
+def test_cards_that_are_too_old_mean_the_cpu_package(build, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda")))
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 7.5\necho 7.5\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+    torch = build.Torch(tmp_path, "2.13.0", "13.0")
+    assert build.Cuda.find(torch) is None
+    assert "the cards here (7.5) are older than 8.0" in capsys.readouterr().err
+    assert build.Cuda.find(torch, for_here=False) is not None  # a wheel, for other machines
+    monkeypatch.setenv("KNNEXT_CUDA", "1")
+    assert build.Cuda.find(torch) is not None
+    smi.write_text("#!/bin/sh\necho 8.9\necho 9.0\necho 8.9\n")
+    monkeypatch.delenv("KNNEXT_CUDA")
+    assert build.Cuda.find(torch).archs == ["8.9", "9.0a"]
+
+
+def test_no_compiler_is_said_in_one_sentence(build, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(
+        SystemExit, match="no C\\+\\+ compiler: no-such-compiler -m64 was not found"
+    ):
+        build.check_compiler()
+
+
 def test_build_info_names_this_build():
     from knnext._host import best_cpu_isa, build_info, cpu_isa
 
