@@ -242,10 +242,7 @@ class Datastore(DatastoreReader):
         stay. A view holds its row numbers (8 bytes each) and copies rows when read.
         """
         rows = sample_rows(self.num_entries, fraction, seed)
-        view = self._view(
-            (self.keys.select(rows), self.values.select(rows)),
-            lambda: torch.searchsorted(rows, self.document_offsets),
-        )
+        view = self._view((self.keys.select(rows), self.values.select(rows)))
         if path is None:
             return view
         origin: Origin = {"subsample_of": self.fingerprint, "fraction": fraction, "seed": seed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from knnext.datastore.documents import DocumentTable
 from knnext.datastore.errors import DatastoreError, IncompatibleDatastoreError
 from knnext.datastore.meta import DatastoreMeta
 from knnext.datastore.meta_file import to_json
-from knnext.datastore.rows import LazyRows, ShardFiles, check_rows
+from knnext.datastore.rows import LazyRows, Place, ShardFiles, check_rows
 from knnext.datastore.verify import Progress, verify
 
 if TYPE_CHECKING:
@@ -42,19 +42,16 @@ class DatastoreReader:
         meta: DatastoreMeta,
         *,
         rows: tuple[LazyRows, LazyRows] | None = None,
-        document_offsets: Callable[[], Tensor] | None = None,
         row_offset: int = 0,
         unfinished: bool = False,
     ) -> None:
-        """Internal: use ``Datastore.open``. ``rows`` and ``document_offsets`` make a view."""
+        """Internal: use ``Datastore.open``. ``rows`` make a view."""
         self.path = path
         self.row_offset = row_offset
         self.unfinished = unfinished
         self._meta = meta
         self._keys, self._values = rows or _stored_rows(path, meta)
-        self._documents = documents = DocumentTable(path, meta.documents, meta.num_entries)
-        # Not through self: a cycle would keep a dropped writer's lock until the next collection.
-        self._offsets = document_offsets or (lambda: documents.offsets)
+        self._documents = DocumentTable(path, meta.documents, meta.num_entries)
 
     def __len__(self) -> int:
         return self.num_entries
@@ -128,7 +125,7 @@ class DatastoreReader:
     def document_offsets(self) -> Tensor:
         """(num_documents + 1,) int64: document d has rows offsets[d] to offsets[d + 1]."""
         self._reading("document_offsets")
-        return self._offsets()
+        return self._keys.local(self._documents.offsets)
 
     def document_of(self, rows: Tensor) -> Tensor:
         """Document ids of ``rows``, int64 of the same shape and device; -1 stays -1."""
@@ -144,11 +141,7 @@ class DatastoreReader:
             raise ValueError(f"index: got {index} of {num_shards} shards")
         first = index * self.num_entries // num_shards
         last = (index + 1) * self.num_entries // num_shards
-        return self._view(
-            (self.keys.range(first, last), self.values.range(first, last)),
-            lambda: self.document_offsets.clamp(first, last) - first,
-            first,
-        )
+        return self._view((self.keys.range(first, last), self.values.range(first, last)), first)
 
     def stored_rows(self, rows: Tensor) -> Tensor:
         """Row numbers in the files of ``rows`` of this view, int64."""
@@ -203,20 +196,36 @@ class DatastoreReader:
 
     # Inside
 
-    def _view(
-        self, rows: tuple[LazyRows, LazyRows], offsets: Callable[[], Tensor], row_offset: int = 0
-    ) -> Self:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the folder's place and which rows are seen, and opens the folder again."""
+        self._reading("a pickle")
+        kind, path, meta = type(self), self.path.absolute(), to_json(self._meta)
+        return _reopen, (kind, path, meta, self.unfinished, self._keys.place(), self.row_offset)
+
+    def _view(self, rows: tuple[LazyRows, LazyRows], row_offset: int = 0) -> Self:
         return type(self)(
             self.path,
             self._meta,
             rows=rows,
-            document_offsets=offsets,
             row_offset=self.row_offset + row_offset,
             unfinished=self.unfinished,
         )
 
     def _reading(self, what: str) -> None:
         """Raise where ``what`` cannot be read yet."""
+
+
+def _reopen(
+    kind: Any, path: Path, meta: bytes, unfinished: bool, place: Place, row_offset: int
+) -> Any:
+    store = kind.open(path, allow_unfinished=unfinished)
+    if to_json(store.meta) != meta:
+        raise IncompatibleDatastoreError(
+            f"{path}: holds another datastore than the one that was pickled"
+        )
+    view = store._view((store.keys.at(place), store.values.at(place)))
+    view.row_offset = row_offset
+    return view
 
 
 def _stored_rows(path: Path, meta: DatastoreMeta) -> tuple[LazyRows, LazyRows]:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from knnext.datastore.files import map_file
 # A mapping holds a file descriptor; a datastore of thousands of shards must not use them all up.
 _MAPPED_SHARDS = 128
 
+Place: TypeAlias = tuple[int, int, Tensor | None]
 RowIndex: TypeAlias = int | slice | Tensor | NDArray[np.int64] | Sequence[int]
 
 
@@ -41,6 +42,12 @@ class ShardFiles:
             return torch.frombuffer(buffer, dtype=dtype).view(rows, *row_shape)
 
         self._mapped = mapped
+        self._known = known
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the files' places; they are mapped again where rows are read."""
+        known = [(path.absolute(), rows) for path, rows in self._known]
+        return ShardFiles, (known, self.row_shape, self.dtype)
 
     def unmap(self) -> None:
         self._mapped.cache_clear()
@@ -124,6 +131,20 @@ class LazyRows:
     def stored_rows(self, rows: Tensor) -> Tensor:
         """Row numbers in the stored datastore of ``rows`` of this view."""
         return rows + self._first if self._selection is None else self._selection[rows]
+
+    def place(self) -> Place:
+        """Which stored rows these are: the first, their number, and the rows of a selection."""
+        return self._first, self._count, self._selection
+
+    def at(self, place: Place) -> LazyRows:
+        """Those of the stored rows, of which these are all, that another's `place` names."""
+        return LazyRows(self._files, *place)
+
+    def local(self, bounds: Tensor) -> Tensor:
+        """How many of these rows lie before each of the ascending stored rows ``bounds``."""
+        if self._selection is None:
+            return bounds.clamp(self._first, self._first + self._count) - self._first
+        return torch.searchsorted(self._selection, bounds)
 
     def identity(self) -> bytes:
         """Bytes that differ between views of other rows."""
