@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnext.index.queries import check_k
 from knnext.ops import knn_target_log_prob
 from knnext.output import whole_file
 
@@ -94,7 +95,7 @@ class StreamScores:
 
     def truncate(self, k: int) -> StreamScores:
         """The same scores with the nearest k neighbors only; nothing is copied."""
-        if not 1 <= k <= self.k:
+        if not check_k(k) <= self.k:
             raise ValueError(f"k must be from 1 to the {self.k} neighbors stored, got {k}")
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in ("distances", "tokens", "indices"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from knnext.evaluation.scores import StreamScores
 from knnext.index.base import Index
-from knnext.index.queries import check_k
+from knnext.index.queries import check_count, check_k
 from knnext.progress import progress
 
 if TYPE_CHECKING:
@@ -82,9 +82,8 @@ def search_stream(
         for the time of the call: n x dim values of the keys' dtype.
     """
     indexes = dict(index) if isinstance(index, Mapping) else {"": index}
-    check_k(k)
-    if query_batch < 1:
-        raise ValueError(f"query_batch must be at least 1, got {query_batch}")
+    k = check_k(k)
+    query_batch = check_count("query_batch", query_batch)
     layer, dtype = _common_keys(indexes, key_layer)
     start = time.perf_counter()
     windows = {"block_size": block_size, "stride": stride, "batch_size": batch_size}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,6 +39,10 @@ class TokenTable:
 
     datastore: Datastore
     _values: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the values, which the datastore holds."""
+        return {**self.__dict__, "_values": None}
 
     def tokens(self, indices: Tensor) -> Tensor:
         """(Q, k) int32 values of the rows named by (Q, k) indices; -1 stays -1."""

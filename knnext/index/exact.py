@@ -8,13 +8,19 @@ datastore is read once per call: give it many queries at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from knnext.index.base import TokenTable
-from knnext.index.queries import QueryGroup, check_k, group_queries, prepare_queries
+from knnext.index.queries import (
+    QueryGroup,
+    check_count,
+    check_k,
+    group_queries,
+    prepare_queries,
+)
 from knnext.ops import key_sqnorms, knn_search
 
 if TYPE_CHECKING:
@@ -62,13 +68,10 @@ class ExactIndex(TokenTable):
         self.metric = datastore.metric if metric is None else metric
         if self.metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        for name, value in (("chunk_bytes", chunk_bytes), ("query_batch", query_batch)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.device = torch.device("cpu" if device is None else device)
-        self.query_batch = query_batch
+        self.query_batch = check_count("query_batch", query_batch)
         row_bytes = datastore.dim * datastore.dtype.itemsize
-        self.chunk_rows = max(1, chunk_bytes // row_bytes)
+        self.chunk_rows = max(1, check_count("chunk_bytes", chunk_bytes) // row_bytes)
         if resident_bytes is None:
             resident_bytes = _default_resident_bytes(self.device)
         self._keep = datastore.num_entries * row_bytes <= resident_bytes
@@ -95,7 +98,7 @@ class ExactIndex(TokenTable):
             `(distances, indices)`: (Q, k) float32 and (Q, k) int64, on the queries' device.
             Padding is +inf and -1.
         """
-        check_k(k)
+        k = check_k(k)
         rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype)
         rounded = rounded.to(self.device)
         count = rounded.shape[0]
@@ -106,6 +109,10 @@ class ExactIndex(TokenTable):
             for chunk in self._chunks():
                 self._search_chunk(rounded, chunk, groups, distances, indices)
         return distances.to(queries.device), indices.to(queries.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the datastore holds is left out and read again where it is wanted."""
+        return {**super().__getstate__(), "_resident": None, "_sqnorms": {}}
 
     def _search_chunk(
         self,

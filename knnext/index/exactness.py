@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from knnext.index.base import Index
-from knnext.index.queries import check_k, prepare_queries
+from knnext.index.queries import check_count, check_k, prepare_queries
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -67,8 +67,9 @@ def check_exactness(
     """
     datastore = index.datastore
     k = min(check_k(k), datastore.num_entries)
-    if k == 0 or queries.shape[0] == 0 or sample < 1:
-        raise ValueError("check_exactness needs a query, a sample and a datastore with rows")
+    sample = check_count("sample", sample)
+    if k == 0 or queries.shape[0] == 0:
+        raise ValueError("check_exactness needs a query and a datastore with rows")
     generator = torch.Generator().manual_seed(seed)
     chosen = (
         torch.randperm(queries.shape[0], generator=generator, device="cpu")[:sample].sort().values

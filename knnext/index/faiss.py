@@ -6,7 +6,6 @@ the codes, or the real ones, recomputed from the stored keys (`rescore=True`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,15 @@ from torch import Tensor
 from knnext.index import faiss_build, faiss_library
 from knnext.index.base import TokenTable
 from knnext.index.faiss_open import read_index
-from knnext.index.queries import QueryGroup, Range, check_k, group_queries, prepare_queries
-from knnext.index.sidecar import Sidecar, check_recipe, read_sidecar
+from knnext.index.queries import (
+    QueryGroup,
+    Range,
+    check_count,
+    check_k,
+    group_queries,
+    prepare_queries,
+)
+from knnext.index.sidecar import Sidecar
 from knnext.ops import merge_topk, rescore
 
 if TYPE_CHECKING:
@@ -50,9 +56,10 @@ class FaissIndex(TokenTable):
         self.metric = datastore.metric
         self.sidecar = sidecar
         self.path = path
-        self.nprobe = _check_nprobe(sidecar.nprobe if nprobe is None else nprobe)
+        self.nprobe = check_count("nprobe", sidecar.nprobe if nprobe is None else nprobe)
         self.rescore = rescore
-        self.gather_bytes = gather_bytes
+        self.gather_bytes = check_count("gather_bytes", gather_bytes)
+        self._gpu = gpu
         self._cpu_index = index
         self._gpu_index = faiss_library.to_gpu(index, gpu) if _use_gpu(gpu) else None
 
@@ -94,25 +101,21 @@ class FaissIndex(TokenTable):
 
         Raises:
             IndexMismatchError: the folder holds an index of another recipe.
+            DatastoreLockedError: another process is building an index in the folder.
             ValueError: a factory string or size that does not suit the datastore.
         """
         folder = default_path(datastore) if path is None else Path(path)
-        nprobe = _check_nprobe(DEFAULT_NPROBE if nprobe is None else nprobe)
+        nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
         recipe = faiss_build.make_recipe(datastore, factory, train_size, seed, segment_rows)
-        if overwrite:
-            faiss_build.discard(folder)
-        sidecar_path = folder / faiss_build.SIDECAR_FILE
-        if sidecar_path.exists():
-            check_recipe(read_sidecar(sidecar_path).recipe, recipe, folder)
-        else:
-            faiss_build.build(
-                datastore,
-                folder,
-                recipe,
-                nprobe=nprobe,
-                add_chunk=add_chunk,
-                gpu=_use_gpu(gpu) and gpu,
-            )
+        faiss_build.build(
+            datastore,
+            folder,
+            recipe,
+            nprobe=nprobe,
+            add_chunk=check_count("add_chunk", add_chunk),
+            gpu=_use_gpu(gpu) and gpu,
+            overwrite=overwrite,
+        )
         return cls.open(folder, datastore, nprobe=nprobe, gpu=gpu, rescore=rescore)
 
     @classmethod
@@ -161,10 +164,17 @@ class FaissIndex(TokenTable):
 
     def with_options(self, *, nprobe: int | None = None, rescore: bool | None = None) -> FaissIndex:
         """The same index in memory, searched with other settings by default."""
-        other = copy.copy(self)
-        other.nprobe = self.nprobe if nprobe is None else _check_nprobe(nprobe)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.nprobe = self.nprobe if nprobe is None else check_count("nprobe", nprobe)
         other.rescore = self.rescore if rescore is None else rescore
         return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the place and the settings, and opens the index there again."""
+        options: dict[str, Any] = {"nprobe": self.nprobe, "rescore": self.rescore}
+        options |= {"gather_bytes": self.gather_bytes, "gpu": self._gpu, "verify": False}
+        return _reopen, (self.path.absolute(), self.datastore, options)
 
     def search(
         self,
@@ -194,8 +204,8 @@ class FaissIndex(TokenTable):
             the conventions of `knn_search`: L2 squared, inner products negated, padding +inf and
             -1.
         """
-        check_k(k)
-        nprobe = self.nprobe if nprobe is None else _check_nprobe(nprobe)
+        k = check_k(k)
+        nprobe = self.nprobe if nprobe is None else check_count("nprobe", nprobe)
         rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype).cpu()
         distances = torch.full(
             (rounded.shape[0], k), float("inf"), dtype=torch.float32, device="cpu"
@@ -229,10 +239,10 @@ class FaissIndex(TokenTable):
     ) -> tuple[Tensor, Tensor]:
         if self._gpu_index is not None and not excluded and k <= GPU_MAX_K:
             faiss_library.set_nprobe(self._cpu_index, nprobe, self._gpu_index)
-            return self._convert(*self._gpu_index.search(queries, k))
-        parameters = faiss_library.search_parameters(self._cpu_index, nprobe, excluded)
-        if parameters is not None:
-            return self._convert(*self._cpu_index.search(queries, k, params=parameters[0]))
+            return self._convert(*faiss_library.search(self._gpu_index, queries, k))
+        found = faiss_library.search_without(self._cpu_index, queries, k, nprobe, excluded)
+        if found is not None:
+            return self._convert(*found)
         return self._overfetch(queries, k, excluded, nprobe)
 
     def _overfetch(
@@ -242,7 +252,7 @@ class FaissIndex(TokenTable):
         faiss_library.set_nprobe(self._cpu_index, nprobe)
         more = sum(stop - start for start, stop in excluded)
         wanted = min(k + more, max(k, self.datastore.num_entries))
-        distances, indices = self._convert(*self._cpu_index.search(queries, wanted))
+        distances, indices = self._convert(*faiss_library.search(self._cpu_index, queries, wanted))
         for start, stop in excluded:
             indices.masked_fill_((indices >= start) & (indices < stop), -1)
         return distances, indices
@@ -277,6 +287,10 @@ class FaissIndex(TokenTable):
         return distances, indices
 
 
+def _reopen(path: Path, datastore: Datastore, options: dict[str, Any]) -> FaissIndex:
+    return FaissIndex.open(path, datastore, **options)
+
+
 def default_path(datastore: Datastore) -> Path:
     """`<datastore folder>.index`, beside the datastore's folder."""
     folder = Path(datastore.path).resolve()
@@ -287,12 +301,6 @@ def _batches(group: QueryGroup, num_queries: int, size: int) -> list[slice | Ten
     if group.queries is not None:
         return list(group.queries.split(size))
     return [slice(a, min(a + size, num_queries)) for a in range(0, num_queries, size)]
-
-
-def _check_nprobe(nprobe: int) -> int:
-    if isinstance(nprobe, bool) or not isinstance(nprobe, int) or nprobe < 1:
-        raise ValueError(f"nprobe must be an integer of at least 1, got {nprobe!r}")
-    return nprobe
 
 
 def _use_gpu(gpu: bool | str) -> bool:

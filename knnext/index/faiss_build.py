@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from knnext.datastore.errors import DatastoreLockedError
+from knnext.datastore.files import WriterLock
 from knnext.index import faiss_library
+from knnext.index.queries import check_count
 from knnext.index.sidecar import (
     IndexMismatchError,
     Recipe,
@@ -33,6 +36,7 @@ from knnext.index.sidecar import (
     check_recipe,
     file_crc32,
     read_json,
+    read_sidecar,
 )
 from knnext.output import whole_file, write_json
 from knnext.progress import progress
@@ -50,6 +54,7 @@ POINTS_PER_LIST = 256  # k-means subsamples past this
 TRAIN_ROWS = 1_000_000  # the paper's sample
 MIN_SEGMENT_ROWS = 1 << 20
 MAX_SEGMENTS = 32
+_TRIAL_ROWS = 1024  # searched before all rows are added; some graphs want hundreds
 # Lists and dimensions a byte of a quick index: near the paper's ratio (64 bytes for 1,024), and the
 # k-means of so many takes seconds.
 _QUICK_LISTS, _DIMS_PER_BYTE = 1024, 8
@@ -103,12 +108,11 @@ def make_recipe(
         )
     if train_size is None:
         train_size = min(TRAIN_ROWS, max(POINTS_PER_LIST * max(lists, 1), 1 << 16))
-    elif train_size < max(lists, 1):
+    elif check_count("train_size", train_size) < max(lists, 1):
         raise ValueError(f"train_size must be at least {max(lists, 1)}, got {train_size}")
     if segment_rows is None:
         segment_rows = max(MIN_SEGMENT_ROWS, -(-rows // MAX_SEGMENTS))
-    elif segment_rows < 1:
-        raise ValueError(f"segment_rows must be at least 1, got {segment_rows}")
+    check_count("segment_rows", segment_rows)
     return Recipe(
         factory=factory,
         metric=datastore.metric,
@@ -129,15 +133,50 @@ def build(
     nprobe: int,
     add_chunk: int,
     gpu: bool | str,
+    overwrite: bool = False,
 ) -> None:
-    """Train, add and save; goes on from whatever an earlier call of this recipe left."""
-    if add_chunk < 1:
-        raise ValueError(f"add_chunk must be at least 1, got {add_chunk}")
+    """Train, add and save; goes on from whatever an earlier call of this recipe left.
+
+    A finished index of the recipe stays as it is, unless `overwrite` discards all that is there.
+    """
+    sidecar = folder / SIDECAR_FILE
+    if not overwrite and sidecar.exists():  # wherever it lies, it is only read
+        check_recipe(read_sidecar(sidecar).recipe, recipe, folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        if overwrite:
+            discard(folder)
+        if sidecar.exists():  # finished by another build a moment ago
+            check_recipe(read_sidecar(sidecar).recipe, recipe, folder)
+        else:
+            _build(datastore, folder, recipe, nprobe, add_chunk, gpu)
+    finally:
+        lock.release()
+
+
+def _lock(folder: Path) -> WriterLock:
+    try:
+        return WriterLock(folder)
+    except DatastoreLockedError:
+        raise DatastoreLockedError(
+            f"{folder}: another process is building this index; wait for it, or end it and build "
+            "again, which goes on from there"
+        ) from None
+
+
+def _build(
+    datastore: Datastore, folder: Path, recipe: Recipe, nprobe: int, add_chunk: int, gpu: bool | str
+) -> None:
     _claim(folder, recipe)
     trained = folder / TRAINED_FILE
     if not trained.exists():
-        index = _train(datastore, recipe, gpu)
+        try:
+            index = _train(datastore, recipe, gpu)
+        except ValueError:  # of the factory: another one may be tried in this folder
+            (folder / RECIPE_FILE).unlink()
+            raise
         _write(trained, index)
     segments = _add_segments(datastore, folder, recipe, add_chunk, gpu)
     merged = _merge(trained, segments, recipe)
@@ -177,12 +216,15 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 def _train(datastore: Datastore, recipe: Recipe, gpu: bool | str) -> Any:
     index = faiss_library.create(recipe.factory, recipe.dim, recipe.metric)
     faiss_library.set_seed(index, recipe.seed)
-    if index.is_trained:
-        return index
-    rows = sample_rows(recipe.num_entries, recipe.train_size, recipe.seed)
-    replica = faiss_library.to_gpu(index, gpu) if gpu else None
-    (index if replica is None else replica).train(faiss_library.as_float32(datastore.keys[rows]))
-    return index if replica is None else faiss_library.to_cpu(replica)
+    if not index.is_trained:
+        rows = sample_rows(recipe.num_entries, recipe.train_size, recipe.seed)
+        keys = faiss_library.as_float32(datastore.keys[rows])
+        replica = faiss_library.to_gpu(index, gpu) if gpu else None
+        faiss_library.train(index if replica is None else replica, keys, recipe.factory)
+        index = index if replica is None else faiss_library.to_cpu(replica)
+    few = faiss_library.as_float32(datastore.keys[: min(_TRIAL_ROWS, recipe.num_entries)])
+    faiss_library.check_searchable(index, recipe.factory, few)
+    return index
 
 
 def _add_segments(
@@ -204,7 +246,7 @@ def _add_segments(
             target = segment if replica is None else replica
             for begin in range(start, stop, add_chunk):
                 keys = datastore.keys[begin : min(begin + add_chunk, stop)]
-                target.add(faiss_library.as_float32(keys))
+                faiss_library.add(target, faiss_library.as_float32(keys))
                 bar.update(keys.shape[0])
             done = segment if replica is None else faiss_library.to_cpu(replica)
             _write(path, done)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from knnext.index.queries import Range
 
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
+
 
 def load() -> ModuleType:
     """The faiss module, or an error that says how to get it."""
@@ -46,16 +48,102 @@ def create(factory: str, dim: int, metric: str) -> Any:
     try:
         index = faiss.index_factory(dim, factory, kind)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = _reason(error)
         raise ValueError(
             f"factory {factory!r} does not suit FAISS for dim {dim} and metric {metric!r}: {reason}"
         ) from None
+    _check_kind(index, factory, metric)
     for part in _parts(index):
         # The factory asks for codes ordered for Hamming filters, which are not used here. The
         # annealing behind it took 12.5 of 12.9 s on a small index; distances stay the same.
         if hasattr(part, "do_polysemous_training"):
             part.do_polysemous_training = False
     return index
+
+
+def _check_kind(index: Any, factory: str, metric: str) -> None:
+    """Refuse what FAISS makes and even fills, but what cannot be searched by `metric` then."""
+    faiss = load()
+    found = metric_of(index)
+    reasons = {
+        faiss.IndexLSH: "its distances are numbers of differing bits, not those of the keys",
+        faiss.IndexLattice: "FAISS writes its codes and cannot read them",
+        faiss.IndexIDMap: "it wants ids of its own, where here a row's number is its id",
+        faiss.IndexIDMap2: "it wants ids of its own, where here a row's number is its id",
+    }
+    for part in _parts(index):
+        for kind, reason in reasons.items():
+            if isinstance(part, kind):
+                raise ValueError(f"factory {factory!r} does not suit a datastore: {reason}")
+    if found != metric:
+        raise ValueError(
+            f"factory {factory!r} does not suit metric {metric!r}: FAISS searches it by {found!r}"
+        )
+
+
+def check_searchable(index: Any, factory: str, keys: NDArray[np.float32]) -> None:
+    """Search a copy of a trained, empty index, filled with few (n, D) keys: before the millions.
+
+    ValueError where FAISS cannot do it.
+    """
+    faiss = load()
+    try:
+        trial = faiss.deserialize_index(faiss.serialize_index(index))
+        add(trial, keys)
+        trial = faiss.deserialize_index(faiss.serialize_index(trial))
+        if search_without(trial, keys[:1], 1, 1, ((0, 1),)) is None:
+            search(trial, keys[:1], 1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"an index of factory {factory!r} cannot be searched: {_reason(error)}"
+        ) from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """What FAISS complains of, without the name of the C++ function that stands before it."""
+    return str(error).strip().splitlines()[-1].rpartition(" failed: ")[2]
+
+
+def train(index: Any, keys: NDArray[np.float32], factory: str) -> None:
+    """ValueError where the (n, D) keys cannot train it; FAISS mostly wants more of them."""
+    try:
+        _own(index, "train")(keys)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{len(keys):,} rows of dim {keys.shape[1]} cannot train an index of factory "
+            f"{factory!r}: {_reason(error)}"
+        ) from None
+
+
+def add(index: Any, keys: NDArray[np.float32]) -> None:
+    _own(index, "add")(keys)
+
+
+def search(index: Any, queries: NDArray[np.float32], k: int) -> Found:
+    """(Q, k) scores as FAISS gives them and (Q, k) rows, -1 where there are too few."""
+    return _own(index, "search")(queries, k)
+
+
+def search_without(
+    index: Any, queries: NDArray[np.float32], k: int, nprobe: int, excluded: tuple[Range, ...]
+) -> Found | None:
+    """The same with nprobe lists and without some rows; None where this kind takes no filter."""
+    made = _search_parameters(index, nprobe, excluded)
+    if made is None:
+        return None
+    try:
+        return _own(index, "search")(queries, k, params=made[0])
+    except RuntimeError as error:
+        # Additive quantizers among others say so when they are asked, and not before.
+        if "not supported for this index" in str(error):
+            return None
+        raise
+
+
+def _own(index: Any, method: str) -> Any:
+    """FAISS's own method. `faiss.contrib.torch_utils`, which anyone may import, puts methods with
+    other arguments in their place and leaves them here under another name."""
+    return getattr(index, f"{method}_numpy", None) or getattr(index, method)
 
 
 def metric_of(index: Any) -> str:
@@ -124,7 +212,7 @@ def to_gpu(index: Any, gpu: bool | str) -> Any | None:
     try:
         return faiss.index_cpu_to_all_gpus(index, co=options)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = _reason(error)
         if gpu is True:
             raise ValueError(
                 f"gpu=True, but FAISS cannot put this index on a GPU: {reason}"
@@ -137,7 +225,7 @@ def to_cpu(index: Any) -> Any:
     return load().index_gpu_to_cpu(index)
 
 
-def search_parameters(
+def _search_parameters(
     index: Any, nprobe: int, excluded: tuple[Range, ...]
 ) -> tuple[Any, list[Any]] | None:
     """Parameters that set nprobe and leave out rows, and what must outlive them.
@@ -180,6 +268,8 @@ def decode(index: Any, rows: Tensor) -> Tensor:
     ivf = ivf_of(index)
     if ivf is not None and ivf.direct_map.type == faiss.DirectMap.NoMap:
         ivf.make_direct_map()  # 8 bytes a row, kept for the life of the index in memory
+    if isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFastScan):  # FAISS 1.15 crashes
+        raise ValueError("the codes of this index cannot be decoded: FAISS has packed them")
     ids = np.ascontiguousarray(rows.cpu().numpy(), dtype=np.int64)
     try:
         return torch.from_numpy(index.reconstruct_batch(ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,19 @@ def prepare_queries(queries: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_k(k: int) -> int:
-    """Refuse k < 1; any other k is legal, past the number of entries it pads."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-    return k
+    """k as an int; refuses k < 1. Any other is legal, past the number of entries it pads."""
+    return check_count("k", k)
+
+
+def check_count(name: str, value: int) -> int:
+    """A whole number of at least 1 of any type, numpy's too, as an int."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return count
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def _send(keys: Tensor, slot: _Slot, stream: torch.cuda.Stream, device: torch.de
             target = torch.empty(keys.shape, dtype=keys.dtype, device=device)
         else:
             target = slot.device[:rows]
+            target.record_stream(stream)  # it was made on the caller's
         target.copy_(slot.pinned[:rows], non_blocking=True)
         slot.sent.record(stream)
     return target

@@ -17,7 +17,7 @@ def table_rows(evaluations: Mapping[str, Evaluation], sizes: Mapping[str, int]) 
         "base LM",
         first.base.token,
         (first.base.interval.low, first.base.interval.high),
-        tokens_per_second=first.tokens_per_second["lm"],
+        tokens_per_second=first.tokens_per_second.get("lm"),
         num_bytes=sizes.get("base LM"),
     )
     return [base, *(table_row(name, one, sizes.get(name)) for name, one in evaluations.items())]
