@@ -26,6 +26,7 @@ from knnext.corpus.tokenized import (
     separator_token,
     take_documents,
     tokenize,
+    window_bos,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "separator_token",
     "take_documents",
     "tokenize",
+    "window_bos",
 ]
 
 Splits = dict[str, list[Document]]

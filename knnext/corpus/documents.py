@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 SPLITS = ("train", "valid", "test")
 #: Parts of train, valid and test in a hundred, where a corpus brings no split of its own.
@@ -59,7 +60,8 @@ class SplitFacts:
         corpus: what `load_corpus` reads, with a path made absolute.
         split: `"train"`, `"valid"` or `"test"`.
         seed, shares, text_column, max_bytes, errors: as `load_corpus` got them.
-        documents: 16 hexadecimal digits of the names and texts of the split's documents.
+        documents: 16 hexadecimal digits of the names and texts of the split's documents; None
+            where several splits were merged.
     """
 
     corpus: str
@@ -69,7 +71,17 @@ class SplitFacts:
     text_column: str
     max_bytes: int | None
     errors: str
-    documents: str
+    documents: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self) | {"shares": list(self.shares)}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> SplitFacts:
+        """What `to_dict` gave; later versions may have added to it."""
+        values = {f.name: found[f.name] for f in fields(cls)}
+        return cls(**values | {"shares": tuple(found["shares"])})
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,19 @@ def separator_token(tokenizer: Any) -> int:
     )
 
 
+def window_bos(tokenizer: Any) -> int | None:
+    """The bos that the tokenizer sets before every text by itself, or None where it sets none.
+
+    Models with such a tokenizer (Llama, Gemma) have been trained on sequences that all begin so,
+    and read worse in windows that do not. GPT-2 and its like have not.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None or not callable(tokenizer):
+        return None
+    ids = tokenizer("a")["input_ids"]
+    return int(bos) if ids and ids[0] == bos else None
+
+
 def tokenize(
     documents: Sequence[Document], tokenizer: Any, *, max_tokens: int | None = None
 ) -> TokenizedDocuments:

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from knnext.datastore.batch import ArrayLike, Documents
-from knnext.datastore.copy import check_mergeable, copy_rows, merge_rows, sample_rows
+from knnext.datastore.copy import check_mergeable, copy_rows, merge_rows, same_text, sample_rows
 from knnext.datastore.errors import (
     CorruptDatastoreError,
     DatastoreError,
@@ -29,6 +31,7 @@ from knnext.datastore.meta import (
     BUILD_FILE,
     DatastoreMeta,
     Origin,
+    TextFacts,
     check_byte_order,
     creation_time,
     installed_version,
@@ -79,6 +82,7 @@ class Datastore(DatastoreReader):
         tokenizer_hash: str | None = None,
         vocab_size: int | None = None,
         corpus: str | None = None,
+        text: TextFacts | None = None,
         origin: Origin | None = None,
         entries_per_shard: int | None = None,
         resume: bool = False,
@@ -95,6 +99,7 @@ class Datastore(DatastoreReader):
             dtype: of the stored keys: torch.float16, bfloat16 or float32.
             metric: "l2" or "ip", what the keys are meant to be searched with.
             key_layer: which activation the keys are, such as "att" or "ffn".
+            text: which split of which corpus, see `knnext.corpus.SplitFacts.to_dict`.
             origin: where the rows come from, if not from a model: str, int, float or bool values.
             entries_per_shard: rows of a shard file; by default what fits 1 GiB of keys.
             commit_seconds: a commit is made at the first append after so long, beside the one
@@ -126,6 +131,7 @@ class Datastore(DatastoreReader):
             knnext_version=installed_version(),
             documents=None,
             shards=(),
+            text=None if text is None else dict(text),
         )
         writer = open_writer(
             Path(path),
@@ -163,13 +169,19 @@ class Datastore(DatastoreReader):
         """
         self._writing("append").append(keys, values, documents, start)
 
-    def set_document_names(self, names: Sequence[str]) -> None:
+    def set_document_names(
+        self, names: Sequence[str], hashes: NDArray[np.uint8] | None = None
+    ) -> None:
         """Names of documents 0, 1, ...; before their rows are appended. Repeat when resuming.
 
         Documents without a name are called by their number. At the end of the build every name
         has its document, if need be one without rows.
+
+        ``hashes`` (len(names), 16) uint8 stand for the texts (``Document.content_hash``), so that
+        an evaluation can tell whether it scores what is stored; zeros where one is not known. A
+        datastore keeps them from its first document on, or never.
         """
-        self._writing("set_document_names").set_document_names(names)
+        self._writing("set_document_names").set_document_names(names, hashes)
 
     def commit(self) -> None:
         """Make every row so far survive a kill or a power cut. Costs a few fsyncs."""
@@ -265,7 +277,9 @@ class Datastore(DatastoreReader):
         """
         check_mergeable(stores)
         prints = " ".join(store.fingerprint for store in stores)
-        with stores[0]._create_like(path, {"merge_of": prints}, resume) as target:
+        corpora = {store.meta.corpus for store in stores}
+        facts = {"corpus": corpora.pop() if len(corpora) == 1 else None, "text": same_text(stores)}
+        with stores[0]._create_like(path, {"merge_of": prints}, resume, **facts) as target:
             merge_rows(target._writing("merge"), stores, progress)
         return target
 
@@ -318,8 +332,13 @@ class Datastore(DatastoreReader):
         """What the stored datastore says of itself; of a view: the whole that it is a part of."""
         return super().meta if self._writer is None else self._writer.meta()
 
-    def _create_like(self, path: str | Path, origin: Origin, resume: bool) -> Datastore:
+    def _create_like(
+        self, path: str | Path, origin: Origin, resume: bool, **facts: Any
+    ) -> Datastore:
         meta = self.meta
+        facts = {"corpus": meta.corpus, "text": meta.text, **facts}
+        bos = (meta.origin or {}).get("bos")  # what windows of an evaluation begin with, too
+        origin = dict(origin) if bos is None else {**origin, "bos": bos}
         return Datastore.create(
             path,
             meta.dim,
@@ -330,9 +349,9 @@ class Datastore(DatastoreReader):
             model_revision=meta.model_revision,
             tokenizer_hash=meta.tokenizer_hash,
             vocab_size=meta.vocab_size,
-            corpus=meta.corpus,
             origin=origin,
             resume=resume,
+            **facts,
         )
 
     def _writing(self, what: str) -> DatastoreWriter:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from knnext.corpus import TokenizedDocuments
+from knnext.corpus import SplitFacts, TokenizedDocuments, separator_token, window_bos
 from knnext.datastore import Datastore
 from knnext.lm.hidden_states import default_block_size, find_key_module, hidden_states
 from knnext.lm.key_layer import capture_hidden_states
@@ -35,7 +35,8 @@ def build_datastore(
     block_size: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
-    corpus: str | None = None,
+    corpus: str | SplitFacts | None = None,
+    bos_each_window: bool | None = None,
     resume: bool = True,
 ) -> Datastore:
     """The finished datastore of ``len(tokenized) - 1`` rows at ``path``, opened for reading.
@@ -44,11 +45,17 @@ def build_datastore(
     same bytes as an unbroken one; a finished one is opened as it is. Model, revision, tokenizer,
     text, windows and batches are written into the datastore, and a build that differs in any of
     them is refused by name (IncompatibleDatastoreError). ``resume=False`` refuses any datastore
-    that is there. ``corpus`` describes the text, for people. See ``hidden_states`` for the windows.
+    that is there. ``corpus`` is ``Corpus.facts(split)``, by which later evaluations find the other
+    splits and know the text again; or a description for people. See ``hidden_states`` for the
+    windows; ``bos_each_window`` begins each with the tokenizer's bos, by default where the
+    tokenizer does so by itself.
     """
     block = default_block_size(model) if block_size is None else block_size
     step = max(1, block // 2) if stride is None else stride
     total = max(0, len(tokenized) - 1)
+    bos = bos_of(tokenizer, bos_each_window)
+    facts = corpus if isinstance(corpus, SplitFacts) else None
+    name = corpus.corpus if isinstance(corpus, SplitFacts) else corpus
     model_id, revision = model_identity(model)
     store = Datastore.create(
         path,
@@ -60,17 +67,19 @@ def build_datastore(
         model_revision=revision,
         tokenizer_hash=tokenizer_hash(tokenizer),
         vocab_size=_vocab_size(model),
-        corpus=corpus,
+        corpus=name,
+        text=None if facts is None else facts.to_dict(),
         origin={
             "tokens": sha256(tokenized.tokens.tobytes()),
             "block_size": block,
             "stride": step,
             "batch_size": batch_size,
+            **({} if bos is None else {"bos": bos}),
         },
         resume=resume,
     )
     with store, Progress(total, "build the datastore", "tokens") as bar:
-        store.set_document_names(tokenized.names)
+        store.set_document_names(tokenized.names, tokenized.hashes)
         bar.update(store.num_entries)
         batches = hidden_states(
             model,
@@ -81,12 +90,20 @@ def build_datastore(
             batch_size=batch_size,
             dtype=dtype,
             start=store.num_entries,
+            bos=bos,
         )
         for batch in batches:
             documents = tokenized.document_of(batch.positions.cpu().numpy() + 1)
             store.append(batch.keys, batch.targets, torch.from_numpy(documents))
             bar.update(len(batch))
     return store
+
+
+def bos_of(tokenizer: Any, each_window: bool | None) -> int | None:
+    """The token that windows begin with, or None; ``each_window`` None: as the tokenizer does."""
+    if each_window is None:
+        return window_bos(tokenizer)
+    return separator_token(tokenizer) if each_window else None
 
 
 def _key_width(model: nn.Module, key_layer: str) -> int:

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.datastore.meta import MEANING, check_same
+from knnext.datastore.errors import IncompatibleDatastoreError
+from knnext.datastore.meta import HASH_BYTES, MEANING, TextFacts, check_same
 from knnext.datastore.reader import DatastoreReader
 from knnext.datastore.verify import Progress
 from knnext.datastore.writer import DatastoreWriter
@@ -37,7 +38,9 @@ def merge_rows(
     with_documents = any(store.num_documents for store in stores)
     if with_documents:
         names = [_document_names(store) for store in stores]
-        target.set_document_names(list(itertools.chain.from_iterable(names)))
+        target.set_document_names(
+            list(itertools.chain.from_iterable(names)), _document_hashes(stores)
+        )
     row = document = 0
     for store in stores:
         done = min(max(target.num_entries - row, 0), store.num_entries)
@@ -55,7 +58,7 @@ def copy_rows(
 ) -> None:
     """Append the rows of ``store``, a view, to ``target``; document ids stay as they are."""
     if store.num_documents:
-        target.set_document_names(store.document_names)
+        target.set_document_names(store.document_names, store.document_hashes)
     for start, keys, values in _chunks(store, target.num_entries):
         ids = _document_ids(store, start, len(values)) if store.num_documents else None
         target.append(keys, values, ids, start=start)
@@ -69,6 +72,11 @@ def check_mergeable(stores: Sequence[DatastoreReader]) -> None:
         raise ValueError("stores: got none, want at least one datastore")
     for store in stores[1:]:
         check_same(stores[0].meta, store.meta, MEANING, f"cannot merge {store.path}")
+        bos = [(one.meta.origin or {}).get("bos") for one in (stores[0], store)]
+        if bos[0] != bos[1]:
+            raise IncompatibleDatastoreError(
+                f"cannot merge {store.path}: its windows begin with bos {bos[1]}, not {bos[0]}"
+            )
 
 
 def sample_rows(num_entries: int, fraction: float, seed: int) -> Tensor:
@@ -129,3 +137,25 @@ def _document_ids(store: DatastoreReader, start: int, count: int) -> Tensor:
 
 def _document_names(store: DatastoreReader) -> Sequence[str]:
     return store.document_names if store.num_documents else [Path(store.path).name]
+
+
+def _document_hashes(stores: Sequence[DatastoreReader]) -> NDArray[np.uint8] | None:
+    """Of all documents, zeros for those of stores that keep none; None where no store does."""
+    found = [store.document_hashes for store in stores]
+    if all(hashes is None for hashes in found):
+        return None
+    blank = [np.zeros((len(_document_names(store)), HASH_BYTES), np.uint8) for store in stores]
+    return np.concatenate([b if h is None else h for h, b in zip(found, blank, strict=True)])
+
+
+def same_text(stores: Sequence[DatastoreReader]) -> TextFacts | None:
+    """The facts that hold for all: of splits of one corpus, divided alike. None if there are none.
+
+    Of several splits "split" names each, and no hash of the documents is known.
+    """
+    texts = [dict(store.meta.text or {}) for store in stores]
+    splits = list(dict.fromkeys(str(text.get("split")) for text in texts))
+    if len({text.get("documents") for text in texts}) > 1:
+        for text in texts:
+            text |= {"split": "+".join(splits), "documents": None, "max_bytes": None}
+    return texts[0] if texts[0] and all(text == texts[0] for text in texts) else None

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from knnext.datastore.errors import CorruptDatastoreError
 from knnext.datastore.files import AppendFile, check_file, map_file, parse_checksum
-from knnext.datastore.meta import NAMES_FILE, STARTS_FILE, DocumentsMeta, FileMeta
+from knnext.datastore.meta import (
+    HASH_BYTES,
+    HASHES_FILE,
+    NAMES_FILE,
+    STARTS_FILE,
+    DocumentsMeta,
+    FileMeta,
+)
 
 # Ids that nobody used become empty documents; a hash taken for an id would make billions.
 _MAX_EMPTY = 1 << 24
@@ -68,32 +76,51 @@ class DocumentTable:
             raise CorruptDatastoreError(problem, [problem])
         return names
 
+    @cached_property
+    def hashes(self) -> NDArray[np.uint8] | None:
+        """(count, 16), a row of zeros where a document's is not known; None without the file."""
+        if self._meta is None or self._meta.hashes is None:
+            return None
+        path, size = self._directory / self._meta.hashes.file, self._meta.hashes.num_bytes
+        check_file(path, size)
+        with path.open("rb") as file:
+            return np.frombuffer(file.read(size), np.uint8).reshape(-1, HASH_BYTES)
+
 
 class DocumentWriter:
     """The same table while it grows. Rows must arrive in order of document.
 
     A document has begun once it has a first row. Names may run ahead of that: at the end of a
     build all planned names are stored, and a later extension may still begin their documents.
+    Hashes go with the names, in a file that is there from the first document or never.
     """
 
-    def __init__(self, directory: Path, meta: DocumentsMeta | None) -> None:
+    def __init__(
+        self, directory: Path, meta: DocumentsMeta | None, *, hashed: bool = False
+    ) -> None:
         self._starts = _reopen(directory / STARTS_FILE, None if meta is None else meta.starts)
         self._names = _reopen(directory / NAMES_FILE, None if meta is None else meta.names)
+        self._hashes: AppendFile | None = None
+        if hashed if meta is None else meta.hashes is not None:
+            part = None if meta is None else meta.hashes
+            self._hashes = _reopen(directory / HASHES_FILE, part)
+        self._planned_hashes = b""
         stored = _read_names(self._names.path, self._names.length)
         self._named = len(stored)
         self._begun = self._starts.length // _START_BYTES
         self._last_name = stored[self._begun - 1] if self._begun else None
         self._planned: list[str] = list(stored)
 
+    @property
+    def _files(self) -> list[AppendFile]:
+        return [file for file in (self._starts, self._names, self._hashes) if file is not None]
+
     def meta(self) -> DocumentsMeta:
-        files = [
-            FileMeta(file.path.name, file.length, file.checksum)
-            for file in (self._starts, self._names)
-        ]
+        files = [FileMeta(file.path.name, file.length, file.checksum) for file in self._files]
         return DocumentsMeta(self._named, *files)
 
-    def plan_names(self, names: Sequence[str]) -> None:
-        """Names for documents 0, 1, ...; those that are stored must be the same."""
+    def plan(self, names: Sequence[str], hashes: bytes | None = None) -> None:
+        """Names and hashes for documents 0, 1, ...; those that are stored must be the same."""
         stored = _read_names(self._names.path, self._names.length)
         for document, (old, new) in enumerate(zip(stored, names, strict=False)):
             if old != new:
@@ -102,6 +129,19 @@ class DocumentWriter:
                     "name documents before their rows are appended"
                 )
         self._planned = [*stored, *names[len(stored) :]]
+        if self._hashes is not None and hashes is not None:
+            self._plan_hashes(self._hashes, hashes)
+
+    def _plan_hashes(self, file: AppendFile, hashes: bytes) -> None:
+        stored, unknown = file.path.read_bytes()[: file.length], bytes(HASH_BYTES)
+        for begin in range(0, min(len(stored), len(hashes)), HASH_BYTES):
+            old, new = stored[begin : begin + HASH_BYTES], hashes[begin : begin + HASH_BYTES]
+            if old != new and unknown not in (old, new):
+                raise ValueError(
+                    f"hashes: document {self._planned[begin // HASH_BYTES]!r} is stored with "
+                    "another text; hashes must be those of the build so far"
+                )
+        self._planned_hashes = hashes
 
     def append_ids(self, ids: Int64Array, first_row: int) -> None:
         """``ids[i]`` is the document of row ``first_row + i``."""
@@ -158,25 +198,40 @@ class DocumentWriter:
         self._planned += [str(document) for document in range(len(self._planned), count)]
         text = "".join(json.dumps(name) + "\n" for name in self._planned[self._named : count])
         self._names.append(memoryview(text.encode("ascii")))
+        if self._hashes is not None and count > self._named:
+            known = self._planned_hashes[self._named * HASH_BYTES : count * HASH_BYTES]
+            missing = bytes((count - self._named) * HASH_BYTES - len(known))
+            self._hashes.append(memoryview(known + missing))
         self._named = max(self._named, count)
 
     def mark(self) -> Mark:
         """A point to which :meth:`roll_back` can return."""
-        files = [(file.length, file.crc) for file in (self._starts, self._names)]
+        files = [(file.length, file.crc) for file in self._files]
         return self._begun, self._named, self._last_name, list(self._planned), files
 
     def roll_back(self, mark: Mark) -> None:
         self._begun, self._named, self._last_name, self._planned, files = mark
-        for file, (length, crc) in zip((self._starts, self._names), files, strict=True):
+        for file, (length, crc) in zip(self._files, files, strict=True):
             file.truncate(length, crc)
 
     def sync(self) -> None:
-        self._starts.sync()
-        self._names.sync()
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
-        self._starts.close()
-        self._names.close()
+        for file in self._files:
+            file.close()
+
+
+def hash_bytes(hashes: Any, count: int) -> bytes:
+    """(count, 16) uint8 as bytes, with zeros for "not known"; ValueError for another shape."""
+    array = np.asarray(hashes)
+    if array.dtype != np.uint8 or array.shape != (count, HASH_BYTES):
+        raise ValueError(
+            f"hashes: got {array.dtype} of shape {array.shape}, want uint8 of "
+            f"({count}, {HASH_BYTES}): one a name"
+        )
+    return array.tobytes()
 
 
 def check_runs(runs: object, num_rows: int) -> list[tuple[str, int]]:

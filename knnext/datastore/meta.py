@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -28,8 +29,12 @@ VALUE_BYTES = 4
 INT32_MAX = 2**31 - 1
 STARTS_FILE = "document-starts.bin"
 NAMES_FILE = "document-names.jsonl"
+HASHES_FILE = "document-hashes.bin"
+HASH_BYTES = 16
 
 Origin = Mapping[str, str | int | float | bool]
+#: Which text the rows are of: `knnext.corpus.SplitFacts` as plain values.
+TextFacts = Mapping[str, Any]
 
 
 def shard_names(index: int) -> tuple[str, str]:
@@ -57,14 +62,19 @@ class ShardMeta:
 
 @dataclass(frozen=True)
 class DocumentsMeta:
-    """``count`` documents: names (one JSON string a line) and first rows (int64).
+    """``count`` documents: names (one JSON string a line), first rows (int64), perhaps hashes.
 
-    First rows may be fewer: the last documents then have no rows.
+    First rows may be fewer: the last documents then have no rows. ``hashes``: 16 bytes a document,
+    zeros where nobody told; None in datastores that were begun without.
     """
 
     count: int
     starts: FileMeta
     names: FileMeta
+    hashes: FileMeta | None = None
+
+    def files(self) -> list[FileMeta]:
+        return [file for file in (self.starts, self.names, self.hashes) if file is not None]
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ class DatastoreMeta:
     knnext_version: str
     documents: DocumentsMeta | None
     shards: tuple[ShardMeta, ...]
+    text: TextFacts | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -97,7 +108,7 @@ class DatastoreMeta:
         """Every data file, in the order in which they are checked."""
         found = [file for shard in self.shards for file in (shard.keys, shard.values)]
         if self.documents is not None:
-            found += [self.documents.starts, self.documents.names]
+            found += self.documents.files()
         return found
 
 
@@ -137,6 +148,12 @@ def check_parameters(meta: DatastoreMeta) -> None:
     for name, value in (meta.origin or {}).items():
         if not isinstance(name, str) or not isinstance(value, str | int | float):
             raise TypeError(f"origin: got {name!r}: {value!r}, want str, int, float or bool values")
+    for name, value in (meta.text or {}).items():
+        values = value if isinstance(value, list) else [value]
+        if not isinstance(name, str) or not all(
+            v is None or isinstance(v, str | int | float) for v in values
+        ):
+            raise TypeError(f"text: got {name!r}: {value!r}, want plain values or lists of them")
 
 
 def check_byte_order() -> None:
@@ -165,6 +182,22 @@ def differences(expected: DatastoreMeta, actual: DatastoreMeta, names: tuple[str
         if want != have:
             found.append(f"{name}: datastore has {have!r}, asked for {want!r}")
     return "; ".join(found)
+
+
+def check_same_text(asked: TextFacts | None, stored: TextFacts | None, where: str) -> bool:
+    """Whether both are known to be one text; IncompatibleDatastoreError naming what differs."""
+    if asked is None or stored is None:
+        return False
+    documents = asked.get("documents")
+    if asked == stored or (documents is not None and documents == stored.get("documents")):
+        return True
+    differ = [
+        f"{name}: datastore has {stored.get(name)!r}, asked for {value!r}"
+        for name, value in asked.items()
+        if value != stored.get(name) and name != "documents"
+    ]
+    reason = "; ".join(differ) or "its documents have changed since then"
+    raise IncompatibleDatastoreError(f"{where}: it was begun with another text: {reason}")
 
 
 def check_same(

@@ -23,6 +23,8 @@ from knnext.datastore.meta import (
     BUILD_FILE,
     DTYPE_NAMES,
     FORMAT_VERSION,
+    HASH_BYTES,
+    HASHES_FILE,
     KEY_DTYPES,
     MAGIC,
     META_FILE,
@@ -43,6 +45,8 @@ def to_json(meta: DatastoreMeta) -> bytes:
     body: dict[str, Any] = {"magic": MAGIC, "format_version": FORMAT_VERSION}
     for field in fields(meta):
         body[field.name] = getattr(meta, field.name)
+    if meta.text is None:  # files without it stay as they were, to the byte
+        del body["text"]
     body["dtype"] = DTYPE_NAMES[meta.dtype]
     body["documents"] = None if meta.documents is None else _plain(meta.documents)
     body["shards"] = [_plain(shard) for shard in meta.shards]
@@ -84,7 +88,10 @@ def from_json(content: bytes, where: Path) -> DatastoreMeta:
 
 def _plain(part: Any) -> Any:
     if hasattr(part, "__dataclass_fields__"):
-        return {field.name: _plain(getattr(part, field.name)) for field in fields(part)}
+        values = {field.name: _plain(getattr(part, field.name)) for field in fields(part)}
+        if values.get("hashes", part) is None:
+            del values["hashes"]
+        return values
     return part
 
 
@@ -94,7 +101,10 @@ def _self_checksum(body: dict[str, Any]) -> str:
 
 
 def _parse(body: dict[str, Any]) -> DatastoreMeta:
-    values = {field.name: body[field.name] for field in fields(DatastoreMeta)}
+    values = {
+        field.name: body[field.name] for field in fields(DatastoreMeta) if field.name != "text"
+    }
+    values["text"] = body.get("text")
     values["dtype"] = KEY_DTYPES[body["dtype"]]
     values["shards"] = tuple(
         ShardMeta(int(shard["rows"]), FileMeta(**shard["keys"]), FileMeta(**shard["values"]))
@@ -106,6 +116,7 @@ def _parse(body: dict[str, Any]) -> DatastoreMeta:
             int(documents["count"]),
             FileMeta(**documents["starts"]),
             FileMeta(**documents["names"]),
+            FileMeta(**documents["hashes"]) if documents.get("hashes") else None,
         )
     return DatastoreMeta(**values)
 
@@ -124,6 +135,9 @@ def _check_layout(meta: DatastoreMeta, where: Path) -> None:
         begun = min(int(starts.num_bytes) // 8, meta.documents.count)
         _check_part(where, starts, STARTS_FILE, max(0, begun * 8))
         _check_part(where, names, NAMES_FILE, max(0, int(names.num_bytes)))
+        if meta.documents.hashes is not None:
+            size = meta.documents.count * HASH_BYTES
+            _check_part(where, meta.documents.hashes, HASHES_FILE, size)
     rows = [shard.rows for shard in meta.shards]
     full = all(count == meta.entries_per_shard for count in rows[:-1])
     if sum(rows) != meta.num_entries or not full or any(count < 1 for count in rows):

@@ -10,6 +10,7 @@ from knnext.datastore.batch import Batch
 from knnext.datastore.errors import CorruptDatastoreError
 from knnext.datastore.files import AppendFile, check_file, file_checksum, parse_checksum
 from knnext.datastore.meta import (
+    HASHES_FILE,
     NAMES_FILE,
     STARTS_FILE,
     DatastoreMeta,
@@ -57,7 +58,8 @@ class OpenShard:
 def remove_leftovers(directory: Path, meta: DatastoreMeta) -> None:
     """Remove what was begun after ``meta``: shards, document tables, temporary files."""
     known = {file.file for file in meta.files()}
-    patterns = ("keys-*.bin", "values-*.bin", STARTS_FILE, NAMES_FILE, "*.json.tmp")
+    documents = (STARTS_FILE, NAMES_FILE, HASHES_FILE)
+    patterns = ("keys-*.bin", "values-*.bin", *documents, "*.json.tmp")
     for path in (path for pattern in patterns for path in directory.glob(pattern)):
         if path.name not in known:
             path.unlink()

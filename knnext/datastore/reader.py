@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knnext.datastore.describe import describe
@@ -120,6 +122,12 @@ class DatastoreReader:
     def document_names(self) -> Sequence[str]:
         self._reading("document_names")
         return self._documents.names
+
+    @property
+    def document_hashes(self) -> NDArray[np.uint8] | None:
+        """(num_documents, 16): each document's ``content_hash``; None where none were kept."""
+        self._reading("document_hashes")
+        return self._documents.hashes
 
     @cached_property
     def document_offsets(self) -> Tensor:

@@ -14,6 +14,7 @@ from knnext.datastore.meta import (
     DatastoreMeta,
     check_parameters,
     check_same,
+    check_same_text,
 )
 from knnext.datastore.meta_file import read_meta, to_json
 from knnext.datastore.writer import DatastoreWriter
@@ -48,7 +49,11 @@ def open_writer(
             )
         if entries_per_shard is None:
             meta = replace(meta, entries_per_shard=state.entries_per_shard)
-        check_same(meta, state, BUILD_PARAMETERS, f"{directory}: cannot resume")
+        where = f"{directory}: cannot resume"
+        same_text = check_same_text(meta.text, state.text, where)
+        # The same documents may have moved to another folder since.
+        wanted = tuple(n for n in BUILD_PARAMETERS if not (same_text and n == "corpus"))
+        check_same(meta, state, wanted, where)
         return DatastoreWriter(directory, state, lock, commit_seconds)
     except BaseException:
         lock.release()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from knnext.datastore.batch import Batch, check_batch
-from knnext.datastore.documents import DocumentWriter
+from knnext.datastore.documents import DocumentWriter, hash_bytes
 from knnext.datastore.errors import (
     DatastoreWriteError,
     IncompatibleDatastoreError,
@@ -60,6 +60,7 @@ class DatastoreWriter:
         self._committed = to_json(meta)
         self._commit_due = False
         self._planned_names: Sequence[str] = ()
+        self._planned_hashes: bytes | None = None
         self._sealed = list(meta.shards)
         self._shard: OpenShard | None = None
         self._documents: DocumentWriter | None = None
@@ -75,7 +76,7 @@ class DatastoreWriter:
             check_content(self.directory, last.keys, last.values)
             self._shard = OpenShard(self.directory, len(self._sealed), last)
         if meta.documents is not None:
-            check_content(self.directory, meta.documents.starts, meta.documents.names)
+            check_content(self.directory, *meta.documents.files())
             self._documents = DocumentWriter(self.directory, meta.documents)
 
     @property
@@ -97,13 +98,15 @@ class DatastoreWriter:
             documents=documents,
         )
 
-    def set_document_names(self, names: Sequence[str]) -> None:
+    def set_document_names(self, names: Sequence[str], hashes: Any = None) -> None:
+        """See :meth:`knnext.datastore.Datastore.set_document_names`."""
         bad = next((name for name in names if not isinstance(name, str)), None)
         if bad is not None or isinstance(names, str):
             raise TypeError(f"names: got {bad or names!r}, want a sequence of str")
         self._planned_names = tuple(names)
+        self._planned_hashes = None if hashes is None else hash_bytes(hashes, len(names))
         if self._documents is not None:
-            self._documents.plan_names(self._planned_names)
+            self._documents.plan(self._planned_names, self._planned_hashes)
 
     def append(
         self, keys: Any, values: Any, documents: Any = None, start: int | None = None
@@ -158,8 +161,9 @@ class DatastoreWriter:
         if batch.ids is None and batch.runs is None:
             return
         if self._documents is None:
-            self._documents = DocumentWriter(self.directory, None)
-            self._documents.plan_names(self._planned_names)
+            hashed = self._planned_hashes is not None
+            self._documents = DocumentWriter(self.directory, None, hashed=hashed)
+            self._documents.plan(self._planned_names, self._planned_hashes)
         if batch.ids is not None:
             self._documents.append_ids(batch.ids, self.num_entries)
         elif batch.runs is not None:

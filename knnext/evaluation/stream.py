@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from knnext.datastore.overlap import check_overlap
 from knnext.evaluation.scores import StreamScores
 from knnext.index.base import Index
 from knnext.index.queries import check_count, check_k
@@ -16,6 +17,7 @@ from knnext.progress import progress
 
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
+    from knnext.datastore import Datastore
 
 
 @overload
@@ -32,6 +34,8 @@ def search_stream(
     query_batch: int = ...,
     keep_indices: bool = ...,
     exclude_documents: Tensor | Sequence[int] | None = ...,
+    bos: int | Literal["as built"] | None = ...,
+    allow_overlap: bool = ...,
 ) -> StreamScores: ...
 @overload
 def search_stream(
@@ -47,6 +51,8 @@ def search_stream(
     query_batch: int = ...,
     keep_indices: bool = ...,
     exclude_documents: Tensor | Sequence[int] | None = ...,
+    bos: int | Literal["as built"] | None = ...,
+    allow_overlap: bool = ...,
 ) -> dict[str, StreamScores]: ...
 def search_stream(
     model: nn.Module,
@@ -61,6 +67,8 @@ def search_stream(
     query_batch: int = 16_384,
     keep_indices: bool = True,
     exclude_documents: Tensor | Sequence[int] | None = None,
+    bos: int | Literal["as built"] | None = "as built",
+    allow_overlap: bool = False,
 ) -> StreamScores | dict[str, StreamScores]:
     """Run the model over a text once, then search every position's neighbors.
 
@@ -76,6 +84,10 @@ def search_stream(
         keep_indices: keep (n, k) int64 row numbers, needed to show neighbors as text.
         exclude_documents: documents of the datastore that must not be found: ids for all, or one
             a position in an (n,) integer tensor.
+        bos: the token that every window begins with, or None; by default that of the build.
+        allow_overlap: score documents that are in a datastore too. By default an OverlapError (a
+            ValueError) names them, as their figures would be too good; those in
+            `exclude_documents` are not looked at.
 
     Returns:
         `StreamScores`, or a dict of them under the names given. All queries are held in memory
@@ -85,8 +97,12 @@ def search_stream(
     k = check_k(k)
     query_batch = check_count("query_batch", query_batch)
     layer, dtype = _common_keys(indexes, key_layer)
+    for store in _stores(indexes) if not allow_overlap else ():
+        check_overlap(store, tokenized, _excluded(exclude_documents))
+    if bos == "as built":
+        bos = _built_with(indexes, "bos")
     start = time.perf_counter()
-    windows = {"block_size": block_size, "stride": stride, "batch_size": batch_size}
+    windows = {"block_size": block_size, "stride": stride, "batch_size": batch_size, "bos": bos}
     queries, targets, log_p_lm = run_model(model, tokenized, layer, dtype, windows)
     lm_seconds = time.perf_counter() - start
     shared = describe_stream(tokenized, targets, log_p_lm)
@@ -97,6 +113,26 @@ def search_stream(
         seconds = {"lm": lm_seconds, "search": time.perf_counter() - start}
         results[name] = StreamScores(**shared, **found, seconds=seconds)
     return results if isinstance(index, Mapping) else results[""]
+
+
+def _stores(indexes: Mapping[str, Index]) -> list[Datastore]:
+    """Each datastore once, though several indexes may search it."""
+    return list({one.datastore.fingerprint: one.datastore for one in indexes.values()}.values())
+
+
+def _excluded(documents: Tensor | Sequence[int] | None) -> list[int]:
+    """Every document that some position leaves out."""
+    if documents is None:
+        return []
+    return torch.as_tensor(documents, dtype=torch.int64, device="cpu").unique().tolist()
+
+
+def _built_with(indexes: Mapping[str, Index], name: str) -> int | None:
+    found = {(store.meta.origin or {}).get(name) for store in _stores(indexes)}
+    if len(found) > 1:
+        raise ValueError(f"the datastores were built with different {name}: {found}; pass {name}")
+    value = found.pop()
+    return None if value is None else int(value)
 
 
 def _common_keys(indexes: Mapping[str, Index], key_layer: str | None) -> tuple[str, torch.dtype]:

@@ -35,6 +35,7 @@ __all__ = [
     "HiddenStatesBatch",
     "KeyModule",
     "capture_hidden_states",
+    "context_length",
     "default_block_size",
     "find_key_module",
     "hidden_states",
@@ -63,12 +64,18 @@ class HiddenStatesBatch:
         return len(self.positions)
 
 
+def context_length(model: nn.Module) -> int | None:
+    """The tokens that the model was made to read at once; None where its config does not tell."""
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)  # of models that also read pictures
+    config = text() if text is not None else config
+    lengths = (getattr(config, name, None) for name in _LENGTH_NAMES)
+    return next((n for n in lengths if isinstance(n, int) and n > 0), None)
+
+
 def default_block_size(model: nn.Module) -> int:
     """The model's own context length, at most 1,024 tokens."""
-    config: Any = getattr(model, "config", None)
-    lengths = (getattr(config, name, None) for name in _LENGTH_NAMES)
-    known = [n for n in lengths if isinstance(n, int) and n > 0]
-    return min([*known[:1], _MAX_DEFAULT_BLOCK])
+    return min(context_length(model) or _MAX_DEFAULT_BLOCK, _MAX_DEFAULT_BLOCK)
 
 
 def hidden_states(
@@ -83,6 +90,7 @@ def hidden_states(
     with_log_p_lm: bool = False,
     with_logits: bool = False,
     start: int = 0,
+    bos: int | None = None,
 ) -> Iterator[HiddenStatesBatch]:
     """Yields the states of positions ``start`` .. T - 2 in order, one batch of windows at a time.
 
@@ -91,7 +99,8 @@ def hidden_states(
     ``with_log_p_lm`` adds the targets' log-probabilities, computed in float32 over a bounded
     number of rows at a time; ``with_logits`` adds the whole (n, V) logits. The output layer runs
     once, and only for rows that are given. The model is left as it was, also on an error and
-    between batches.
+    between batches. ``bos`` is a token that every window begins with, in the place of the first
+    one that it sees; that one gives no state there, so ``stride`` must be below ``block_size``.
 
     Arguments are checked here and not at the first batch. ValueError for bad arguments, and for
     keys that overflow ``dtype``.
@@ -100,9 +109,15 @@ def hidden_states(
     block = default_block_size(model) if block_size is None else block_size
     step = max(1, block // 2) if stride is None else stride
     _check_windows(block, step, batch_size, start, len(stream))
+    if bos is not None and step == block and len(stream) - 1 > block:
+        raise ValueError(
+            f"stride must be below block_size={block} where every window begins with bos, got "
+            f"{step}: a window's first token is then bos, and cannot be due a state "
+            "(--no-bos-each-window, bos=None)"
+        )
     key = find_key_module(model, key_layer)
     forward = ModelForward(model, key, with_log_p_lm, with_logits)
-    return _stream(forward, stream, block, step, batch_size, dtype, start)
+    return _stream(forward, stream, block, step, batch_size, dtype, start, bos)
 
 
 def _checked_tokens(model: nn.Module, tokens: Any) -> Tensor:
@@ -139,6 +154,7 @@ def _stream(
     batch_size: int,
     dtype: torch.dtype,
     start: int,
+    bos: int | None,
 ) -> Iterator[HiddenStatesBatch]:
     count = max(0, len(stream) - 1)  # rows, and tokens that the model reads
     windows = _num_windows(count, block, stride)
@@ -149,6 +165,8 @@ def _stream(
         if end <= given:
             continue  # all of it was given before the run that is resumed here
         ids, rows = _window_batch(stream, count, block, stride, first, last)
+        if bos is not None:
+            ids[1 if first == 0 else 0 :, 0] = bos  # the first window has the stream's own head
         low = max(given, _first_new(first, block, stride))
         wanted = (rows >= low) & (rows < end)
         yield _batch(forward, ids, wanted, stream, low, end, dtype)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from knnext.datastore import Datastore, UnfinishedDatastoreError
@@ -36,7 +37,8 @@ def build(path: Path, last: int = ROWS, *, log: Path | None = None) -> None:
         path, DIM, entries_per_shard=PER_SHARD, vocab_size=11, resume=True, commit_seconds=1e9
     )
     with store:
-        store.set_document_names([f"doc {d}" for d in range(7)])
+        hashes = np.arange(7 * 16, dtype=np.uint8).reshape(7, 16)
+        store.set_document_names([f"doc {d}" for d in range(7)], hashes)
         for number, a in enumerate(range(store.num_entries, last, APPEND)):
             store.append(*rows(a, min(a + APPEND, last)))
             if number % 2:
