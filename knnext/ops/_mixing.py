@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def save(ctx: Any, tensors: tuple[Tensor, ...], parameters: tuple[float | Tensor, ...]) -> None:
+    """For the backward and the forward derivative; see :func:`saved`."""
+    are_tensors = isinstance(parameters[0], Tensor)
+    ctx.numbers = () if are_tensors else parameters
+    kept = (*tensors, *parameters) if are_tensors else tensors
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*kept)
+    ctx.save_for_forward(*kept)
+
+
+def saved(ctx: Any) -> Any:
+    """The tensors, then the parameters, as they came."""
+    return (*ctx.saved_tensors, *ctx.numbers)
 
 
 def sum_to_parameter(per_row: Tensor, parameter: float | Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knnext.ops import _checks
-from knnext.ops._no_gradient import register_no_gradient
+from knnext.ops._derivatives import call, register_no_derivative
 
 
 def key_sqnorms(keys: Tensor) -> Tensor:
@@ -18,7 +18,10 @@ def key_sqnorms(keys: Tensor) -> Tensor:
     Returns:
         (N,) float32. No gradient.
     """
-    return torch.ops.knnext.key_sqnorms(keys)
+    return call(_OP, keys)
+
+
+_OP = torch.ops.knnext.key_sqnorms.default
 
 
 @torch.library.register_fake("knnext::key_sqnorms")
@@ -27,4 +30,4 @@ def _fake(keys: Tensor) -> Tensor:
     return keys.new_empty(keys.shape[0], dtype=torch.float32)
 
 
-register_no_gradient("key_sqnorms")
+register_no_derivative("key_sqnorms")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks, _gradients, _mixing
-from knnext.ops._no_gradient import refuse_second_derivative
+from knnext.ops import _checks, _gradients, _mixing, _numbers, _tangents
+from knnext.ops._derivatives import call, register_derivatives, register_gradient
 
 
 def knn_interpolate(
@@ -42,12 +42,21 @@ def knn_interpolate(
             CUDA such a token stops the kernel with a device-side assertion, and such a
             parameter gives a row of NaN.
     """
-    if isinstance(temperature, Tensor) or isinstance(lmbda, Tensor):
-        temperature, lmbda = _mixing.both_tensors(temperature, lmbda, distances)
-        overload = torch.ops.knnext.knn_interpolate.tensor
-        return overload(lm_logits, distances, tokens, temperature, lmbda)
-    overload = torch.ops.knnext.knn_interpolate.default
-    return overload(lm_logits, distances, tokens, temperature, lmbda)
+    if type(temperature) is not float or type(lmbda) is not float:
+        name = "knn_interpolate"
+        temperature = _numbers.parameter(name, "temperature", temperature, distances)
+        lmbda = _numbers.parameter(name, "lmbda", lmbda, distances)
+        if isinstance(temperature, Tensor) or isinstance(lmbda, Tensor):
+            temperature, lmbda = _mixing.both_tensors(temperature, lmbda, distances)
+    op = _OP[isinstance(temperature, Tensor)]
+    return call(op, lm_logits, distances, tokens, temperature, lmbda)
+
+
+_OP = (torch.ops.knnext.knn_interpolate.default, torch.ops.knnext.knn_interpolate.tensor)
+_GRADIENTS = (
+    torch.ops.knnext._knn_interpolate_gradients.default,
+    torch.ops.knnext._knn_interpolate_gradients.tensor,
+)
 
 
 def _fake(
@@ -62,19 +71,18 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    lm_logits, distances, tokens, temperature, lmbda = inputs
-    is_tensor = isinstance(temperature, Tensor)
-    ctx.numbers = None if is_tensor else (temperature, lmbda)
-    parameters = [temperature, lmbda] if is_tensor else []
-    ctx.save_for_backward(lm_logits, distances, tokens, output, *parameters)
+    *tensors, temperature, lmbda = inputs
+    _mixing.save(ctx, (*tensors, output), (temperature, lmbda))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    lm_logits, distances, tokens, output, *rest = ctx.saved_tensors
-    temperature, lmbda = rest or ctx.numbers
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    *tensors, temperature, lmbda = _mixing.saved(ctx)
     need_logits, _, _, _, need_lmbda = ctx.needs_input_grad
-    to_logits, to_distances, to_temperature, to_lmbda = _run_gradients(
-        grad, lm_logits, distances, tokens, output, temperature, lmbda, need_logits, need_lmbda
+    gradients = _GRADIENTS[isinstance(temperature, Tensor)]
+    to_logits, to_distances, to_temperature, to_lmbda = call(
+        gradients, grad, *tensors, temperature, lmbda, need_logits, need_lmbda
     )
     return (
         to_logits if need_logits else None,
@@ -85,23 +93,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _run_gradients(
-    grad: Tensor,
-    lm_logits: Tensor,
-    distances: Tensor,
-    tokens: Tensor,
-    output: Tensor,
-    temperature: float | Tensor,
-    lmbda: float | Tensor,
-    need_logits: bool,
-    need_lmbda: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (grad, lm_logits, distances, tokens, output)
-    rest = (temperature, lmbda, need_logits, need_lmbda)
-    if torch.is_grad_enabled():  # plain PyTorch has a second derivative
-        return _gradients.knn_interpolate(*inputs, *rest)
-    op = torch.ops.knnext._knn_interpolate_gradients
-    return (op.tensor if isinstance(temperature, Tensor) else op.default)(*inputs, *rest)
+def _jvp(
+    ctx: Any, d_logits: Any, d_distances: Any, _: Any, d_temperature: Any, d_lmbda: Any
+) -> Tensor:
+    changes = (d_logits, d_distances, d_temperature, d_lmbda)
+    return _tangents.knn_interpolate(*_mixing.saved(ctx), *changes)
 
 
 def _fake_gradients(
@@ -125,8 +121,8 @@ def _fake_gradients(
 
 for _name in ("", ".tensor"):
     torch.library.register_fake(f"knnext::knn_interpolate{_name}", _fake)
-    torch.library.register_autograd(
-        f"knnext::knn_interpolate{_name}", _backward, setup_context=_setup_context
+    register_derivatives(
+        f"knn_interpolate{_name}", setup_context=_setup_context, backward=_backward, jvp=_jvp
     )
     torch.library.register_fake(f"knnext::_knn_interpolate_gradients{_name}", _fake_gradients)
-    refuse_second_derivative(f"_knn_interpolate_gradients{_name}")
+    register_gradient(f"_knn_interpolate_gradients{_name}", _gradients.knn_interpolate)

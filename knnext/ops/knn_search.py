@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks
-from knnext.ops._no_gradient import register_no_gradient
+from knnext.ops import _checks, _numbers
+from knnext.ops._derivatives import as_rows, call, one_by_one, register_no_derivative
 
 
 def knn_search(
@@ -46,7 +48,12 @@ def knn_search(
     Raises:
         RuntimeError: on a bad argument, naming it, what was given and what is wanted.
     """
-    return torch.ops.knnext.knn_search(
+    if type(k) is not int:
+        k = _numbers.integer("knn_search", "k", k)
+    if type(index_offset) is not int:
+        index_offset = _numbers.integer("knn_search", "index_offset", index_offset)
+    return call(
+        _OP,
         queries,
         keys,
         k,
@@ -57,6 +64,9 @@ def knn_search(
         init_indices=init_indices,
         refine=refine,
     )
+
+
+_OP = torch.ops.knnext.knn_search.default
 
 
 @torch.library.register_fake("knnext::knn_search")
@@ -88,4 +98,11 @@ def _fake(
     return distances, queries.new_empty(shape, dtype=torch.int64)
 
 
-register_no_gradient("knn_search")
+def _vmap(run: Any, batch: int, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    shared = (1, 4)  # keys, key_sqnorms
+    if any(in_dims[place] is not None for place in shared):
+        return one_by_one(run, batch, in_dims, *args)
+    return as_rows(run, batch, in_dims, *args, shared=shared)
+
+
+register_no_derivative("knn_search", _vmap)

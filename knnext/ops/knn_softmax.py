@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks, _gradients, _mixing
-from knnext.ops._no_gradient import refuse_second_derivative
+from knnext.ops import _checks, _gradients, _mixing, _numbers, _tangents
+from knnext.ops._derivatives import call, register_derivatives, register_gradient
 
 
 def knn_softmax(
@@ -37,9 +37,19 @@ def knn_softmax(
             CUDA such a token stops the kernel with a device-side assertion, as torch's own
             indexing does, and such a temperature gives a row of NaN.
     """
-    if isinstance(temperature, Tensor):
-        return torch.ops.knnext.knn_softmax.tensor(distances, tokens, temperature, vocab_size)
-    return torch.ops.knnext.knn_softmax.default(distances, tokens, temperature, vocab_size)
+    if type(temperature) is not float:
+        temperature = _numbers.parameter("knn_softmax", "temperature", temperature, distances)
+    if type(vocab_size) is not int:
+        vocab_size = _numbers.integer("knn_softmax", "vocab_size", vocab_size)
+    op = _OP[isinstance(temperature, Tensor)]
+    return call(op, distances, tokens, temperature, vocab_size)
+
+
+_OP = (torch.ops.knnext.knn_softmax.default, torch.ops.knnext.knn_softmax.tensor)
+_GRADIENTS = (
+    torch.ops.knnext._knn_softmax_gradients.default,
+    torch.ops.knnext._knn_softmax_gradients.tensor,
+)
 
 
 def _fake(
@@ -50,27 +60,21 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    distances, tokens, temperature, _ = inputs
-    is_tensor = isinstance(temperature, Tensor)
-    ctx.temperature = None if is_tensor else temperature
-    ctx.save_for_backward(distances, tokens, *([temperature] if is_tensor else []))
+    distances, tokens, temperature, ctx.vocab_size = inputs
+    _mixing.save(ctx, (distances, tokens), (temperature,))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    distances, tokens, *rest = ctx.saved_tensors
-    temperature = rest[0] if rest else ctx.temperature
-    to_distances, per_row = _run_gradients(grad, distances, tokens, temperature)
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    distances, tokens, temperature = _mixing.saved(ctx)
+    gradients = _GRADIENTS[isinstance(temperature, Tensor)]
+    to_distances, per_row = call(gradients, grad, distances, tokens, temperature)
     return to_distances, None, _mixing.sum_to_parameter(per_row, temperature), None
 
 
-def _run_gradients(
-    grad: Tensor, distances: Tensor, tokens: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled():  # plain PyTorch has a second derivative
-        return _gradients.knn_softmax(grad, distances, tokens, temperature)
-    op = torch.ops.knnext._knn_softmax_gradients
-    overload = op.tensor if isinstance(temperature, Tensor) else op.default
-    return overload(grad, distances, tokens, temperature)
+def _jvp(ctx: Any, d_distances: Any, _: Any, d_temperature: Any, *__: Any) -> Tensor:
+    return _tangents.knn_softmax(*_mixing.saved(ctx), ctx.vocab_size, d_distances, d_temperature)
 
 
 def _fake_gradients(
@@ -81,8 +85,8 @@ def _fake_gradients(
 
 for _name in ("", ".tensor"):
     torch.library.register_fake(f"knnext::knn_softmax{_name}", _fake)
-    torch.library.register_autograd(
-        f"knnext::knn_softmax{_name}", _backward, setup_context=_setup_context
+    register_derivatives(
+        f"knn_softmax{_name}", setup_context=_setup_context, backward=_backward, jvp=_jvp
     )
     torch.library.register_fake(f"knnext::_knn_softmax_gradients{_name}", _fake_gradients)
-    refuse_second_derivative(f"_knn_softmax_gradients{_name}")
+    register_gradient(f"_knn_softmax_gradients{_name}", _gradients.knn_softmax)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks, _gradients, _mixing
-from knnext.ops._no_gradient import refuse_second_derivative
+from knnext.ops import _checks, _gradients, _mixing, _numbers, _tangents
+from knnext.ops._derivatives import call, register_derivatives, register_gradient
 
 
 def knn_target_log_prob(
@@ -34,9 +34,18 @@ def knn_target_log_prob(
             temperature that is not above 0 raises too; on
             CUDA such a temperature gives NaN.
     """
-    if isinstance(temperature, Tensor):
-        return torch.ops.knnext.knn_target_log_prob.tensor(distances, tokens, targets, temperature)
-    return torch.ops.knnext.knn_target_log_prob.default(distances, tokens, targets, temperature)
+    if type(temperature) is not float:
+        name = "knn_target_log_prob"
+        temperature = _numbers.parameter(name, "temperature", temperature, distances)
+    op = _OP[isinstance(temperature, Tensor)]
+    return call(op, distances, tokens, targets, temperature)
+
+
+_OP = (torch.ops.knnext.knn_target_log_prob.default, torch.ops.knnext.knn_target_log_prob.tensor)
+_GRADIENTS = (
+    torch.ops.knnext._knn_target_log_prob_gradients.default,
+    torch.ops.knnext._knn_target_log_prob_gradients.tensor,
+)
 
 
 def _fake(
@@ -47,32 +56,21 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    distances, tokens, targets, temperature = inputs
-    is_tensor = isinstance(temperature, Tensor)
-    ctx.temperature = None if is_tensor else temperature
-    ctx.save_for_backward(distances, tokens, targets, output, *([temperature] if is_tensor else []))
+    *tensors, temperature = inputs
+    _mixing.save(ctx, (*tensors, output), (temperature,))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    distances, tokens, targets, output, *rest = ctx.saved_tensors
-    temperature = rest[0] if rest else ctx.temperature
-    to_distances, per_row = _run_gradients(grad, distances, tokens, targets, output, temperature)
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    *tensors, temperature = _mixing.saved(ctx)
+    gradients = _GRADIENTS[isinstance(temperature, Tensor)]
+    to_distances, per_row = call(gradients, grad, *tensors, temperature)
     return to_distances, None, None, _mixing.sum_to_parameter(per_row, temperature)
 
 
-def _run_gradients(
-    grad: Tensor,
-    distances: Tensor,
-    tokens: Tensor,
-    targets: Tensor,
-    output: Tensor,
-    temperature: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    args = (grad, distances, tokens, targets, output, temperature)
-    if torch.is_grad_enabled():  # plain PyTorch has a second derivative
-        return _gradients.knn_target_log_prob(*args)
-    op = torch.ops.knnext._knn_target_log_prob_gradients
-    return (op.tensor if isinstance(temperature, Tensor) else op.default)(*args)
+def _jvp(ctx: Any, d_distances: Any, _: Any, __: Any, d_temperature: Any) -> Tensor:
+    return _tangents.knn_target_log_prob(*_mixing.saved(ctx), d_distances, d_temperature)
 
 
 def _fake_gradients(
@@ -88,8 +86,8 @@ def _fake_gradients(
 
 for _name in ("", ".tensor"):
     torch.library.register_fake(f"knnext::knn_target_log_prob{_name}", _fake)
-    torch.library.register_autograd(
-        f"knnext::knn_target_log_prob{_name}", _backward, setup_context=_setup_context
+    register_derivatives(
+        f"knn_target_log_prob{_name}", setup_context=_setup_context, backward=_backward, jvp=_jvp
     )
     torch.library.register_fake(f"knnext::_knn_target_log_prob_gradients{_name}", _fake_gradients)
-    refuse_second_derivative(f"_knn_target_log_prob_gradients{_name}")
+    register_gradient(f"_knn_target_log_prob_gradients{_name}", _gradients.knn_target_log_prob)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks
-from knnext.ops._no_gradient import register_no_gradient
+from knnext.ops import _checks, _numbers
+from knnext.ops._derivatives import call, register_no_derivative
 
 
 def merge_topk(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,12 @@ def merge_topk(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tens
     Returns:
         distances (Q, k) float32 and indices (Q, k) int64, padded with +inf and -1. No gradient.
     """
-    return torch.ops.knnext.merge_topk(distances, indices, k)
+    if type(k) is not int:
+        k = _numbers.integer("merge_topk", "k", k)
+    return call(_OP, distances, indices, k)
+
+
+_OP = torch.ops.knnext.merge_topk.default
 
 
 @torch.library.register_fake("knnext::merge_topk")
@@ -33,4 +38,4 @@ def _fake(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return distances.new_empty(shape), indices.new_empty(shape)
 
 
-register_no_gradient("merge_topk")
+register_no_derivative("merge_topk")

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.ops import _checks
-from knnext.ops._no_gradient import refuse_second_derivative
+from knnext.ops import _checks, _gradients, _tangents
+from knnext.ops._derivatives import (
+    as_rows,
+    call,
+    one_by_one,
+    register_derivatives,
+    register_gradient,
+)
 
 
 def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") -> Tensor:
@@ -32,7 +38,11 @@ def rescore(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") 
         RuntimeError: on a bad argument, naming it; on the CPU also on an index outside [-1, N),
             which on CUDA stops the kernel with a device-side assertion.
     """
-    return torch.ops.knnext.rescore(queries, keys, indices, metric)
+    return call(_OP, queries, keys, indices, metric)
+
+
+_OP = torch.ops.knnext.rescore.default
+_GRADIENTS = torch.ops.knnext._rescore_gradients.default
 
 
 @torch.library.register_fake("knnext::rescore")
@@ -43,23 +53,40 @@ def _fake(queries: Tensor, keys: Tensor, indices: Tensor, metric: str = "l2") ->
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    queries, keys, indices, ctx.metric = inputs
-    ctx.save_for_backward(queries, keys, indices)
+    *tensors, ctx.metric = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
     queries, keys, indices = ctx.saved_tensors
     need_queries, need_keys, *_ = ctx.needs_input_grad
     # What names one key lies together, in order of its place: each key is then summed by one
     # thread or block, always in this order.
     order = indices.reshape(-1).sort(stable=True).indices if need_keys else None
-    to_queries, to_keys = torch.ops.knnext._rescore_gradients(
-        grad, queries, keys, indices, order, ctx.metric, need_queries
+    to_queries, to_keys = call(
+        _GRADIENTS, grad, queries, keys, indices, order, ctx.metric, need_queries
     )
     return to_queries if need_queries else None, to_keys if need_keys else None, None, None
 
 
-torch.library.register_autograd("knnext::rescore", _backward, setup_context=_setup_context)
+def _jvp(ctx: Any, d_queries: Tensor | None, d_keys: Tensor | None, *_: Any) -> Tensor:
+    queries, keys, indices = ctx.saved_tensors
+    return _tangents.rescore(queries, keys, indices, ctx.metric, d_queries, d_keys)
+
+
+def _vmap(run: Any, batch: int, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    if in_dims[1] is not None:
+        return one_by_one(run, batch, in_dims, *args)
+    return as_rows(run, batch, in_dims, *args, shared=(1,))
+
+
+register_derivatives(
+    "rescore", setup_context=_setup_context, backward=_backward, jvp=_jvp, vmap=_vmap
+)
 
 
 @torch.library.register_fake("knnext::_rescore_gradients")
@@ -78,4 +105,4 @@ def _fake_gradients(
     )
 
 
-refuse_second_derivative("_rescore_gradients")
+register_gradient("_rescore_gradients", _gradients.rescore)
