@@ -25,14 +25,42 @@ def add_corpus(c: argparse.ArgumentParser, split: str, required: bool = True) ->
     c.add_argument(
         "--split", choices=("train", "valid", "test"), default=split, help=f"default: {split}"
     )
-    c.add_argument("--text-column", default="text", help="of tables and datasets; default: text")
-    c.add_argument("--split-seed", type=int, default=0, help="of a split made by hash; default: 0")
+    kept = "" if required else "the datastore's, or "
+    c.add_argument("--text-column", help=f"of tables and datasets; default: {kept}text")
+    c.add_argument("--split-seed", type=int, help=f"of a split made by hash; default: {kept}0")
+    c.add_argument(
+        "--shares",
+        type=shares,
+        metavar="TRAIN,VALID,TEST",
+        help=f"of a split made by hash; default: {kept}80,10,10; 100,0,0 takes all for train",
+    )
+    add_text_errors(c, f"default: {kept}strict")
+    if not required:
+        c.add_argument(
+            "--allow-overlap",
+            action="store_true",
+            help="score documents that are in the datastore too; figures are then too good",
+        )
+
+
+def add_text_errors(c: argparse.ArgumentParser, default: str = "default: strict") -> None:
+    c.add_argument(
+        "--text-errors",
+        choices=("strict", "replace"),
+        help="bytes that are not UTF-8, rows without text: an error, or read on with U+FFFD and "
+        f"without the rows; {default}",
+    )
 
 
 def add_windows(c: argparse.ArgumentParser) -> None:
     c.add_argument("--block-size", type=positive, help="tokens of a window; default: the context")
     c.add_argument("--stride", type=positive, help="tokens between windows; default: half of it")
     c.add_argument("--batch-size", type=positive, default=8, help="windows at once; default: 8")
+    c.add_argument(
+        "--bos-each-window",
+        action=argparse.BooleanOptionalAction,
+        help="begin every window with bos; default: where the tokenizer does so by itself",
+    )
 
 
 def add_text_limits(c: argparse.ArgumentParser) -> None:
@@ -76,6 +104,16 @@ def positive_float(text: str) -> float:
 
 def share(text: str) -> float:
     return checked(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def shares(text: str) -> tuple[float, float, float]:
+    from knnext.corpus.documents import check_shares
+
+    try:
+        return check_shares([float(part) for part in text.split(",")])
+    except ValueError:
+        wanted = "three numbers from 0 for train, valid and test, train above 0, as 80,10,10"
+        raise argparse.ArgumentTypeError(f"wanted are {wanted}, got {text!r}") from None
 
 
 def floats(text: str) -> list[float]:

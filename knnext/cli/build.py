@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.cli.session import open_datastore, open_model, read_text, tuning_path
+from knnext.cli.session import open_datastore, open_model, tuning_path
+from knnext.cli.text import text_to_store
 from knnext.say import Say
 
 if TYPE_CHECKING:
+    from knnext.corpus import SplitFacts
     from knnext.datastore import Datastore
 
 
@@ -20,8 +22,8 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.datastore.build import build_datastore
 
     model, tokenizer = open_model(args)
-    text = read_text(args, tokenizer, None)
-    say(f"{len(text):,} tokens of {text.num_documents:,} documents")
+    text, facts = text_to_store(args, tokenizer)
+    say(f"{len(text) - 1:,} tokens to store, of {text.num_documents:,} documents")
     store = build_datastore(
         model,
         tokenizer,
@@ -33,10 +35,24 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         block_size=args.block_size,
         stride=args.stride,
         batch_size=args.batch_size,
-        corpus=args.corpus,
+        corpus=_as_before(args.datastore, facts),
+        bos_each_window=args.bos_each_window,
     )
     say(store.describe())
     return _facts(store)
+
+
+def _as_before(datastore: str, facts: SplitFacts) -> SplitFacts | str:
+    """The facts; or the name, where a build from before they were kept goes on under it."""
+    from knnext.corpus import absolute_spec
+    from knnext.datastore import Datastore, DatastoreError
+
+    try:
+        meta = Datastore.open(datastore, allow_unfinished=True).meta
+    except (DatastoreError, OSError):
+        return facts
+    old = meta.corpus if meta.text is None else None
+    return old if old is not None and absolute_spec(old) == facts.corpus else facts
 
 
 def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from knnext.cli.session import (
     open_datastore,
     open_index,
     open_model,
-    read_text,
     tuning_path,
 )
-from knnext.output import write_json
+from knnext.cli.text import text_to_score
+from knnext.output import check_writable, write_json
 from knnext.say import Say
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ def tune(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
     # A new fit must not lean on an old one.
     settings = Settings.of(args, tuned=False)
-    scores = _scores(args, settings, say)
+    path = Path(args.out) if args.out else tuning_path(args.datastore)
+    scores = _scores(args, settings, say, path)
     grid = {"temperatures": args.temperatures, "lmbdas": args.lmbdas}
     found = tuning.tune(scores, **{name: values for name, values in grid.items() if values})
     result = {**asdict(settings), **found.to_dict(), "k": scores.k}
-    path = Path(args.out) if args.out else tuning_path(args.datastore)
     write_json(path, result)
     say(f"temperature {found.temperature:.4g}, lmbda {found.lmbda:.4g}")
     say(f"perplexity  {found.perplexity:.2f}, of the base model alone {found.base_perplexity:.2f}")
@@ -65,9 +65,11 @@ def evaluate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.report.rows import table_rows
     from knnext.report.table import text_table
 
+    if not args.scores:
+        open_datastore(args)  # a missing one is not a missing temperature
     settings = Settings.of(args)
     temperature, lmbda = settings.mixture()
-    scores = _scores(args, settings, say)
+    scores = _scores(args, settings, say, args.token_log)
     evaluation = evaluate(scores, temperature, lmbda)
     name = f"kNN-LM, {settings.index}" + (", real score" if settings.rescore else "")
     say(text_table(table_rows({name: evaluation}, {})))
@@ -94,18 +96,24 @@ def _detail_lines(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def _scores(args: argparse.Namespace, settings: Settings, say: Say) -> StreamScores:
-    """From the file, or from one pass of the model and the search."""
+def _scores(
+    args: argparse.Namespace, settings: Settings, say: Say, *outputs: str | Path | None
+) -> StreamScores:
+    """From the file, or from one pass of the model and the search; `outputs` are tried before."""
+    from knnext.datastore.build import bos_of
     from knnext.evaluation import StreamScores, search_stream
 
+    for path in (args.save_scores, *outputs):
+        if path:
+            check_writable(path)
     if args.scores:
         scores = StreamScores.load(args.scores)
         return scores.truncate(args.k) if args.k else scores
     store = open_datastore(args)
     model, tokenizer = open_model(args)
     check_model(store, model, tokenizer)
-    text = read_text(args, tokenizer, store.meta.corpus)
-    say(f"{args.split}: {len(text):,} tokens of {text.num_documents:,} documents")
+    text, _ = text_to_score(args, tokenizer, store, say)
+    say(f"{args.split}: {len(text) - 1:,} tokens of {text.num_documents:,} documents")
     scores = search_stream(
         model,
         open_index(args, store, settings),
@@ -114,6 +122,8 @@ def _scores(args: argparse.Namespace, settings: Settings, say: Say) -> StreamSco
         block_size=args.block_size,
         stride=args.stride,
         batch_size=args.batch_size,
+        bos="as built" if args.bos_each_window is None else bos_of(tokenizer, args.bos_each_window),
+        allow_overlap=args.allow_overlap,
     )
     if args.save_scores:
         scores.save(args.save_scores)

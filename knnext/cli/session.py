@@ -1,4 +1,4 @@
-"""What several commands open: models, datastores, indexes, texts, and what `knnext tune` found."""
+"""What several commands open: models, datastores, indexes, and what `knnext tune` found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from knnext.corpus import TokenizedDocuments
     from knnext.datastore import Datastore
     from knnext.index.base import Index
 
@@ -110,21 +109,3 @@ def open_index(args: argparse.Namespace, store: Datastore, settings: Settings) -
     if settings.index == "exact":
         return ExactIndex(store, device=device_of(args))
     return FaissIndex.open(args.index_path, store, nprobe=settings.nprobe, rescore=settings.rescore)
-
-
-def read_text(args: argparse.Namespace, tokenizer: Any, corpus: str | None) -> TokenizedDocuments:
-    """The split of the corpus that the command asks for, as tokens."""
-    from knnext.corpus import load_corpus, tokenize
-
-    spec = args.corpus or corpus
-    if spec is None:
-        raise ValueError("the datastore does not name its corpus: give --corpus")
-    corpora = load_corpus(
-        spec,
-        max_bytes=getattr(args, "max_bytes", None),
-        seed=args.split_seed,
-        text_column=args.text_column,
-    )
-    return tokenize(
-        corpora.split(args.split), tokenizer, max_tokens=getattr(args, "document_tokens", None)
-    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta
+from knnext.say import binary_size
 
 
 def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
-    """One ``name  value`` line for each fact; sizes in bytes and GiB."""
+    """One ``name  value`` line for each fact; sizes in bytes and in the unit that suits."""
     keys = sum(shard.keys.num_bytes for shard in meta.shards)
     values = sum(shard.values.num_bytes for shard in meta.shards)
     lines = {
@@ -24,6 +25,7 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
         "tokenizer": meta.tokenizer_hash,
         "vocab_size": None if meta.vocab_size is None else f"{meta.vocab_size:,}",
         "corpus": meta.corpus,
+        "split": _split(meta),
         "origin": _origin(meta),
         "created": f"{meta.created} by knnext {meta.knnext_version}",
         "state": "unfinished build, last commit shown" if unfinished else "finished",
@@ -33,14 +35,25 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """``1,073,741,824 bytes (1.00 GiB)``"""
-    return f"{num_bytes:,} bytes ({num_bytes / 2**30:.2f} GiB)"
+    """``1,073,741,824 bytes (1.00 GiB)``, ``32 bytes``"""
+    if num_bytes < 1024:
+        return f"{num_bytes} bytes"
+    return f"{num_bytes:,} bytes ({binary_size(num_bytes)})"
 
 
 def _with_revision(meta: DatastoreMeta) -> str | None:
     if meta.model_id is None or meta.model_revision is None:
         return meta.model_id
     return f"{meta.model_id} at {meta.model_revision}"
+
+
+def _split(meta: DatastoreMeta) -> str | None:
+    if meta.text is None:
+        return None
+    shares = ",".join(f"{share:g}" for share in meta.text["shares"])
+    cap = meta.text["max_bytes"]
+    most = "" if cap is None else f", at most {cap:,} bytes"
+    return f"{meta.text['split']}, seed {meta.text['seed']}, shares {shares}{most}"
 
 
 def _origin(meta: DatastoreMeta) -> str:

@@ -81,7 +81,7 @@ class Demo:
 
     def _work(self, corpus: Corpus) -> tuple[Any, ...]:
         model, tokenizer = self._model(corpus)
-        store = self._datastore(model, tokenizer, corpus.train)
+        store = self._datastore(model, tokenizer, corpus)
         index = self._index(store)
         config = self.config
         valid = self._text("valid", corpus.valid, tokenizer, config.valid_tokens)
@@ -130,13 +130,13 @@ class Demo:
         }
         write_json(self.out / "training.json", facts)
 
-    def _datastore(self, model: Any, tokenizer: Any, documents: Sequence[Document]) -> Datastore:
+    def _datastore(self, model: Any, tokenizer: Any, corpus: Corpus) -> Datastore:
         from knnext.corpus import take_documents, tokenize
         from knnext.datastore.build import build_datastore
         from knnext.lm.train import TrainConfig
 
         with self.step("write the datastore"):
-            tokens = take_documents(tokenize(documents, tokenizer), self.config.entries + 1)
+            tokens = take_documents(tokenize(corpus.train, tokenizer), self.config.entries + 1)
             return build_datastore(
                 model,
                 tokenizer,
@@ -145,7 +145,7 @@ class Demo:
                 # Each state has seen a quarter of a window; half of one costs 1.5 times.
                 stride=TrainConfig().block_size * 3 // 4,
                 batch_size=32,
-                corpus=self.config.corpus,
+                corpus=corpus.facts("train"),
             )
 
     def _index(self, store: Datastore) -> FaissIndex:

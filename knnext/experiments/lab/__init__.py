@@ -111,9 +111,10 @@ class Lab(ModelLab):
 
     def _build(self, folder: Path, key_layer: str, lm: LM) -> None:
         from knnext.datastore.build import build_datastore
+        from knnext.datastore.overlap import check_overlap
 
         with self.step(f"write the datastore of {key_layer} states"):
-            build_datastore(
+            store = build_datastore(
                 lm.model,
                 lm.tokenizer,
                 self.text("store"),
@@ -122,8 +123,10 @@ class Lab(ModelLab):
                 block_size=self.preset.block_size,
                 stride=self._store_stride(lm),
                 batch_size=self.preset.batch_size,
-                corpus=self.preset.corpus,
+                corpus=self.corpus.facts("train"),
             )
+        for split in EVALUATED:
+            check_overlap(store, self.text(split))
 
     def faiss(
         self,

@@ -139,14 +139,10 @@ def files_key(path: str | Path, without: str | Path | None = None) -> str:
 
 
 def _save_text(path: Path, text: TokenizedDocuments) -> None:
-    np.savez(
-        path,
-        tokens=text.tokens,
-        document_offsets=text.document_offsets,
-        names=np.array(text.names, dtype=np.str_),
-        num_words=text.num_words,
-        num_bytes=text.num_bytes,
-    )
+    names = ("tokens", "document_offsets", "num_words", "num_bytes", "hashes")
+    found = {name: getattr(text, name) for name in names}
+    arrays: dict[str, Any] = {name: array for name, array in found.items() if array is not None}
+    np.savez(path, names=np.array(text.names, dtype=np.str_), **arrays)
 
 
 def _load_text(path: Path) -> TokenizedDocuments:
