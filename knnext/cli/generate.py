@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from knnext.cli.session import Settings, check_model, open_datastore, open_index, open_model
+from knnext.cli.text import text_of
 from knnext.say import Say, shown
 
 
@@ -21,7 +21,8 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     model, tokenizer = open_model(args)
     check_model(store, model, tokenizer)
     index = open_index(args, store, settings)
-    query = _last_state(model, tokenizer, _text_of(args), store.key_layer or "att", store.dtype)
+    text = text_of(args.text, args.text_errors or "strict")
+    query = _last_state(model, tokenizer, text, store.key_layer or "att", store.dtype)
     distances, indices = index.search(query, args.k)
     temperature = settings.temperature or 1.0
     shares = torch.softmax(-distances[0] / temperature, 0)
@@ -73,7 +74,7 @@ def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     check_model(store, model, tokenizer)
     index = open_index(args, store, settings)
     mixed = KNNLM(model, index, settings.k, temperature, lmbda)
-    text = _text_of(args)
+    text = text_of(args.text, args.text_errors or "strict")
     ids = torch.tensor([_ids(tokenizer, text)], dtype=torch.int64, device=model.device)
     torch.manual_seed(args.seed)
     sampling = {"top_p": args.top_p} if args.do_sample else {}
@@ -88,10 +89,6 @@ def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     new = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     say(text + new)
     return {"text": text, "continuation": new, "temperature": temperature, "lmbda": lmbda}
-
-
-def _text_of(args: argparse.Namespace) -> str:
-    return sys.stdin.read() if args.text == "-" else str(args.text)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -13,6 +13,7 @@ from knnext.cli.arguments import (
     add_mixture,
     add_model,
     add_search_options,
+    add_text_errors,
     add_text_limits,
     add_windows,
     floats,
@@ -155,6 +156,7 @@ def _add_search(commands: Any) -> argparse.ArgumentParser:
     c = _command(commands, "search", "knnext.cli.generate:search", text)
     add_datastore(c)
     c.add_argument("text", help="the text, or - to read it from stdin")
+    add_text_errors(c)
     add_model(c)
     add_search_options(c, k=10)
     c.add_argument(
@@ -170,6 +172,7 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
     c = _command(commands, "generate", "knnext.cli.generate:generate", text)
     add_datastore(c)
     c.add_argument("text", help="the text to continue, or - to read it from stdin")
+    add_text_errors(c)
     add_model(c)
     add_search_options(c)
     add_mixture(c)
