@@ -30,7 +30,8 @@ def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to; at the end it is forced to disk and takes the name.
 
     After an exception nothing of it stays. An OSError that names no file (a full disk) is raised
-    again with the name. Without `commit` the file is made and removed.
+    again with the name, and so is whatever else a library says where the disk is what is wrong.
+    Without `commit` the file is made and removed.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
@@ -42,11 +43,28 @@ def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
             part.replace(path)
             _sync(path.parent)
     except OSError as error:
-        if error.filename in (None, str(part)) and error.errno is not None:
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+        if error.filename not in (None, str(part)):
+            raise
+        reason = error.errno or _refusal(part) or errno.EIO
+        raise OSError(reason, error.strerror or str(error), str(path)) from error
+    except Exception as error:
+        # Libraries write in C++ and call a full disk anything: ask it.
+        if part.exists() and (number := _refusal(part)):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _refusal(path: Path) -> int | None:
+    """The errno with which the disk refuses to let a file grow; None where it does not."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(bytes(1 << 16))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def write_text(path: str | Path, text: str, *, errors: str = "strict") -> None:

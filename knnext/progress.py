@@ -83,15 +83,21 @@ class Progress:
     def close(self) -> None:
         """Erase the line. The counter may still be read."""
         if self._shown:
-            self._file.write("\r\x1b[K")
-            self._file.flush()
+            self._put("\r\x1b[K")
         self._shown = self._enabled = False
 
     def _write(self, text: str) -> None:
         width = shutil.get_terminal_size().columns - 1  # a full row would wrap and not erase
-        self._file.write(f"\r\x1b[K{text[:width]}")
-        self._file.flush()
-        self._shown = True
+        self._shown = self._put(f"\r\x1b[K{text[:width]}")
+
+    def _put(self, text: str) -> bool:
+        """Whether it could be written: a terminal that has gone must not end the work."""
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except (OSError, ValueError):  # ValueError: closed, or no sign for a character
+            self._enabled = False
+        return self._enabled
 
 
 @overload

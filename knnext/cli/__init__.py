@@ -1,14 +1,15 @@
 """The command ``knnext``: runs one subcommand and turns its end into an exit code.
 
 0: done. 1: the work failed, with one line on stderr that says why. 2: the command line was wrong.
-130: interrupted. With ``--json`` stdout holds one JSON object and nothing else; what is said to
-people then goes to stderr. Models, corpora and indexes are imported by the subcommands, which are
-themselves imported when they are chosen.
+130: interrupted. 141: whoever read stdout has gone, as `head` does. With ``--json`` stdout holds
+one JSON object and nothing else; what is said to people then goes to stderr. Models, corpora and
+indexes are imported by the subcommands, which are themselves imported when they are chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -19,6 +20,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from knnext.cli import streams
+from knnext.cli.memory import is_out_of_memory, out_of_memory
 from knnext.cli.parser import build_parser
 
 _EXTRAS = {
@@ -31,28 +34,41 @@ _EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default) and return the exit code."""
+    streams.prepare()
+    try:
+        code = _code(argv)
+        streams.write(sys.stdout, "")
+    except BrokenPipeError:
+        streams.let_go()
+        return 141
+    except streams.StreamError as error:
+        streams.let_go()
+        with contextlib.suppress(OSError):
+            print(f"knnext: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _code(argv: Sequence[str] | None) -> int:
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse's way out: 0 after --help, 2 after an error
         return int(stop.code or 0)
     try:
-        return _run(args)
+        _run(args)
+        return 0
     except KeyboardInterrupt:
-        print(f"knnext {args.command}: interrupted", file=sys.stderr)
+        streams.write(sys.stderr, f"knnext {args.command}: interrupted\n")
         return 130
-    except BrokenPipeError:
-        # The reader has gone, with `head` for one. Nothing more may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except (BrokenPipeError, streams.StreamError):
+        raise
     except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        else:
-            print(f"knnext {args.command}: {_one_line(error)}", file=sys.stderr)
+        line = f"knnext {args.command}: {_one_line(error)}\n"
+        streams.write(sys.stderr, traceback.format_exc() if args.debug else line)
         return 1
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     if not args.debug:
         warnings.showwarning = _note
         # Set before transformers is imported: it reads them once.
@@ -62,13 +78,12 @@ def _run(args: argparse.Namespace) -> int:
     run = getattr(importlib.import_module(module), function)
 
     def say(line: str = "") -> None:
-        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+        streams.write(sys.stderr if args.json else sys.stdout, f"{line}\n")
 
     result = run(args, say)
     if args.json:
-        print(json.dumps(plain(result), allow_nan=False, ensure_ascii=True))
-    sys.stdout.flush()
-    return 0
+        text = json.dumps(plain(result), allow_nan=False, ensure_ascii=True)
+        streams.write(sys.stdout, f"{text}\n")
 
 
 def plain(value: Any) -> Any:
@@ -89,6 +104,8 @@ def _one_line(error: Exception) -> str:
         if extra is not None:
             return f'this needs {error.name}: pip install "knnext[{extra}]"'
     text = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return out_of_memory(text)
     if isinstance(error, ValueError | OSError | ImportError) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
@@ -104,4 +121,4 @@ def _note(
 ) -> None:
     """Warnings meant for people, in one line; those for programmers only with --debug."""
     if not issubclass(category, DeprecationWarning | FutureWarning | ImportWarning):
-        print(f"knnext: note: {' '.join(str(message).split())}", file=sys.stderr)
+        streams.write(sys.stderr, f"knnext: note: {' '.join(str(message).split())}\n")

@@ -15,6 +15,7 @@ import knnext
 from knnext.ops import REPORT
 from knnext.ops._library import cuda_driver_version, cuda_symbols
 from knnext.ops._schemas import NAMES
+from knnext.say import binary_size
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -207,8 +208,8 @@ def _render_plan(plan: dict[str, Any]) -> str:
     line = (
         f"  {plan['device']}: {plan['kernel']}, tiles {tiles}, "
         f"{plan['passes']} pass{'' if plan['passes'] == 1 else 'es'}, "
-        f"workspace {plan['workspace_bytes'] / 2**20:,.0f} MiB, "
-        f"reads {plan['bytes_read'] / 2**30:,.2f} GiB, {plan['flop'] / 1e12:,.2f} Tflop"
+        f"workspace {binary_size(plan['workspace_bytes'])}, "
+        f"reads {binary_size(plan['bytes_read'])}, {plan['flop'] / 1e12:,.3g} Tflop"
     )
     if plan["because"]:
         line += f"\n    choice: {plan['because']}"

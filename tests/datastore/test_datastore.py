@@ -327,7 +327,7 @@ def test_describe(tmp_path):
     keys, values = make_rows(4, 4)
     store = build(tmp_path / "ds", keys, values, model_id="gpt2", model_revision="r1")
     text = store.describe()
-    assert "float16 x 4, 32 bytes (0.00 GiB)" in text and "gpt2 at r1" in text
+    assert "float16 x 4, 32 bytes\n" in text and "gpt2 at r1" in text
     assert "finished" in text and "key_layer" in text and "unknown" in text
 
 
