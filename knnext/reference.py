@@ -207,4 +207,5 @@ def gather_tokens(values: Tensor, indices: Tensor) -> Tensor:
     padding, num_entries = indices == -1, values.shape[0]
     # An index below -1 must not wrap around to a real row; this one lies past the last.
     rows = indices.masked_fill(padding, 0).masked_fill(indices < -1, num_entries)
-    return values.take(rows).masked_fill(padding, -1)
+    tokens = values.index_select(0, rows.reshape(-1)).reshape(rows.shape)
+    return tokens.masked_fill(padding, -1)

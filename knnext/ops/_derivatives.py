@@ -113,6 +113,11 @@ def register_gradient(name: str, plain: Callable[..., tuple[Tensor, ...]]) -> No
     _KEEP.impl(name, plain, _FRONT)
 
 
+def saved_primals(ctx: Any) -> tuple[Tensor, ...]:
+    """What was saved, without the tangents that a ``jvp`` is there to carry on."""
+    return tuple(forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
+
+
 def _register_front(name: str, function: type[torch.autograd.Function]) -> None:
     op, check = _overload(name), CHECKS[name.split(".")[0]]
 
@@ -151,6 +156,11 @@ def _function(
         with _below_autograd():
             return run(*args)
 
+    def tangent(ctx: Any, *changes: Any) -> Any:
+        # Without this, torch takes no tangent of a tangent, and its jacfwd of jacfwd gives zeros.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *changes)
+
     def over_samples(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _VmapResult:
         return vmap(run, info.batch_size, in_dims, *args)
 
@@ -158,7 +168,7 @@ def _function(
         "forward": forward,
         "setup_context": setup_context,
         "backward": backward,
-        "jvp": jvp,
+        "jvp": tangent,
         "vmap": over_samples,
     }
     rules = {rule: staticmethod(run) for rule, run in rules.items()}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knnext.ops import _derivatives
+
 
 def save(ctx: Any, tensors: tuple[Tensor, ...], parameters: tuple[float | Tensor, ...]) -> None:
     """For the backward and the forward derivative; see :func:`saved`."""
@@ -21,6 +23,11 @@ def save(ctx: Any, tensors: tuple[Tensor, ...], parameters: tuple[float | Tensor
 def saved(ctx: Any) -> Any:
     """The tensors, then the parameters, as they came."""
     return (*ctx.saved_tensors, *ctx.numbers)
+
+
+def saved_primals(ctx: Any) -> Any:
+    """The same for a forward derivative."""
+    return (*_derivatives.saved_primals(ctx), *ctx.numbers)
 
 
 def sum_to_parameter(per_row: Tensor, parameter: float | Tensor) -> Tensor | None:

@@ -96,8 +96,11 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 def _jvp(
     ctx: Any, d_logits: Any, d_distances: Any, _: Any, d_temperature: Any, d_lmbda: Any
 ) -> Tensor:
+    lm_logits, distances, tokens, output, temperature, lmbda = _mixing.saved_primals(ctx)
     changes = (d_logits, d_distances, d_temperature, d_lmbda)
-    return _tangents.knn_interpolate(*_mixing.saved(ctx), *changes)
+    return _tangents.knn_interpolate(
+        lm_logits, distances, tokens, output, temperature, lmbda, *changes
+    )
 
 
 def _fake_gradients(

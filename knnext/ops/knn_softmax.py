@@ -74,7 +74,9 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _jvp(ctx: Any, d_distances: Any, _: Any, d_temperature: Any, *__: Any) -> Tensor:
-    return _tangents.knn_softmax(*_mixing.saved(ctx), ctx.vocab_size, d_distances, d_temperature)
+    distances, tokens, temperature = _mixing.saved_primals(ctx)
+    changes = (d_distances, d_temperature)
+    return _tangents.knn_softmax(distances, tokens, temperature, ctx.vocab_size, *changes)
 
 
 def _fake_gradients(

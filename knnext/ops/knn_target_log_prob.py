@@ -70,7 +70,10 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _jvp(ctx: Any, d_distances: Any, _: Any, __: Any, d_temperature: Any) -> Tensor:
-    return _tangents.knn_target_log_prob(*_mixing.saved(ctx), d_distances, d_temperature)
+    distances, tokens, targets, output, temperature = _mixing.saved_primals(ctx)
+    return _tangents.knn_target_log_prob(
+        distances, tokens, targets, output, temperature, d_distances, d_temperature
+    )
 
 
 def _fake_gradients(

@@ -14,6 +14,7 @@ from knnext.ops._derivatives import (
     one_by_one,
     register_derivatives,
     register_gradient,
+    saved_primals,
 )
 
 
@@ -74,7 +75,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _jvp(ctx: Any, d_queries: Tensor | None, d_keys: Tensor | None, *_: Any) -> Tensor:
-    queries, keys, indices = ctx.saved_tensors
+    queries, keys, indices = saved_primals(ctx)
     return _tangents.rescore(queries, keys, indices, ctx.metric, d_queries, d_keys)
 
 
