@@ -124,7 +124,7 @@ def _divide(
     if missing:
         # In this order: train's share is given away, the splits that exist stay as they are.
         splits.update(split_by_hash(splits["train"], seed, ("train", *missing), shares))
-        notes += drop_copies(splits, SPLITS)
+        notes += drop_copies(splits, SPLITS, missing, seed)
         wanted = [n for n, share in zip(SPLITS, shares, strict=True) if share and n in missing]
         moved = fill_empty(splits, wanted, seed)
         if moved:

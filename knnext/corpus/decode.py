@@ -109,7 +109,8 @@ def kind_of(path: Path) -> str:
     if b"\0" in head or head.startswith(b"%PDF-"):
         return "binary"
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may be cut at the end
+        # A longer file's head may end within a character.
+        codecs.getincrementaldecoder("utf-8")().decode(head, len(head) < _HEAD_BYTES)
     except UnicodeDecodeError:
         return "not UTF-8"
     return "text"

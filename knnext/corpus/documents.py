@@ -198,23 +198,33 @@ def fill_empty(
     return moved
 
 
-def drop_copies(splits: dict[str, list[Document]], order: Sequence[str]) -> list[str]:
+def drop_copies(
+    splits: dict[str, list[Document]],
+    order: Sequence[str],
+    refill: Iterable[str] = (),
+    seed: int = 0,
+) -> list[str]:
     """Keeps each text in one split only, the first in ``order`` that has it; lines that say so.
 
-    Copies within one split stay. So does a split that holds nothing else: it cannot be empty.
+    Copies within one split stay. So does a split that holds nothing else, where train has no
+    document to give to it by `fill_empty` (which it has for those in ``refill`` alone).
     """
     seen: set[bytes] = set()
     notes = []
     for name in order:
         found = splits.get(name, [])
         copies = [d.name for d in found if d.content_hash in seen]
+        if not copies:
+            seen.update(d.content_hash for d in found)
+            continue
         what = f"{len(copies):,} documents of {name} repeat the text of another split"
-        if copies and len(copies) == len(found):
+        splits[name] = [d for d in found if d.content_hash not in seen]
+        if not splits[name] and not (name in refill and fill_empty(splits, [name], seed)):
+            splits[name] = found
             notes.append(f"{what} and are all that it has; they stay in both")
-        elif copies:
+        else:
             notes.append(f"{what} and were left out of {name}: {few(copies, 3)}")
-            splits[name] = [d for d in found if d.content_hash not in seen]
-        seen.update(d.content_hash for d in found)
+        seen.update(d.content_hash for d in splits[name])
     return notes
 
 
