@@ -1,32 +1,35 @@
 """The kNN-LM as a model: log p = log((1 - lmbda) p_lm + lmbda p_knn), in forward and generate.
 
-The base model is wrapped and never edited. For the length of a call two hooks stand on it: one
-reads the keys, the other puts the mixture where the logits were. ``generate`` is therefore the
-base model's own, with its caches, masks, beams and processors; when the call ends, by a return or
-an error, the hooks are gone.
+The base model is wrapped and never edited. For the length of a call it is lent
+(knnext/lm/mixing.py): what reads its keys puts the mixture where its logits were, and its loss.
+``generate`` is therefore the base model's own, with its caches, masks, beams and processors; when
+the call ends, by a return or an error, the model is its own again. Other threads may call the same
+model meanwhile, or other KNNLMs over it, and each gets its own answer.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import operator
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from knnext.lm.key_layer import (
-    CapturedStates,
-    KeyModule,
-    capture_hidden_states,
-    find_key_module,
-)
-from knnext.lm.running import evaluating, trace_inputs
+from knnext.lm.key_layer import KeyModule, find_key_module
+from knnext.lm.mixing import Call, lending
+from knnext.lm.mixture_loss import loss_trouble, mixture_loss
+from knnext.lm.running import context_length, evaluating, trace_inputs
 from knnext.ops import knn_interpolate
 
 #: Ways of decoding that read the logits of more than the last position.
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
-_IGNORED_LABEL = -100
 
 
 class KNNLM(nn.Module):
@@ -57,15 +60,19 @@ class KNNLM(nn.Module):
         key_layer: str | None = None,
     ) -> None:
         super().__init__()
-        _check_numbers(k, temperature, lmbda)
         datastore = getattr(index, "datastore", None)
         self.model, self.index = model, index
-        self.k, self.temperature, self.lmbda = k, temperature, lmbda
+        self.k = _checked_k(k)
+        self.temperature, self.lmbda = _checked_numbers(temperature, lmbda)
         self.key_layer = _agreed_layer(key_layer, getattr(datastore, "key_layer", None))
-        self._key = find_key_module(model, self.key_layer)
         self._dtype: torch.dtype | None = getattr(datastore, "dtype", None)
-        self._attached = False
-        _check_datastore(model, self._key, datastore)
+        self._key = _key_module(model, self.key_layer)
+        self._vocab_size = _check_datastore(model, self._key, datastore)
+        with lending(model, self._key, None):
+            self._loss_trouble = loss_trouble(model)
+
+    # What transformers and evaluation harnesses ask of a model. Only what is named here is the base
+    # model's: a method of its own that calls the model would give the base's answers in silence.
 
     @property
     def config(self) -> Any:
@@ -83,6 +90,52 @@ class KNNLM(nn.Module):
         device: torch.device = self.model.device  # type: ignore[assignment]
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the base model's weights; the mixture's logits are float32."""
+        dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
+        return dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the base model came from."""
+        return str(getattr(self.model, "name_or_path", ""))
+
+    @property
+    def loss_type(self) -> str | None:
+        """The base model's: a Trainer asks it whether labels are shifted when it counts them."""
+        return getattr(self.model, "loss_type", None)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model's loss knows ``num_items_in_batch``."""
+        accepts = getattr(self.model, "accepts_loss_kwargs", None)
+        if accepts is not None:
+            return bool(accepts)
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        return any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def can_generate(self) -> bool:
+        """Whether the base model has ``generate``."""
+        can = getattr(self.model, "can_generate", None)
+        return bool(can()) if can is not None else hasattr(self.model, "generate")
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's, where it has one."""
+        tie = getattr(self.model, "tie_weights", None)
+        if tie is not None:
+            tie(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's."""
+        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base model's."""
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[operator]
+        return head
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -94,77 +147,99 @@ class KNNLM(nn.Module):
 
         Positions that ``attention_mask`` (B, L) marks 0 are not searched and keep the LM's own
         log p. ``labels`` (B, L), -100 where ignored, give ``loss``: the mean nll of the mixture,
-        shifted by one. ``logits_to_keep=n``, for models that know it, gives the last n positions
-        only, and only these are searched. Other arguments go to the base model.
+        shifted by one, or what the base model's ``loss_function`` makes of the mixture.
+        ``logits_to_keep=n``, for models that know it, gives the last n positions only, and only
+        these are searched. Other arguments go to the base model.
         """
-        kwargs["return_dict"] = True  # after it, the logits can be replaced by name
-        with self.attached():
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if isinstance(input_ids, Tensor) and input_ids.numel() == 0:
+            return self._nothing(input_ids, labels, kwargs.get("return_dict"))
         if labels is not None:
-            output.loss = _shifted_nll(output.logits, labels)
-        return output
+            kwargs["labels"] = labels
+        with _explained(self.model, _num_tokens(input_ids), 0), self.attached():
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``generate`` of the base model, fed with the mixture: same arguments, same result.
 
         Only the last position of each sequence is searched. With lmbda = 0 this is the base model.
+        What is not given is taken from the model's ``generation_config``, and from transformers
+        after it, as always there: sampling then keeps the 50 likeliest tokens unless ``top_k=0``
+        is given, and a chat model's file may bring a temperature, a top_p or penalties.
+        ValueError where the base model fails past its context, with the numbers.
         """
-        if not isinstance(self.lmbda, Tensor) and self.lmbda == 0:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-        config = kwargs.get("generation_config")
-        assisted = any(
-            kwargs.get(name) is not None or getattr(config, name, None) is not None
-            for name in _ASSISTED
-        )
-        kwargs.setdefault("disable_compile", True)  # a search cannot be compiled into the model
-        with self.attached(last_only=not assisted):
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() == 0:
+            if ids.shape[0] == 0:
+                return ids
+            raise ValueError(f"generate needs a token to begin with, got {tuple(ids.shape)} ids")
+        given = _num_tokens(ids)
+        with _explained(self.model, given, _num_asked(self.model, given, kwargs)):
+            if not isinstance(self.lmbda, Tensor) and self.lmbda == 0:
+                with lending(self.model, self._key, None):
+                    return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+            config = kwargs.get("generation_config")
+            assisted = any(
+                kwargs.get(name) is not None or getattr(config, name, None) is not None
+                for name in _ASSISTED
+            )
+            kwargs.setdefault("disable_compile", True)  # a search cannot be compiled into the model
+            with self.attached(last_only=not assisted):
+                return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
     def attached(self, last_only: bool = False) -> Iterator[nn.Module]:
         """Inside the block the base model itself gives the mixture's log p as its logits.
 
-        For code that insists on a transformers model. ``last_only`` cuts the logits down to the
-        last position. Yields the base model; inside another such block it changes nothing.
+        And, of labels, the mixture's loss. For code that insists on a transformers model.
+        ``last_only`` cuts the logits down to the last position. Yields the base model. It is so
+        in the thread (or asyncio task) that entered the block: others get the base model's own
+        logits. Where such blocks are nested, the innermost counts.
         """
-        if self._attached:
+        with lending(self.model, self._key, partial(self._finish, last_only)):
             yield self.model
-            return
-        with capture_hidden_states(self.model, self._key) as captured:
 
-            def mix(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
-                if not isinstance(getattr(output, "logits", None), Tensor):
-                    raise TypeError(
-                        f"the base model gave {type(output).__name__} without logits by name; "
-                        "call it with return_dict=True"
-                    )
-                output.logits = self._mixture(output.logits, captured, kwargs, last_only)
-                captured.clear()
-                return output
+    def _nothing(self, ids: Tensor, labels: Tensor | None, return_dict: bool | None) -> Any:
+        """The output of no tokens, on which the models themselves fail in reshapes."""
+        from transformers.modeling_outputs import CausalLMOutput
 
-            handle = self.model.register_forward_hook(mix, with_kwargs=True)
-            self._attached = True
-            try:
-                yield self.model
-            finally:
-                self._attached = False
-                handle.remove()
+        shape = (*ids.shape, self._vocab_size)
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        # A mean over nothing, as torch has it.
+        loss = None if labels is None else logits.new_tensor(float("nan"))
+        output = CausalLMOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
 
-    def _mixture(
-        self, logits: Tensor, captured: CapturedStates, kwargs: dict[str, Any], last_only: bool
-    ) -> Tensor:
-        if not isinstance(self.lmbda, Tensor) and self.lmbda == 0:
-            return logits.float().log_softmax(dim=-1)
-        keys = _kept_positions(captured.states(len(logits)), logits, kwargs.get("logits_to_keep"))
+    def _finish(self, last_only: bool, call: Call, output: Any) -> Any:
+        """The base model's output with the mixture's logits, and loss where labels were given."""
+        logits = self._mixture(output.logits, call, last_only)
+        if call.arguments.get("labels") is None:
+            return _with(output, logits=logits)
         if last_only:
-            logits, keys = logits[:, -1:], keys[:, -1:]
+            raise ValueError("labels were given where only the last position has logits")
+        if self._loss_trouble is not None:
+            raise RuntimeError(self._loss_trouble)
+        aux_loss = getattr(output, "aux_loss", None)
+        loss = mixture_loss(self.model, logits, call.arguments, aux_loss)
+        return _with(output, loss=loss, logits=logits)
+
+    def _mixture(self, logits: Tensor, call: Call, last_only: bool) -> Tensor:
+        if last_only:
+            logits = logits[:, -1:]
+        if logits.numel() == 0 or (not isinstance(self.lmbda, Tensor) and self.lmbda == 0):
+            return logits.float().log_softmax(dim=-1)
+        keep = call.arguments.get("logits_to_keep")
+        # Some blocks flatten their rows before the feed-forward; they are folded back here.
+        states = _states(call, self._key)
+        keys = states.reshape(len(logits), -1, states.shape[-1])
+        keys = keys[:, -1:] if last_only else _kept_positions(keys, logits, keep)
         rows, queries = logits.flatten(0, 1), keys.flatten(0, 1)
-        seen = _seen(kwargs.get("attention_mask"), logits, kwargs.get("logits_to_keep"))
+        seen = _seen(call.arguments.get("attention_mask"), logits, keep)
         if seen is None or bool(seen.all()):
             mixed = self._mix_rows(rows, queries)
         else:
             mixed = rows.float().log_softmax(dim=-1)
-            mixed = mixed.index_put((seen,), self._mix_rows(rows[seen], queries[seen]))
+            if bool(seen.any()):
+                mixed = mixed.index_put((seen,), self._mix_rows(rows[seen], queries[seen]))
         return mixed.view(logits.shape)
 
     def _mix_rows(self, logits: Tensor, queries: Tensor) -> Tensor:
@@ -179,14 +254,44 @@ class KNNLM(nn.Module):
         )
 
 
-def _check_numbers(k: int, temperature: float | Tensor, lmbda: float | Tensor) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+_FINDING = threading.RLock()
+_FOUND: WeakKeyDictionary[nn.Module, dict[str, KeyModule]] = WeakKeyDictionary()
+
+
+def _key_module(model: nn.Module, key_layer: str) -> KeyModule:
+    """``find_key_module``, which watches the model, once for each model and by one thread."""
+    with _FINDING:
+        kept = _FOUND.setdefault(model, {})
+        key = kept.get(key_layer)
+        # Adapters, for one, put other modules into the places of old ones.
+        if key is None or dict(model.named_modules()).get(key.name) is not key.module:
+            key = kept[key_layer] = find_key_module(model, key_layer)
+    return key
+
+
+def _checked_k(k: Any) -> int:
+    try:
+        number = operator.index(k)  # NumPy's integers are integers
+    except TypeError:
+        number = 0
+    if isinstance(k, bool) or number < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k!r}")
+    return number
+
+
+def _checked_numbers(
+    temperature: float | Tensor, lmbda: float | Tensor
+) -> tuple[float | Tensor, float | Tensor]:
     # Tensors may be learned, so their values are the op's concern, at the time of use.
-    if not isinstance(temperature, Tensor) and not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
-    if not isinstance(lmbda, Tensor) and not 0 <= lmbda <= 1:
-        raise ValueError(f"lmbda must be from 0 to 1, got {lmbda!r}")
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
+        temperature = float(temperature)
+    if not isinstance(lmbda, Tensor):
+        if not 0 <= lmbda <= 1:
+            raise ValueError(f"lmbda must be from 0 to 1, got {lmbda!r}")
+        lmbda = float(lmbda)
+    return temperature, lmbda
 
 
 def _agreed_layer(wanted: str | None, stored: str | None) -> str:
@@ -195,10 +300,17 @@ def _agreed_layer(wanted: str | None, stored: str | None) -> str:
     return wanted or stored or "att"
 
 
-def _check_datastore(model: nn.Module, key: KeyModule, datastore: Any) -> None:
-    with evaluating(model), capture_hidden_states(model, key) as captured:
-        logits = model(**trace_inputs(model)).logits
-        width, vocab_size = captured.states(1).shape[-1], logits.shape[-1]
+def _check_datastore(model: nn.Module, key: KeyModule, datastore: Any) -> int:
+    """The width of the model's logits, if the datastore fits the model."""
+    widths: list[int] = []
+
+    def look(call: Call, output: Any) -> Any:
+        widths.append(_states(call, key).shape[-1])
+        return output
+
+    with evaluating(model), lending(model, key, look):
+        vocab_size: int = model(**trace_inputs(model)).logits.shape[-1]
+    width = widths[0]
     dim = getattr(datastore, "dim", None)
     if dim is not None and dim != width:
         raise ValueError(f"the datastore's keys have dim={dim}, but {key} of this model {width}")
@@ -208,6 +320,13 @@ def _check_datastore(model: nn.Module, key: KeyModule, datastore: Any) -> None:
             f"the datastore's tokens are of a vocabulary of {stored}, but the model's logits have "
             f"{vocab_size}: it was built with another tokenizer"
         )
+    return vocab_size
+
+
+def _states(call: Call, key: KeyModule) -> Tensor:
+    if call.states is None:
+        raise RuntimeError(f"{key} did not run in this forward pass")
+    return call.states
 
 
 def _kept_positions(keys: Tensor, logits: Tensor, keep: Any) -> Tensor:
@@ -228,11 +347,47 @@ def _seen(mask: Any, logits: Tensor, keep: Any) -> Tensor | None:
     return mask[:, -length:].bool().flatten().to(logits.device)
 
 
-def _shifted_nll(log_p: Tensor, labels: Tensor) -> Tensor:
-    targets = labels[:, 1:].to(log_p.device)
-    length = log_p.shape[1] - 1  # with logits_to_keep, the last positions
-    return nn.functional.nll_loss(
-        log_p[:, :-1].flatten(0, 1),
-        targets[:, targets.shape[1] - length :].flatten(),
-        ignore_index=_IGNORED_LABEL,
-    )
+def _with(output: Any, **changes: Any) -> Any:
+    """The output with other fields, in the order that its class gives them."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, **changes)
+    for name, value in changes.items():
+        setattr(output, name, value)
+    return output
+
+
+@contextmanager
+def _explained(model: nn.Module, given: int | None, asked: int) -> Iterator[None]:
+    """Says what a failure past the context is about: models say "index out of range in self"."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        limit = context_length(model)
+        if limit is None or given is None or given + asked <= limit:
+            raise
+        wanted = f"{given} tokens given" + (f" and {asked} asked for" if asked else "")
+        raise ValueError(
+            f"{wanted} are more than the {limit} of the base model's context, where it failed: "
+            f"{error}"
+        ) from error
+
+
+def _num_tokens(ids: Any) -> int | None:
+    return ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None
+
+
+def _num_asked(model: nn.Module, given: int | None, kwargs: dict[str, Any]) -> int:
+    """How many tokens ``generate`` was asked for; transformers' own default is 20."""
+    default = getattr(model, "generation_config", None)
+    for source in (
+        kwargs.get,
+        lambda name: getattr(kwargs.get("generation_config"), name, None),
+        lambda name: getattr(default, name, None),
+    ):
+        if (count := source("max_new_tokens")) is not None:
+            return int(count)
+        if (length := source("max_length")) is not None:
+            return max(0, int(length) - (given or 0))
+    return 20
