@@ -48,12 +48,13 @@ def _with_revision(meta: DatastoreMeta) -> str | None:
 
 
 def _split(meta: DatastoreMeta) -> str | None:
-    if meta.text is None:
+    text = meta.text
+    if text is None:
         return None
-    shares = ",".join(f"{share:g}" for share in meta.text["shares"])
-    cap = meta.text["max_bytes"]
+    shares = ",".join(f"{share:g}" for share in text.get("shares") or ())
+    cap = text.get("max_bytes")
     most = "" if cap is None else f", at most {cap:,} bytes"
-    return f"{meta.text['split']}, seed {meta.text['seed']}, shares {shares}{most}"
+    return f"{text.get('split')}, seed {text.get('seed')}, shares {shares}{most}"
 
 
 def _origin(meta: DatastoreMeta) -> str:
