@@ -63,35 +63,19 @@ struct Bound {
   unsigned repeats;
 };
 
-__device__ Bound select_index(const Row& row, unsigned* counts, unsigned order, unsigned need) {
-  Word index = 0;  // 9 bits, then 11 five times
-  for (int shift = 55; shift >= 0; shift -= kDigitBits) {
-    unsigned held;
-    const auto digit_of = [&](int64_t i) {
-      const Word x = row.indices[i];
-      const bool candidate =
-          row.order(i) == order && (shift == 55 || x >> (shift + kDigitBits) == index);
-      return candidate ? static_cast<unsigned>(x >> shift) % kDigits : kDigits;
-    };
-    index = index << kDigitBits | select_digit(counts, row.m, need, held, digit_of);
-  }
-  return {order, index, need};
-}
-
 __device__ Bound select_bound(const Row& row, unsigned* counts, int64_t k) {
-  unsigned need = static_cast<unsigned>(k), held = 0, order = 0;  // 10 bits, 11, 11
-  for (int shift = 22; shift >= 0; shift -= kDigitBits) {
-    const auto digit_of = [&](int64_t i) {
-      const unsigned o = row.order(i);
-      const bool candidate = o != kAfterAll && (shift == 22 || o >> (shift + kDigitBits) == order);
-      return candidate ? (o >> shift) % kDigits : kDigits;
-    };
-    const unsigned digit = select_digit(counts, row.m, need, held, digit_of);
-    if (digit == kDigits) return {kAfterAll, 0, 0};  // fewer than k: all of them
-    order = order << kDigitBits | digit;
-  }
-  if (held == need) return {order, ~Word{0}, 0};
-  return select_index(row, counts, order, need);
+  const auto order_of = [&](int64_t i, unsigned& order) {
+    order = row.order(i);
+    return order != kAfterAll;
+  };
+  const auto best = select_keys<unsigned>(counts, row.m, static_cast<unsigned>(k), order_of);
+  if (best.held == best.need) return {best.bound, ~Word{0}, 0};
+  const auto index_of = [&](int64_t i, Word& index) {
+    index = row.indices[i];
+    return row.order(i) == best.bound;
+  };
+  const auto first = select_keys<Word>(counts, row.m, best.need, index_of);
+  return {best.bound, first.bound, first.need};
 }
 
 // Writes the words of the k best, in any order: the sort that follows gives them their places.

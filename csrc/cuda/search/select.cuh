@@ -3,8 +3,7 @@
 //
 //   list in global memory --6 passes of up to 11 bits--> limit --1 pass--> winners --> sorted
 //
-// Bytes moved: 8 for each word and pass, from L2; most searches end after two or three passes,
-// when a bucket holds exactly what is still wanted.
+// Bytes moved: 8 for each word and pass, from L2.
 #pragma once
 
 #include "cuda/block_sort.cuh"
@@ -24,22 +23,11 @@ struct SelectScratch {
 // words at all. 1 <= wanted <= total. The bound need not be one of the words.
 __device__ inline Word block_select(const Word* words, unsigned total, unsigned wanted,
                                     SelectScratch& s) {
-  Word prefix = 0;
-  int shift = 64;
-  while (true) {
-    const int bits = min(kDigitBits, shift), above = shift;
-    shift -= bits;
-    const unsigned mask = (1u << bits) - 1;
-    const auto digit_of = [&](int64_t i) {
-      const Word word = words[i];
-      const bool counts = above == 64 || word >> above == prefix;
-      return counts ? static_cast<unsigned>(word >> shift) & mask : kDigits;
-    };
-    unsigned inside = 0;
-    const unsigned digit = select_digit(s.digits, total, wanted, inside, digit_of);
-    prefix = prefix << bits | digit;
-    if (inside == wanted || shift == 0) return prefix << shift | ((Word{1} << shift) - 1);
-  }
+  const auto key_of = [&](int64_t i, Word& word) {
+    word = words[i];
+    return word != kNoWord;
+  };
+  return select_keys<Word>(s.digits, total, wanted, key_of).bound;
 }
 
 struct Larger {
