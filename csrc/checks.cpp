@@ -24,6 +24,17 @@ void check_k(const char* op, int64_t k) {
   if (k < 1) fail(op, "k must be at least 1, got " + number_text(k));
 }
 
+void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
+                         const Tensor& distances) {
+  const bool scalar = parameter.dim() == 0;
+  const bool rows = parameter.dim() == 1 && parameter.size(0) == distances.size(0);
+  if (!(scalar || rows) || !is_one_of(parameter.scalar_type(), kAllFloats))
+    fail(op, std::string(name) + " must be a number or a " + dtype_names(kAllFloats) +
+                 " tensor of shape () or (" + number_text(distances.size(0)) + ",), got " +
+                 describe(parameter));
+  check_device(op, name, parameter, "distances", distances);
+}
+
 }  // namespace
 
 Metric parse_metric(const char* op, const std::string& metric) {
@@ -119,13 +130,21 @@ void check_targets(const char* op, const Tensor& targets, const Tensor& distance
   check_device(op, "targets", targets, "distances", distances);
 }
 
-void check_temperature(const char* op, double temperature) {
+void check_temperature(const char* op, double temperature, const Tensor&) {
   if (!(temperature > 0) || !std::isfinite(temperature))
     fail(op, "temperature must be a finite number above 0, got " + number_text(temperature));
 }
 
-void check_lmbda(const char* op, double lmbda) {
+void check_temperature(const char* op, const Tensor& temperature, const Tensor& distances) {
+  check_row_parameter(op, "temperature", temperature, distances);
+}
+
+void check_lmbda(const char* op, double lmbda, const Tensor&) {
   if (!(lmbda >= 0 && lmbda <= 1)) fail(op, "lmbda must lie in [0, 1], got " + number_text(lmbda));
+}
+
+void check_lmbda(const char* op, const Tensor& lmbda, const Tensor& distances) {
+  check_row_parameter(op, "lmbda", lmbda, distances);
 }
 
 void check_output_rows(const char* op, const char* name, const Tensor& rows,
@@ -153,17 +172,6 @@ void check_rescore_grad(const Tensor& grad, const Tensor& queries, const Tensor&
   check_tensor("rescore", "grad", grad, {wide ? ScalarType::Double : ScalarType::Float},
                {indices.size(0), indices.size(1)}, shape_text(indices));
   check_device("rescore", "grad", grad, "indices", indices);
-}
-
-void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
-                         const Tensor& distances) {
-  const bool scalar = parameter.dim() == 0;
-  const bool rows = parameter.dim() == 1 && parameter.size(0) == distances.size(0);
-  if (!(scalar || rows) || !is_one_of(parameter.scalar_type(), kAllFloats))
-    fail(op, std::string(name) + " must be a number or a " + dtype_names(kAllFloats) +
-                 " tensor of shape () or (" + number_text(distances.size(0)) + ",), got " +
-                 describe(parameter));
-  check_device(op, name, parameter, "distances", distances);
 }
 
 }  // namespace knnext

@@ -38,8 +38,12 @@ MixShape check_neighbors(const char* op, const Tensor& distances, const Tensor& 
 void check_vocab_size(const char* op, int64_t vocab_size);
 void check_lm_logits(const char* op, const Tensor& lm_logits, const Tensor& distances);
 void check_targets(const char* op, const Tensor& targets, const Tensor& distances);
-void check_temperature(const char* op, double temperature);
-void check_lmbda(const char* op, double lmbda);
+// A number, or a float tensor () or (Q,) on the device of distances, whose values are checked where
+// they are read.
+void check_temperature(const char* op, double temperature, const Tensor& distances);
+void check_temperature(const char* op, const Tensor& temperature, const Tensor& distances);
+void check_lmbda(const char* op, double lmbda, const Tensor& distances);
+void check_lmbda(const char* op, const Tensor& lmbda, const Tensor& distances);
 // A gradient or an output that comes back: of the dtype, device and first size of distances.
 void check_output_rows(const char* op, const char* name, const Tensor& rows,
                        const Tensor& distances);
@@ -47,8 +51,5 @@ void check_output(const char* op, const char* name, const Tensor& output, const 
                   int64_t vocab_size);
 void check_order(const Tensor& order, const Tensor& indices);
 void check_rescore_grad(const Tensor& grad, const Tensor& queries, const Tensor& indices);
-// A float tensor () or (Q,) on the device of distances; values are checked where they are read.
-void check_row_parameter(const char* op, const char* name, const Tensor& parameter,
-                         const Tensor& distances);
 
 }  // namespace knnext

@@ -77,36 +77,22 @@ Tensor run(const Tensor& lm_logits, const Tensor& distances, const Tensor& token
   return out;
 }
 
-MixShape check(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens) {
+template <class Number>  // double or Tensor
+Tensor knn_interpolate_cpu(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
+                           const Number& temperature, const Number& lmbda) {
   MixShape shape = check_neighbors(kOp, distances, tokens);
   check_lm_logits(kOp, lm_logits, distances);
+  check_temperature(kOp, temperature, distances);
+  check_lmbda(kOp, lmbda, distances);
   shape.vocab_size = lm_logits.size(1);
-  return shape;
-}
-
-}  // namespace
-
-Tensor knn_interpolate_cpu(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
-                           double temperature, double lmbda) {
-  const MixShape shape = check(lm_logits, distances, tokens);
-  check_temperature(kOp, temperature);
-  check_lmbda(kOp, lmbda);
-  return run(lm_logits, distances, tokens, RowParameter(temperature), RowParameter(lmbda), shape);
-}
-
-Tensor knn_interpolate_tensor_cpu(const Tensor& lm_logits, const Tensor& distances,
-                                  const Tensor& tokens, const Tensor& temperature,
-                                  const Tensor& lmbda) {
-  const MixShape shape = check(lm_logits, distances, tokens);
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  check_row_parameter(kOp, "lmbda", lmbda, distances);
   return run(lm_logits, distances, tokens, RowParameter::temperature(kOp, temperature),
              RowParameter::lmbda(kOp, lmbda), shape);
 }
 
+}  // namespace
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("knn_interpolate", TORCH_BOX(&knnext::cpu::knn_interpolate_cpu));
-  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::cpu::knn_interpolate_tensor_cpu));
+  m.impl("knn_interpolate", TORCH_BOX(&knnext::cpu::knn_interpolate_cpu<double>));
+  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::cpu::knn_interpolate_cpu<knnext::Tensor>));
 }

@@ -93,46 +93,29 @@ Gradients run(const Tensor& grad, const Tensor& lm_logits, const Tensor& distanc
   return {out.logits, out.neighbors.distances, out.neighbors.temperature, out.lmbda};
 }
 
-MixShape check(const Tensor& grad, const Tensor& lm_logits, const Tensor& distances,
-               const Tensor& tokens, const Tensor& output) {
+template <class Number>  // double or Tensor
+Gradients knn_interpolate_gradients_cpu(const Tensor& grad, const Tensor& lm_logits,
+                                        const Tensor& distances, const Tensor& tokens,
+                                        const Tensor& output, const Number& temperature,
+                                        const Number& lmbda, bool need_logits, bool need_lmbda) {
   MixShape shape = check_neighbors(kOp, distances, tokens);
   check_lm_logits(kOp, lm_logits, distances);
   shape.vocab_size = lm_logits.size(1);
   check_output(kOp, "grad", grad, distances, shape.vocab_size);
   check_output(kOp, "output", output, distances, shape.vocab_size);
-  return shape;
-}
-
-}  // namespace
-
-Gradients knn_interpolate_gradients_cpu(const Tensor& grad, const Tensor& lm_logits,
-                                        const Tensor& distances, const Tensor& tokens,
-                                        const Tensor& output, double temperature, double lmbda,
-                                        bool need_logits, bool need_lmbda) {
-  const MixShape shape = check(grad, lm_logits, distances, tokens, output);
-  check_temperature(kOp, temperature);
-  check_lmbda(kOp, lmbda);
-  return run(grad, lm_logits, distances, tokens, output, RowParameter(temperature),
-             RowParameter(lmbda), shape, {need_logits, need_lmbda});
-}
-
-Gradients knn_interpolate_gradients_tensor_cpu(const Tensor& grad, const Tensor& lm_logits,
-                                               const Tensor& distances, const Tensor& tokens,
-                                               const Tensor& output, const Tensor& temperature,
-                                               const Tensor& lmbda, bool need_logits,
-                                               bool need_lmbda) {
-  const MixShape shape = check(grad, lm_logits, distances, tokens, output);
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  check_row_parameter(kOp, "lmbda", lmbda, distances);
+  check_temperature(kOp, temperature, distances);
+  check_lmbda(kOp, lmbda, distances);
   return run(grad, lm_logits, distances, tokens, output,
              RowParameter::temperature(kOp, temperature), RowParameter::lmbda(kOp, lmbda), shape,
              {need_logits, need_lmbda});
 }
 
+}  // namespace
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("_knn_interpolate_gradients", TORCH_BOX(&knnext::cpu::knn_interpolate_gradients_cpu));
+  m.impl("_knn_interpolate_gradients",
+         TORCH_BOX(&knnext::cpu::knn_interpolate_gradients_cpu<double>));
   m.impl("_knn_interpolate_gradients.tensor",
-         TORCH_BOX(&knnext::cpu::knn_interpolate_gradients_tensor_cpu));
+         TORCH_BOX(&knnext::cpu::knn_interpolate_gradients_cpu<knnext::Tensor>));
 }

@@ -44,33 +44,20 @@ Tensor run(const Tensor& distances, const Tensor& tokens, const RowParameter& te
   return out;
 }
 
-MixShape check(const Tensor& distances, const Tensor& tokens, int64_t vocab_size) {
-  MixShape shape = check_neighbors(kOp, distances, tokens);
-  shape.vocab_size = vocab_size;
-  return shape;
-}
-
-}  // namespace
-
-Tensor knn_softmax_cpu(const Tensor& distances, const Tensor& tokens, double temperature,
+template <class Number>  // double or Tensor
+Tensor knn_softmax_cpu(const Tensor& distances, const Tensor& tokens, const Number& temperature,
                        int64_t vocab_size) {
-  const MixShape shape = check(distances, tokens, vocab_size);
-  check_temperature(kOp, temperature);
+  MixShape shape = check_neighbors(kOp, distances, tokens);
+  check_temperature(kOp, temperature, distances);
   check_vocab_size(kOp, vocab_size);
-  return run(distances, tokens, RowParameter(temperature), shape);
-}
-
-Tensor knn_softmax_tensor_cpu(const Tensor& distances, const Tensor& tokens,
-                              const Tensor& temperature, int64_t vocab_size) {
-  const MixShape shape = check(distances, tokens, vocab_size);
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  check_vocab_size(kOp, vocab_size);
+  shape.vocab_size = vocab_size;
   return run(distances, tokens, RowParameter::temperature(kOp, temperature), shape);
 }
 
+}  // namespace
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("knn_softmax", TORCH_BOX(&knnext::cpu::knn_softmax_cpu));
-  m.impl("knn_softmax.tensor", TORCH_BOX(&knnext::cpu::knn_softmax_tensor_cpu));
+  m.impl("knn_softmax", TORCH_BOX(&knnext::cpu::knn_softmax_cpu<double>));
+  m.impl("knn_softmax.tensor", TORCH_BOX(&knnext::cpu::knn_softmax_cpu<knnext::Tensor>));
 }

@@ -48,35 +48,22 @@ std::tuple<Tensor, Tensor> run(const Tensor& grad, const Tensor& distances, cons
   return {out.distances, out.temperature};
 }
 
-MixShape check(const Tensor& grad, const Tensor& distances, const Tensor& tokens) {
+template <class Number>  // double or Tensor
+std::tuple<Tensor, Tensor> knn_softmax_gradients_cpu(const Tensor& grad, const Tensor& distances,
+                                                     const Tensor& tokens,
+                                                     const Number& temperature) {
   MixShape shape = check_neighbors(kOp, distances, tokens);
   check_output(kOp, "grad", grad, distances, -1);
   shape.vocab_size = grad.size(1);
-  return shape;
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> knn_softmax_gradients_cpu(const Tensor& grad, const Tensor& distances,
-                                                     const Tensor& tokens, double temperature) {
-  const MixShape shape = check(grad, distances, tokens);
-  check_temperature(kOp, temperature);
-  return run(grad, distances, tokens, RowParameter(temperature), shape);
-}
-
-std::tuple<Tensor, Tensor> knn_softmax_gradients_tensor_cpu(const Tensor& grad,
-                                                            const Tensor& distances,
-                                                            const Tensor& tokens,
-                                                            const Tensor& temperature) {
-  const MixShape shape = check(grad, distances, tokens);
-  check_row_parameter(kOp, "temperature", temperature, distances);
+  check_temperature(kOp, temperature, distances);
   return run(grad, distances, tokens, RowParameter::temperature(kOp, temperature), shape);
 }
 
+}  // namespace
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("_knn_softmax_gradients", TORCH_BOX(&knnext::cpu::knn_softmax_gradients_cpu));
+  m.impl("_knn_softmax_gradients", TORCH_BOX(&knnext::cpu::knn_softmax_gradients_cpu<double>));
   m.impl("_knn_softmax_gradients.tensor",
-         TORCH_BOX(&knnext::cpu::knn_softmax_gradients_tensor_cpu));
+         TORCH_BOX(&knnext::cpu::knn_softmax_gradients_cpu<knnext::Tensor>));
 }

@@ -77,27 +77,20 @@ Tensor run(const Tensor& distances, const Tensor& tokens, const Tensor& targets,
   return out;
 }
 
-}  // namespace
-
+template <class Number>  // double or Tensor
 Tensor knn_target_log_prob_cpu(const Tensor& distances, const Tensor& tokens, const Tensor& targets,
-                               double temperature) {
+                               const Number& temperature) {
   const MixShape shape = check_neighbors(kOp, distances, tokens);
   check_targets(kOp, targets, distances);
-  check_temperature(kOp, temperature);
-  return run(distances, tokens, targets, RowParameter(temperature), shape);
-}
-
-Tensor knn_target_log_prob_tensor_cpu(const Tensor& distances, const Tensor& tokens,
-                                      const Tensor& targets, const Tensor& temperature) {
-  const MixShape shape = check_neighbors(kOp, distances, tokens);
-  check_targets(kOp, targets, distances);
-  check_row_parameter(kOp, "temperature", temperature, distances);
+  check_temperature(kOp, temperature, distances);
   return run(distances, tokens, targets, RowParameter::temperature(kOp, temperature), shape);
 }
 
+}  // namespace
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("knn_target_log_prob", TORCH_BOX(&knnext::cpu::knn_target_log_prob_cpu));
-  m.impl("knn_target_log_prob.tensor", TORCH_BOX(&knnext::cpu::knn_target_log_prob_tensor_cpu));
+  m.impl("knn_target_log_prob", TORCH_BOX(&knnext::cpu::knn_target_log_prob_cpu<double>));
+  m.impl("knn_target_log_prob.tensor",
+         TORCH_BOX(&knnext::cpu::knn_target_log_prob_cpu<knnext::Tensor>));
 }

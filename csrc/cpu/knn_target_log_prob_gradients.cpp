@@ -59,39 +59,25 @@ std::tuple<Tensor, Tensor> run(const Tensor& grad, const Tensor& distances, cons
   return {out.distances, out.temperature};
 }
 
-MixShape check(const Tensor& grad, const Tensor& distances, const Tensor& tokens,
-               const Tensor& targets, const Tensor& output) {
+template <class Number>  // double or Tensor
+std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_cpu(
+    const Tensor& grad, const Tensor& distances, const Tensor& tokens, const Tensor& targets,
+    const Tensor& output, const Number& temperature) {
   const MixShape shape = check_neighbors(kOp, distances, tokens);
   check_targets(kOp, targets, distances);
   check_output_rows(kOp, "grad", grad, distances);
   check_output_rows(kOp, "output", output, distances);
-  return shape;
+  check_temperature(kOp, temperature, distances);
+  return run(grad, distances, tokens, targets, output, RowParameter::temperature(kOp, temperature),
+             shape);
 }
 
 }  // namespace
-
-std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_cpu(
-    const Tensor& grad, const Tensor& distances, const Tensor& tokens, const Tensor& targets,
-    const Tensor& output, double temperature) {
-  const MixShape shape = check(grad, distances, tokens, targets, output);
-  check_temperature(kOp, temperature);
-  return run(grad, distances, tokens, targets, output, RowParameter(temperature), shape);
-}
-
-std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_tensor_cpu(
-    const Tensor& grad, const Tensor& distances, const Tensor& tokens, const Tensor& targets,
-    const Tensor& output, const Tensor& temperature) {
-  const MixShape shape = check(grad, distances, tokens, targets, output);
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  const auto t = RowParameter::temperature(kOp, temperature);
-  return run(grad, distances, tokens, targets, output, t, shape);
-}
-
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
   m.impl("_knn_target_log_prob_gradients",
-         TORCH_BOX(&knnext::cpu::knn_target_log_prob_gradients_cpu));
+         TORCH_BOX(&knnext::cpu::knn_target_log_prob_gradients_cpu<double>));
   m.impl("_knn_target_log_prob_gradients.tensor",
-         TORCH_BOX(&knnext::cpu::knn_target_log_prob_gradients_tensor_cpu));
+         TORCH_BOX(&knnext::cpu::knn_target_log_prob_gradients_cpu<knnext::Tensor>));
 }

@@ -108,20 +108,23 @@ namespace {
 
 constexpr const char* kOp = "knn_interpolate";
 
-Tensor run(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
-           const RowParameter& temperature, const RowParameter& lmbda) {
+template <class Number>  // double or Tensor
+Tensor knn_interpolate_cuda(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
+                            const Number& temperature, const Number& lmbda) {
   MixShape shape = check_neighbors(kOp, distances, tokens);
   check_lm_logits(kOp, lm_logits, distances);
+  check_temperature(kOp, temperature, distances);
+  check_lmbda(kOp, lmbda, distances);
   check_max_k(kOp, shape.k);
   shape.vocab_size = lm_logits.size(1);
   const OnDevice device(distances);
   const Rows logits(lm_logits), d(distances), ids(tokens);
   Tensor out = empty_on<2>(distances, {shape.num_queries, shape.vocab_size}, ScalarType::Float);
-  KnnInterpolateParams params{neighbors_of(d, ids, tokens, shape, temperature),
+  KnnInterpolateParams params{neighbors_of(d, ids, tokens, shape, row_parameter(temperature)),
                               logits.data(),
                               logits.stride(),
                               dtype_of(lm_logits),
-                              lmbda,
+                              row_parameter(lmbda),
                               shape.vocab_size,
                               out.mutable_data_ptr<float>(),
                               nullptr,
@@ -134,26 +137,11 @@ Tensor run(const Tensor& lm_logits, const Tensor& distances, const Tensor& token
   return out;
 }
 
-Tensor knn_interpolate_cuda(const Tensor& lm_logits, const Tensor& distances, const Tensor& tokens,
-                            double temperature, double lmbda) {
-  check_temperature(kOp, temperature);
-  check_lmbda(kOp, lmbda);
-  return run(lm_logits, distances, tokens, row_parameter(temperature), row_parameter(lmbda));
-}
-
-Tensor knn_interpolate_tensor_cuda(const Tensor& lm_logits, const Tensor& distances,
-                                   const Tensor& tokens, const Tensor& temperature,
-                                   const Tensor& lmbda) {
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  check_row_parameter(kOp, "lmbda", lmbda, distances);
-  return run(lm_logits, distances, tokens, row_parameter(temperature), row_parameter(lmbda));
-}
-
 }  // namespace
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("knn_interpolate", TORCH_BOX(&knnext::knn_interpolate_cuda));
-  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::knn_interpolate_tensor_cuda));
+  m.impl("knn_interpolate", TORCH_BOX(&knnext::knn_interpolate_cuda<double>));
+  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::knn_interpolate_cuda<knnext::Tensor>));
 }
 #endif

@@ -260,74 +260,54 @@ constexpr const char* kOp = "knn_interpolate";
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-struct Needs {
-  bool logits, lmbda;
-};
-
 // What is not needed has no rows.
-Gradients run(const Tensor& grad, const Tensor& lm_logits, const Tensor& distances,
-              const Tensor& tokens, const Tensor& output, const RowParameter& temperature,
-              const RowParameter& lmbda, Needs needs) {
+template <class Number>  // double or Tensor
+Gradients knn_interpolate_gradients_cuda(const Tensor& grad, const Tensor& lm_logits,
+                                         const Tensor& distances, const Tensor& tokens,
+                                         const Tensor& output, const Number& temperature,
+                                         const Number& lmbda, bool need_logits, bool need_lmbda) {
   MixShape shape = check_neighbors(kOp, distances, tokens);
   check_lm_logits(kOp, lm_logits, distances);
   shape.vocab_size = lm_logits.size(1);
   check_output(kOp, "grad", grad, distances, shape.vocab_size);
   check_output(kOp, "output", output, distances, shape.vocab_size);
+  check_temperature(kOp, temperature, distances);
+  check_lmbda(kOp, lmbda, distances);
   check_max_k(kOp, shape.k);
   const OnDevice device(distances);
   const Rows g(grad), logits(lm_logits), d(distances), ids(tokens), mixed(output);
   const int64_t rows = shape.num_queries;
   const NeighborOutputs out(distances, shape);
   Tensor to_logits =
-      empty_on<2>(distances, {needs.logits ? rows : 0, shape.vocab_size}, lm_logits.scalar_type());
-  Tensor to_lmbda = empty_on<1>(distances, {needs.lmbda ? rows : 0}, ScalarType::Float);
-  KnnInterpolateGradientsParams params{neighbors_of(d, ids, tokens, shape, temperature),
-                                       logits.data(),
-                                       logits.stride(),
-                                       dtype_of(lm_logits),
-                                       lmbda,
-                                       shape.vocab_size,
-                                       g.as<float>(),
-                                       mixed.as<float>(),
-                                       g.stride(),
-                                       mixed.stride(),
-                                       out.pointers(),
-                                       needs.logits ? to_logits.mutable_data_ptr() : nullptr,
-                                       needs.lmbda ? to_lmbda.mutable_data_ptr<float>() : nullptr,
-                                       nullptr};
+      empty_on<2>(distances, {need_logits ? rows : 0, shape.vocab_size}, lm_logits.scalar_type());
+  Tensor to_lmbda = empty_on<1>(distances, {need_lmbda ? rows : 0}, ScalarType::Float);
+  KnnInterpolateGradientsParams params{
+      neighbors_of(d, ids, tokens, shape, row_parameter(temperature)),
+      logits.data(),
+      logits.stride(),
+      dtype_of(lm_logits),
+      row_parameter(lmbda),
+      shape.vocab_size,
+      g.as<float>(),
+      mixed.as<float>(),
+      g.stride(),
+      mixed.stride(),
+      out.pointers(),
+      need_logits ? to_logits.mutable_data_ptr() : nullptr,
+      need_lmbda ? to_lmbda.mutable_data_ptr<float>() : nullptr,
+      nullptr};
   const Workspace workspace(distances, token_set_words(params));
   params.workspace = workspace.words();
   knn_interpolate_gradients_launch(params, device.stream());
   return {to_logits, out.distances, out.temperature, to_lmbda};
 }
 
-Gradients knn_interpolate_gradients_cuda(const Tensor& grad, const Tensor& lm_logits,
-                                         const Tensor& distances, const Tensor& tokens,
-                                         const Tensor& output, double temperature, double lmbda,
-                                         bool need_logits, bool need_lmbda) {
-  check_temperature(kOp, temperature);
-  check_lmbda(kOp, lmbda);
-  return run(grad, lm_logits, distances, tokens, output, row_parameter(temperature),
-             row_parameter(lmbda), {need_logits, need_lmbda});
-}
-
-Gradients knn_interpolate_gradients_tensor_cuda(const Tensor& grad, const Tensor& lm_logits,
-                                                const Tensor& distances, const Tensor& tokens,
-                                                const Tensor& output, const Tensor& temperature,
-                                                const Tensor& lmbda, bool need_logits,
-                                                bool need_lmbda) {
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  check_row_parameter(kOp, "lmbda", lmbda, distances);
-  return run(grad, lm_logits, distances, tokens, output, row_parameter(temperature),
-             row_parameter(lmbda), {need_logits, need_lmbda});
-}
-
 }  // namespace
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("_knn_interpolate_gradients", TORCH_BOX(&knnext::knn_interpolate_gradients_cuda));
+  m.impl("_knn_interpolate_gradients", TORCH_BOX(&knnext::knn_interpolate_gradients_cuda<double>));
   m.impl("_knn_interpolate_gradients.tensor",
-         TORCH_BOX(&knnext::knn_interpolate_gradients_tensor_cuda));
+         TORCH_BOX(&knnext::knn_interpolate_gradients_cuda<knnext::Tensor>));
 }
 #endif

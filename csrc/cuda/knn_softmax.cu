@@ -79,39 +79,29 @@ namespace {
 
 constexpr const char* kOp = "knn_softmax";
 
-Tensor run(const Tensor& distances, const Tensor& tokens, const RowParameter& temperature,
-           int64_t vocab_size) {
+template <class Number>  // double or Tensor
+Tensor knn_softmax_cuda(const Tensor& distances, const Tensor& tokens, const Number& temperature,
+                        int64_t vocab_size) {
   const MixShape shape = check_neighbors(kOp, distances, tokens);
+  check_temperature(kOp, temperature, distances);
   check_vocab_size(kOp, vocab_size);
   check_max_k(kOp, shape.k);
   const OnDevice device(distances);
   const Rows d(distances), ids(tokens);
   Tensor out = empty_on<2>(distances, {shape.num_queries, vocab_size}, ScalarType::Float);
-  KnnSoftmaxParams params{neighbors_of(d, ids, tokens, shape, temperature), vocab_size,
-                          out.mutable_data_ptr<float>(), nullptr};
+  KnnSoftmaxParams params{neighbors_of(d, ids, tokens, shape, row_parameter(temperature)),
+                          vocab_size, out.mutable_data_ptr<float>(), nullptr};
   const Workspace workspace(distances, sort_workspace_words(params.neighbors, vocab_size));
   params.workspace = workspace.words();
   knn_softmax_launch(params, device.stream());
   return out;
 }
 
-Tensor knn_softmax_cuda(const Tensor& distances, const Tensor& tokens, double temperature,
-                        int64_t vocab_size) {
-  check_temperature(kOp, temperature);
-  return run(distances, tokens, row_parameter(temperature), vocab_size);
-}
-
-Tensor knn_softmax_tensor_cuda(const Tensor& distances, const Tensor& tokens,
-                               const Tensor& temperature, int64_t vocab_size) {
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  return run(distances, tokens, row_parameter(temperature), vocab_size);
-}
-
 }  // namespace
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("knn_softmax", TORCH_BOX(&knnext::knn_softmax_cuda));
-  m.impl("knn_softmax.tensor", TORCH_BOX(&knnext::knn_softmax_tensor_cuda));
+  m.impl("knn_softmax", TORCH_BOX(&knnext::knn_softmax_cuda<double>));
+  m.impl("knn_softmax.tensor", TORCH_BOX(&knnext::knn_softmax_cuda<knnext::Tensor>));
 }
 #endif

@@ -41,39 +41,29 @@ namespace {
 
 constexpr const char* kOp = "knn_softmax";
 
-std::tuple<Tensor, Tensor> run(const Tensor& grad, const Tensor& distances, const Tensor& tokens,
-                               const RowParameter& temperature) {
+template <class Number>  // double or Tensor
+std::tuple<Tensor, Tensor> knn_softmax_gradients_cuda(const Tensor& grad, const Tensor& distances,
+                                                      const Tensor& tokens,
+                                                      const Number& temperature) {
   const MixShape shape = check_neighbors(kOp, distances, tokens);
   check_output(kOp, "grad", grad, distances, -1);
+  check_temperature(kOp, temperature, distances);
   check_max_k(kOp, shape.k);
   const OnDevice device(distances);
   const Rows g(grad), d(distances), ids(tokens);
   const NeighborOutputs out(distances, shape);
-  knn_softmax_gradients_launch({neighbors_of(d, ids, tokens, shape, temperature), g.as<float>(),
-                                g.stride(), grad.size(1), out.pointers()},
+  knn_softmax_gradients_launch({neighbors_of(d, ids, tokens, shape, row_parameter(temperature)),
+                                g.as<float>(), g.stride(), grad.size(1), out.pointers()},
                                device.stream());
   return {out.distances, out.temperature};
-}
-
-std::tuple<Tensor, Tensor> knn_softmax_gradients_cuda(const Tensor& grad, const Tensor& distances,
-                                                      const Tensor& tokens, double temperature) {
-  check_temperature(kOp, temperature);
-  return run(grad, distances, tokens, row_parameter(temperature));
-}
-
-std::tuple<Tensor, Tensor> knn_softmax_gradients_tensor_cuda(const Tensor& grad,
-                                                             const Tensor& distances,
-                                                             const Tensor& tokens,
-                                                             const Tensor& temperature) {
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  return run(grad, distances, tokens, row_parameter(temperature));
 }
 
 }  // namespace
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("_knn_softmax_gradients", TORCH_BOX(&knnext::knn_softmax_gradients_cuda));
-  m.impl("_knn_softmax_gradients.tensor", TORCH_BOX(&knnext::knn_softmax_gradients_tensor_cuda));
+  m.impl("_knn_softmax_gradients", TORCH_BOX(&knnext::knn_softmax_gradients_cuda<double>));
+  m.impl("_knn_softmax_gradients.tensor",
+         TORCH_BOX(&knnext::knn_softmax_gradients_cuda<knnext::Tensor>));
 }
 #endif

@@ -56,38 +56,29 @@ namespace {
 
 constexpr const char* kOp = "knn_target_log_prob";
 
-Tensor run(const Tensor& distances, const Tensor& tokens, const Tensor& targets,
-           const RowParameter& temperature) {
+template <class Number>  // double or Tensor
+Tensor knn_target_log_prob_cuda(const Tensor& distances, const Tensor& tokens,
+                                const Tensor& targets, const Number& temperature) {
   const MixShape shape = check_neighbors(kOp, distances, tokens);
   check_targets(kOp, targets, distances);
+  check_temperature(kOp, temperature, distances);
   check_max_k(kOp, shape.k);
   const OnDevice device(distances);
   const Rows d(distances), ids(tokens);
   Tensor out = empty_on<1>(distances, {shape.num_queries}, ScalarType::Float);
   const KnnTargetLogProbParams params{
-      neighbors_of(d, ids, tokens, shape, temperature), targets.const_data_ptr(), targets.stride(0),
-      targets.scalar_type() == ScalarType::Int, out.mutable_data_ptr<float>()};
+      neighbors_of(d, ids, tokens, shape, row_parameter(temperature)), targets.const_data_ptr(),
+      targets.stride(0), targets.scalar_type() == ScalarType::Int, out.mutable_data_ptr<float>()};
   knn_target_log_prob_launch(params, device.stream());
   return out;
-}
-
-Tensor knn_target_log_prob_cuda(const Tensor& distances, const Tensor& tokens,
-                                const Tensor& targets, double temperature) {
-  check_temperature(kOp, temperature);
-  return run(distances, tokens, targets, row_parameter(temperature));
-}
-
-Tensor knn_target_log_prob_tensor_cuda(const Tensor& distances, const Tensor& tokens,
-                                       const Tensor& targets, const Tensor& temperature) {
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  return run(distances, tokens, targets, row_parameter(temperature));
 }
 
 }  // namespace
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("knn_target_log_prob", TORCH_BOX(&knnext::knn_target_log_prob_cuda));
-  m.impl("knn_target_log_prob.tensor", TORCH_BOX(&knnext::knn_target_log_prob_tensor_cuda));
+  m.impl("knn_target_log_prob", TORCH_BOX(&knnext::knn_target_log_prob_cuda<double>));
+  m.impl("knn_target_log_prob.tensor",
+         TORCH_BOX(&knnext::knn_target_log_prob_cuda<knnext::Tensor>));
 }
 #endif

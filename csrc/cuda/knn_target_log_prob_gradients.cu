@@ -47,45 +47,34 @@ namespace {
 
 constexpr const char* kOp = "knn_target_log_prob";
 
-std::tuple<Tensor, Tensor> run(const Tensor& grad, const Tensor& distances, const Tensor& tokens,
-                               const Tensor& targets, const Tensor& output,
-                               const RowParameter& temperature) {
+template <class Number>  // double or Tensor
+std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_cuda(
+    const Tensor& grad, const Tensor& distances, const Tensor& tokens, const Tensor& targets,
+    const Tensor& output, const Number& temperature) {
   const MixShape shape = check_neighbors(kOp, distances, tokens);
   check_targets(kOp, targets, distances);
   check_output_rows(kOp, "grad", grad, distances);
   check_output_rows(kOp, "output", output, distances);
+  check_temperature(kOp, temperature, distances);
   check_max_k(kOp, shape.k);
   const OnDevice device(distances);
   const Rows d(distances), ids(tokens);
   const NeighborOutputs out(distances, shape);
   knn_target_log_prob_gradients_launch(
-      {neighbors_of(d, ids, tokens, shape, temperature), targets.const_data_ptr(),
+      {neighbors_of(d, ids, tokens, shape, row_parameter(temperature)), targets.const_data_ptr(),
        targets.stride(0), targets.scalar_type() == ScalarType::Int, grad.const_data_ptr<float>(),
        output.const_data_ptr<float>(), grad.stride(0), output.stride(0), out.pointers()},
       device.stream());
   return {out.distances, out.temperature};
 }
 
-std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_cuda(
-    const Tensor& grad, const Tensor& distances, const Tensor& tokens, const Tensor& targets,
-    const Tensor& output, double temperature) {
-  check_temperature(kOp, temperature);
-  return run(grad, distances, tokens, targets, output, row_parameter(temperature));
-}
-
-std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_tensor_cuda(
-    const Tensor& grad, const Tensor& distances, const Tensor& tokens, const Tensor& targets,
-    const Tensor& output, const Tensor& temperature) {
-  check_row_parameter(kOp, "temperature", temperature, distances);
-  return run(grad, distances, tokens, targets, output, row_parameter(temperature));
-}
-
 }  // namespace
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("_knn_target_log_prob_gradients", TORCH_BOX(&knnext::knn_target_log_prob_gradients_cuda));
+  m.impl("_knn_target_log_prob_gradients",
+         TORCH_BOX(&knnext::knn_target_log_prob_gradients_cuda<double>));
   m.impl("_knn_target_log_prob_gradients.tensor",
-         TORCH_BOX(&knnext::knn_target_log_prob_gradients_tensor_cuda));
+         TORCH_BOX(&knnext::knn_target_log_prob_gradients_cuda<knnext::Tensor>));
 }
 #endif

@@ -35,7 +35,8 @@ class Rows {
 // temperature or lmbda: a number, or a () or (Q,) tensor whose values are checked here.
 class RowParameter {
  public:
-  explicit RowParameter(double number) : number_(number) {}
+  static RowParameter temperature(const char*, double number) { return RowParameter(number); }
+  static RowParameter lmbda(const char*, double number) { return RowParameter(number); }
   static RowParameter temperature(const char* op, const Tensor& tensor);
   static RowParameter lmbda(const char* op, const Tensor& tensor);
   double operator[](int64_t row) const {
@@ -43,6 +44,7 @@ class RowParameter {
   }
 
  private:
+  explicit RowParameter(double number) : number_(number) {}
   explicit RowParameter(const Tensor& tensor);
   double number_ = 0;
   std::vector<double> values_;
