@@ -28,14 +28,9 @@ void key_sqnorms_launch(const KeySqnormsParams& params, Stream stream) {
   if (!params.num_keys) return;
   const int lanes = lanes_of(params.dim), keys = kThreads / lanes;
   const dim3 grid = grid_of((params.num_keys + keys - 1) / keys), block(kThreads);
-  switch (params.dtype) {
-    case Dtype::kHalf:
-      return launch(key_sqnorms_kernel<__half>, grid, block, 0, stream, params, lanes);
-    case Dtype::kBFloat16:
-      return launch(key_sqnorms_kernel<__nv_bfloat16>, grid, block, 0, stream, params, lanes);
-    default:
-      return launch(key_sqnorms_kernel<float>, grid, block, 0, stream, params, lanes);
-  }
+  with_key_type(params.dtype, [&]<class T>() {
+    launch(key_sqnorms_kernel<T>, grid, block, 0, stream, params, lanes);
+  });
 }
 
 }  // namespace knnext

@@ -19,19 +19,14 @@ __global__ void __launch_bounds__(1024, 1)
   float* out = p.out + r * p.vocab_size;
   NeighborRow row(p.neighbors, r);
   row.survey(p.vocab_size);
-  // A row without a neighbor is the LM alone.
-  double lmbda = row.state == RowState::kNone ? 0.0 : parameter_at(p.lmbda, r);
-  if (row.state == RowState::kNan || !(lmbda >= 0 && lmbda <= 1)) lmbda = NAN;
+  const double lmbda = lmbda_at(p.lmbda, row, r);
   const LogitRow<T> lm(static_cast<const T*>(p.logits) + r * p.logits_stride, out, p.vocab_size,
                        max_cached);
   const LogSum total = lm.log_sum();
   lm.write(total.peak, logf(static_cast<float>(1.0 - lmbda)) - logf(total.sum));
   if (!(lmbda > 0)) return;
   __syncthreads();  // the words lie where the logits were kept
-  Word* words = reinterpret_cast<Word*>(dynamic_shared());
-  if constexpr (sizeof(Word) == 8)
-    if (p.workspace) words = reinterpret_cast<Word*>(p.workspace) + r * plan.n;
-  const SortedTokens<Word> sorted{words, plan.n, plan.position_bits};
+  const SortedTokens<Word> sorted(plan, p.workspace, r);
   sorted.sort(row);
   const float log_lmbda = logf(static_cast<float>(lmbda));
   sum_by_token(sorted, row, [&](int64_t token, LogSum sum) {
@@ -84,16 +79,7 @@ int64_t split_words(const KnnInterpolateParams& p) {
 
 void knn_interpolate_launch(const KnnInterpolateParams& params, Stream stream) {
   if (!params.neighbors.rows) return;
-  switch (params.logits_dtype) {
-    case Dtype::kHalf:
-      return launch_dtype<__half>(params, stream);
-    case Dtype::kBFloat16:
-      return launch_dtype<__nv_bfloat16>(params, stream);
-    case Dtype::kFloat:
-      return launch_dtype<float>(params, stream);
-    case Dtype::kDouble:
-      return launch_dtype<double>(params, stream);
-  }
+  with_logit_type(params.logits_dtype, [&]<class T>() { launch_dtype<T>(params, stream); });
 }
 
 }  // namespace knnext

@@ -130,9 +130,7 @@ __global__ void __launch_bounds__(1024, 1)
   NeighborRow neighbors(p.neighbors, r);
   neighbors.survey(p.vocab_size);
   const bool some = neighbors.state == RowState::kSome;
-  // A row without a neighbor is the LM alone.
-  double lmbda = neighbors.state == RowState::kNone ? 0.0 : parameter_at(p.lmbda, r);
-  if (neighbors.state == RowState::kNan || !(lmbda >= 0 && lmbda <= 1)) lmbda = NAN;
+  const double lmbda = lmbda_at(p.lmbda, neighbors, r);
 
   float toward_knn = 0;
   if (some && !isnan(lmbda)) {
@@ -232,16 +230,7 @@ int64_t token_set_words(const KnnInterpolateGradientsParams& params) {
 
 void knn_interpolate_gradients_launch(const KnnInterpolateGradientsParams& params, Stream stream) {
   if (!params.neighbors.rows) return;
-  switch (params.logits_dtype) {
-    case Dtype::kHalf:
-      return launch_dtype<__half>(params, stream);
-    case Dtype::kBFloat16:
-      return launch_dtype<__nv_bfloat16>(params, stream);
-    case Dtype::kFloat:
-      return launch_dtype<float>(params, stream);
-    case Dtype::kDouble:
-      return launch_dtype<double>(params, stream);
-  }
+  with_logit_type(params.logits_dtype, [&]<class T>() { launch_dtype<T>(params, stream); });
 }
 
 }  // namespace knnext

@@ -28,14 +28,6 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-Sm90 hopper_kernels() {
-#ifdef KNNEXT_BUILT_SM90
-  return sm90_switch();
-#else
-  return Sm90::kNotBuilt;
-#endif
-}
-
 // Fills in what depends on the device and on all else: the plan.
 void plan_on_device(KnnSearchParams& p, int device) {
   p.num_units = attribute(cudaDevAttrMultiProcessorCount, device);
@@ -44,7 +36,7 @@ void plan_on_device(KnnSearchParams& p, int device) {
       plan_cuda_search({p.num_queries, p.num_keys, p.dim, p.k, p.dtype == Dtype::kFloat ? 4 : 2,
                         attribute(cudaDevAttrComputeCapabilityMajor, device),
                         attribute(cudaDevAttrComputeCapabilityMinor, device), p.num_units,
-                        hopper_kernels(), copy_engine_takes_rows(p)},
+                        built_sm90(), copy_engine_takes_rows(p)},
                        p.extras);
 }
 

@@ -32,12 +32,7 @@ __global__ void __launch_bounds__(1024, 1)
   if (!filled || row.state == RowState::kNan)
     fill_row(out, p.vocab_size, row.state == RowState::kNan ? NAN : 0.0f);
   if (row.state != RowState::kSome) return;
-  auto* shared = reinterpret_cast<Word*>(dynamic_shared());
-  Word* words = shared;
-  // The pointer stays one to shared memory where it can: 32-bit words always fit.
-  if constexpr (sizeof(Word) == 8)
-    if (p.workspace) words = reinterpret_cast<Word*>(p.workspace) + r * plan.n;
-  const SortedTokens<Word> sorted{words, plan.n, plan.position_bits};
+  const SortedTokens<Word> sorted(plan, p.workspace, r);
   sorted.sort(row);  // its barriers come between the zeros and what overwrites them
   sum_by_token(sorted, row, [&](int64_t token, LogSum sum) {
     out[token] = expf(sum.peak) * sum.sum / row.total;

@@ -41,14 +41,9 @@ void rescore_launch(const RescoreParams& params, Stream stream) {
   const int lanes = lanes_of(params.dim), rows = kThreads / lanes;
   const int64_t groups = (params.m + rows - 1) / rows;
   const dim3 grid = grid_of(params.num_queries * groups), block(kThreads);
-  switch (params.dtype) {
-    case Dtype::kHalf:
-      return launch(rescore_kernel<__half>, grid, block, 0, stream, params, lanes, groups);
-    case Dtype::kBFloat16:
-      return launch(rescore_kernel<__nv_bfloat16>, grid, block, 0, stream, params, lanes, groups);
-    default:
-      return launch(rescore_kernel<float>, grid, block, 0, stream, params, lanes, groups);
-  }
+  with_key_type(params.dtype, [&]<class T>() {
+    launch(rescore_kernel<T>, grid, block, 0, stream, params, lanes, groups);
+  });
 }
 
 }  // namespace knnext

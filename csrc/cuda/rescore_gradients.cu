@@ -102,14 +102,7 @@ void launch_dtype(const RescoreGradientsParams& p, Stream stream) {
 }  // namespace
 
 void rescore_gradients_launch(const RescoreGradientsParams& params, Stream stream) {
-  switch (params.dtype) {
-    case Dtype::kHalf:
-      return launch_dtype<__half>(params, stream);
-    case Dtype::kBFloat16:
-      return launch_dtype<__nv_bfloat16>(params, stream);
-    default:
-      return launch_dtype<float>(params, stream);
-  }
+  with_key_type(params.dtype, [&]<class T>() { launch_dtype<T>(params, stream); });
 }
 
 }  // namespace knnext

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/params.h"
 
 namespace knnext {
 
@@ -61,6 +62,20 @@ struct alignas(16) Chunk {
     for (int i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(to)[i] = vectors[i];
   }
 };
+
+// f.template operator()<T>() for the element type of keys, or of logits: those may be float64 too.
+template <class F>
+void with_key_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kHalf) return f.template operator()<__half>();
+  if (dtype == Dtype::kBFloat16) return f.template operator()<__nv_bfloat16>();
+  f.template operator()<float>();
+}
+
+template <class F>
+void with_logit_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kDouble) return f.template operator()<double>();
+  with_key_type(dtype, f);
+}
 
 __device__ __forceinline__ bool is_aligned_16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;

@@ -34,12 +34,7 @@ std::string plan_text(const knnext::SearchPlan& plan) {
 
 // What a test says, or what the process may choose from.
 knnext::Sm90 hopper(const std::optional<std::string>& wish) {
-  if (wish) return knnext::sm90_switch(*wish);
-#ifdef KNNEXT_BUILT_SM90
-  return knnext::sm90_switch();
-#else
-  return knnext::Sm90::kNotBuilt;
-#endif
+  return wish ? knnext::sm90_switch(*wish) : knnext::built_sm90();
 }
 
 py::list scan_crossovers() {

@@ -58,4 +58,13 @@ ScanKernelChoice choose_scan_kernel(const SearchProblem& problem);
 Sm90 sm90_switch();
 Sm90 sm90_switch(const std::string& text);
 
+// The same in this build, which may have none of them.
+inline Sm90 built_sm90() {
+#ifdef KNNEXT_BUILT_SM90
+  return sm90_switch();
+#else
+  return Sm90::kNotBuilt;
+#endif
+}
+
 }  // namespace knnext

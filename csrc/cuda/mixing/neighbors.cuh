@@ -101,6 +101,14 @@ __device__ __forceinline__ void NeighborRow::survey(int64_t vocab_size) {
   total = block_reduce(sum, Sum{});
 }
 
+// Of a surveyed row: 0 where there is no neighbor, so that it is the LM alone; NaN where it is not
+// in [0, 1] or the row has no answer but NaN.
+__device__ __forceinline__ double lmbda_at(const RowParameter& p, const NeighborRow& row,
+                                           int64_t r) {
+  const double lmbda = row.state == RowState::kNone ? 0.0 : parameter_at(p, r);
+  return row.state != RowState::kNan && lmbda >= 0 && lmbda <= 1 ? lmbda : NAN;
+}
+
 // The log of a sum: `sum` around `peak`; empty is (-inf, 0).
 struct LogSum {
   float peak, sum;
@@ -116,12 +124,37 @@ __device__ __forceinline__ LogSum shuffle_up(LogSum x, int step) {
   return {__shfl_up_sync(kAllLanes, x.peak, step), __shfl_up_sync(kAllLanes, x.sum, step)};
 }
 
+// How a row's words are sorted: 32 bits where token and position fit, in shared memory where the
+// words do.
+struct SortPlan {
+  int n, position_bits;
+  bool narrow;
+
+  SortPlan(int k, int64_t vocab_size) : n(sort_size(k)), position_bits(0) {
+    while ((1 << position_bits) < k) ++position_bits;
+    narrow = vocab_size < int64_t{1} << (32 - position_bits);
+  }
+  size_t bytes() const { return static_cast<size_t>(n) * (narrow ? 4 : 8); }
+  // Beside the words a block keeps a few sums.
+  bool fits_shared() const { return bytes() + 4096 <= shared_memory_limit(); }
+};
+
 // Token above position in one word; position_bits bits are enough for k positions.
 template <class Word>
 struct SortedTokens {
   static constexpr Word kNone = ~Word{0};
   Word* words;
   int n, position_bits;
+
+  // Of row r; in shared memory where there is no workspace. The pointer stays one to shared memory
+  // where it can: 32-bit words always fit.
+  __device__ __forceinline__ SortedTokens(const SortPlan& plan, uint64_t* workspace, int64_t r)
+      : words(reinterpret_cast<Word*>(dynamic_shared())),
+        n(plan.n),
+        position_bits(plan.position_bits) {
+    if constexpr (sizeof(Word) == 8)
+      if (workspace) words = reinterpret_cast<Word*>(workspace) + r * n;
+  }
 
   __device__ __forceinline__ Word token(Word word) const { return word >> position_bits; }
   __device__ __forceinline__ int position(Word word) const {
@@ -222,20 +255,5 @@ __device__ __forceinline__ void sum_by_token(const SortedTokens<Word>& sorted,
     before = edges[w].ends ? edges[w].last : add(before, edges[w].last);
   emit(edges[threadIdx.x].first_token, add(before, edges[threadIdx.x].first));
 }
-
-// How a row's words are sorted: 32 bits where token and position fit, in shared memory where the
-// words do.
-struct SortPlan {
-  int n, position_bits;
-  bool narrow;
-
-  SortPlan(int k, int64_t vocab_size) : n(sort_size(k)), position_bits(0) {
-    while ((1 << position_bits) < k) ++position_bits;
-    narrow = vocab_size < int64_t{1} << (32 - position_bits);
-  }
-  size_t bytes() const { return static_cast<size_t>(n) * (narrow ? 4 : 8); }
-  // Beside the words a block keeps a few sums.
-  bool fits_shared() const { return bytes() + 4096 <= shared_memory_limit(); }
-};
 
 }  // namespace knnext

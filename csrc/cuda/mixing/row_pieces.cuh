@@ -73,15 +73,11 @@ __device__ __forceinline__ void list_tokens(const KnnInterpolateParams& p, const
   SHARED(int, count);
   NeighborRow row(p.neighbors, r);
   row.survey(p.vocab_size);
-  double lmbda = row.state == RowState::kNone ? 0.0 : parameter_at(p.lmbda, r);
-  if (row.state == RowState::kNan || !(lmbda >= 0 && lmbda <= 1)) lmbda = NAN;
+  const double lmbda = lmbda_at(p.lmbda, row, r);
   if (threadIdx.x == 0) count = 0;
   __syncthreads();
   if (lmbda > 0) {
-    Word* words = reinterpret_cast<Word*>(dynamic_shared());
-    if constexpr (sizeof(Word) == 8)
-      if (p.workspace) words = reinterpret_cast<Word*>(p.workspace) + r * plan.n;
-    const SortedTokens<Word> sorted{words, plan.n, plan.position_bits};
+    const SortedTokens<Word> sorted(plan, p.workspace, r);
     sorted.sort(row);
     const float log_lmbda = logf(static_cast<float>(lmbda));
     // In any order: each token comes once, and has its own place in the row.
