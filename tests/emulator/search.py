@@ -103,3 +103,22 @@ def integers(*size: int, dtype: torch.dtype = torch.float16, high: int = 4) -> T
 def sampled(**more: int) -> dict[str, int]:
     """One sample of one key in four; about 2 k candidates."""
     return {"stride": 4} | more
+
+
+ORDERS = ["near to far", "far to near", "equal", "one giant cluster"]
+
+
+def keys_in_order(order: str, count: int, dim: int) -> Tensor:
+    """Keys as they fill the lists of a search from the origin, which expects them at random."""
+    keys = integers(count, dim, high=9)
+    by_distance = keys.float().square().sum(1).argsort(stable=True)
+    if order == "near to far":
+        return keys[by_distance].contiguous()
+    if order == "far to near":
+        return keys[by_distance.flip(0)].contiguous()
+    if order == "equal":
+        keys[:] = 3
+    else:
+        assert order == "one giant cluster"
+        keys[100 : count - 50] = integers(1, dim)
+    return keys

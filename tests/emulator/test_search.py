@@ -13,7 +13,15 @@ import torch
 
 from knnext import reference
 from tests.emulator.build import compiler_found
-from tests.emulator.search import DTYPES, expect, integers, sampled, search
+from tests.emulator.search import (
+    DTYPES,
+    ORDERS,
+    expect,
+    integers,
+    keys_in_order,
+    sampled,
+    search,
+)
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 
@@ -195,20 +203,10 @@ def test_only_the_failed_queries_take_the_other_path():
     assert 0 < failures[0] < 12
 
 
-@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "one giant cluster"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fail_all", [0, 1])
 def test_orders_that_fill_lists(order: str, fail_all: int):
-    keys = integers(1000, 4, high=9)
-    queries = torch.zeros(6, 4).half()
-    by_distance = keys.float().square().sum(1).argsort(stable=True)
-    if order == "near to far":
-        keys = keys[by_distance].contiguous()
-    elif order == "far to near":
-        keys = keys[by_distance.flip(0)].contiguous()
-    elif order == "equal":
-        keys[:] = 3
-    else:
-        keys[100:950] = integers(1, 4)
+    queries, keys = torch.zeros(6, 4).half(), keys_in_order(order, 1000, 4)
     failures: list[int] = []
     result = search(
         queries,

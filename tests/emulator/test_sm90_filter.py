@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.emulator.build import call, compiler_found, load
-from tests.emulator.search import expect, integers, sampled, search
+from tests.emulator.search import ORDERS, expect, integers, keys_in_order, sampled, search
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 
@@ -110,18 +110,9 @@ def test_what_goes_wrong_is_seen_and_made_good(forced: dict[str, int]):
     assert check(queries, keys, 32, "l2", cluster=2, owners=2, owner_words=512, **forced) == 67
 
 
-@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "one giant cluster"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_orders_that_fill_lists(order: str):
-    keys, queries = integers(800, 8, high=9), torch.zeros(66, 8).half()
-    by_distance = keys.float().square().sum(1).argsort(stable=True)
-    if order == "near to far":
-        keys = keys[by_distance].contiguous()
-    elif order == "far to near":
-        keys = keys[by_distance.flip(0)].contiguous()
-    elif order == "equal":
-        keys[:] = 3
-    else:
-        keys[100:750] = integers(1, 8)
+    queries, keys = torch.zeros(66, 8).half(), keys_in_order(order, 800, 8)
     # Ties are settled by row in the threshold too: about 200 enter even where all are equal.
     assert check(queries, keys, 80, rank=50, capacity=400, cluster=2) == 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.emulator.build import compiler_found
-from tests.emulator.search import expect, integers, sampled, search
+from tests.emulator.search import ORDERS, expect, integers, keys_in_order, sampled, search
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 
@@ -143,20 +143,10 @@ def test_lists_are_those_of_the_portable_scan():
         assert failures[0] == failures[1]
 
 
-@pytest.mark.parametrize("order", ["near to far", "far to near", "equal", "one giant cluster"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fail_all", [0, 1])
 def test_orders_that_fill_lists(order: str, fail_all: int):
-    keys = integers(1000, 8, high=9)
-    queries = torch.zeros(6, 8).half()
-    by_distance = keys.float().square().sum(1).argsort(stable=True)
-    if order == "near to far":
-        keys = keys[by_distance].contiguous()
-    elif order == "far to near":
-        keys = keys[by_distance.flip(0)].contiguous()
-    elif order == "equal":
-        keys[:] = 3
-    else:
-        keys[100:950] = integers(1, 8)
+    queries, keys = torch.zeros(6, 8).half(), keys_in_order(order, 1000, 8)
     how = {"rank": 60, "fail_all": fail_all, "owner_words": 256, "owners": 3}
     assert check(queries, keys, 100, **how) == 6 * fail_all
 
