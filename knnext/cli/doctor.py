@@ -40,7 +40,7 @@ def doctor(search: Search | None = None) -> dict[str, Any]:
         "cpu": _cpu(),
         "faiss": _faiss(),
         "packages": {name: _version(name) for name in ("transformers", "tokenizers", "datasets")},
-        "loaded": asdict(REPORT),
+        "loaded": {"cpu": REPORT.cpu, "cuda": REPORT.cuda, "fallbacks": REPORT.fallbacks},
         "cuda_kernels": cuda_symbols(),
     }
     if search is not None:

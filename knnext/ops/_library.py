@@ -1,38 +1,93 @@
 """Loads the compiled ops, and puts the plain PyTorch reference where one is missing.
 
 Two libraries, both without Python in them: ``libknnext_cpu.so`` holds the schemas and the CPU
-kernels, ``libknnext_cuda.so`` the CUDA kernels where the package was built with them.
+kernels, ``libknnext_cuda.so`` the CUDA kernels where the package was built with them. The second
+waits until this process uses CUDA, or somebody asks: an import asks nothing of CUDA, and processes
+forked after it may still use it.
 """
 
 from __future__ import annotations
 
-import ctypes
+import threading
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from knnext import reference
+from knnext.ops._cards import can_run, cuda_driver_version
 from knnext.ops._checks import CHECKS, VALUE_CHECKS
 from knnext.ops._gradients import GRADIENTS
 from knnext.ops._schemas import GRADIENT_NAMES, GRADIENT_SCHEMAS, NAMES, SCHEMAS
+
+__all__ = ["LIBRARIES", "REPORT", "FallbackWarning", "cuda_driver_version", "cuda_symbols"]
 
 LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
 
 
 class FallbackWarning(UserWarning):
-    """The compiled library is missing or did not load; plain PyTorch runs in its place."""
+    """The compiled library is missing or cannot run; plain PyTorch runs in its place."""
 
 
-@dataclass
 class LoadReport:
-    """What was loaded and why; ``knnext doctor`` prints it."""
+    """What was loaded and why; ``knnext doctor`` prints it.
 
-    cpu: str = ""
-    cuda: str = ""
-    fallbacks: list[str] = field(default_factory=list)  # "CPU knn_search", ...
+    ``cpu`` and ``cuda`` are "", or say why the compiled library does not run there; ``fallbacks``
+    lists what plain PyTorch stands in for, as "CPU knn_search". To look at the last two decides
+    them, if CUDA was not in use yet.
+    """
+
+    def __init__(self, cpu: str) -> None:
+        self.cpu = cpu
+        self._cuda: str | None = None
+        self._fallbacks: list[str] = []
+        self._lock = threading.RLock()
+
+    @property
+    def cuda(self) -> str:
+        self.decide_cuda()
+        return self._cuda or ""
+
+    @property
+    def fallbacks(self) -> list[str]:
+        self.decide_cuda()
+        return self._fallbacks
+
+    def decide_cuda(self) -> None:
+        """Loads the CUDA library if it can run here. Once; never fails."""
+        with self._lock:
+            if self._cuda is None:
+                self._cuda = ""  # can_run asks no more than once, whatever comes of it
+                self._cuda = self._load_cuda()
+
+    def _load_cuda(self) -> str:
+        in_use = torch.cuda.is_available()
+        if self.cpu:
+            reason = "the CPU library holds the schemas that it needs"
+        else:
+            library = LIBRARIES / "libknnext_cuda.so"
+            # Without a card, nothing can go wrong there.
+            reason = can_run(*_built_for()) if in_use and library.is_file() else ""
+            reason = reason or _load(library)
+        if in_use:
+            missing = _install_fallbacks("CUDA")
+            self._fallbacks += [f"CUDA {name}" for name in missing]
+            if missing:
+                _WARN_ON_USE["CUDA"] = _warning(
+                    "CUDA", missing, reason or "not among the CUDA kernels of this version"
+                )
+        return reason
+
+
+def _built_for() -> tuple[str, str]:
+    """CUDA version and architectures of the CUDA library; empty where nothing says."""
+    try:
+        from knnext import _host
+    except ImportError:
+        return "", ""
+    built = _host.build_info()
+    return built["cuda_version"], built["cuda_archs"]
 
 
 def _load(path: Path) -> str:
@@ -53,6 +108,8 @@ def _fallback(name: str, key: str) -> Any:
     check_values = VALUE_CHECKS.get(base) if key == "CPU" else None
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if warning := _WARN_ON_USE.pop(key, ""):
+            warnings.warn(warning, FallbackWarning, stacklevel=2)
         check(*args, **kwargs)
         if check_values:
             check_values(*args, **kwargs)
@@ -72,7 +129,8 @@ def _gradient_fallback(name: str) -> Any:
     return run
 
 
-def _install_fallbacks(key: str, reason: str, report: LoadReport) -> None:
+def _install_fallbacks(key: str) -> list[str]:
+    """Puts the reference where no kernel is; returns the names of these ops."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in GRADIENT_NAMES:
         if not has(f"knnext::{name}", key):
@@ -80,29 +138,28 @@ def _install_fallbacks(key: str, reason: str, report: LoadReport) -> None:
     missing = [name for name in NAMES if not has(f"knnext::{name}", key)]
     for name in missing:
         _KEEP.impl(name, _fallback(name, key), key)
-    report.fallbacks += [f"{key} {name}" for name in missing]
-    if missing:
-        which = "all ops" if len(missing) == len(NAMES) else ", ".join(missing)
-        warnings.warn(
-            f"knnext: plain PyTorch, slow, stands in on {key} for {which}: {reason}",
-            FallbackWarning,
-            stacklevel=2,
-        )
+    return missing
+
+
+def _warning(key: str, missing: list[str], reason: str) -> str:
+    which = "all ops" if len(missing) == len(NAMES) else ", ".join(missing)
+    return f"knnext: plain PyTorch, slow, stands in on {key} for {which}: {reason}"
 
 
 def load() -> LoadReport:
-    """Loads what there is. Called once, on import."""
-    report = LoadReport(cpu=_load(LIBRARIES / "libknnext_cpu.so"))
+    """Loads what the CPU needs. Called once, on import."""
+    report = LoadReport(_load(LIBRARIES / "libknnext_cpu.so"))
     if report.cpu:
         for schema in (*SCHEMAS, *GRADIENT_SCHEMAS):
             _KEEP.define(schema)
-        report.cuda = "the CPU library holds the schemas that it needs"
-    else:
-        report.cuda = _load(LIBRARIES / "libknnext_cuda.so")
-    _install_fallbacks("CPU", report.cpu or "not among the CPU kernels of this build", report)
-    if torch.cuda.is_available():
-        reason = report.cuda or "not among the CUDA kernels of this version"
-        _install_fallbacks("CUDA", reason, report)
+    missing = _install_fallbacks("CPU")
+    report._fallbacks += [f"CPU {name}" for name in missing]
+    if missing:
+        reason = report.cpu or "not among the CPU kernels of this build"
+        warnings.warn(_warning("CPU", missing, reason), FallbackWarning, stacklevel=2)
+    if torch.version.cuda or torch.version.hip:
+        # Run when torch starts CUDA, which comes before any tensor there; now, if it has.
+        torch.cuda._lazy_call(report.decide_cuda)
     return report
 
 
@@ -113,16 +170,8 @@ def cuda_symbols() -> list[str]:
     return [n for n in NAMES if has(f"knnext::{n}", "CUDA") and n not in fallbacks]
 
 
-def cuda_driver_version() -> int | None:
-    """What the NVIDIA driver supports, e.g. 13000; None where there is no driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
-
-
+# What the first call of a stand-in says, by dispatch key.
+_WARN_ON_USE: dict[str, str] = {}
 # Python-side definitions live as long as this object.
 _KEEP = torch.library.Library("knnext", "FRAGMENT")
 REPORT = load()
