@@ -140,6 +140,7 @@ def _facts(store: Datastore) -> dict[str, Any]:
         "path": str(store.path),
         "fingerprint": store.fingerprint,
         "unfinished": store.unfinished,
+        "text": None,  # of datastores from before it was kept
         **facts,
     }
 
