@@ -27,7 +27,7 @@ def add_corpus(c: argparse.ArgumentParser, split: str, required: bool = True) ->
     )
     kept = "" if required else "the datastore's, or "
     c.add_argument("--text-column", help=f"of tables and datasets; default: {kept}text")
-    c.add_argument("--split-seed", type=int, help=f"of a split made by hash; default: {kept}0")
+    c.add_argument("--split-seed", type=seed, help=f"of a split made by hash; default: {kept}0")
     c.add_argument(
         "--shares",
         type=shares,
@@ -126,8 +126,14 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def seed(text: str) -> int:
+    """What every generator of torch, numpy and FAISS takes."""
+    wanted = "a whole number from 0 to 2**63 - 1"
+    return checked(int, text, lambda value: 0 <= value < 2**63, wanted)
+
+
 def seeds(text: str) -> tuple[int, ...]:
-    found = tuple(natural(part) for part in text.split(","))
+    found = tuple(seed(part) for part in text.split(","))
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"wanted are different seeds, got {text!r}")
     return found

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.cli.session import open_datastore, open_model, tuning_path
+from knnext.cli.session import open_datastore, open_model
 from knnext.cli.text import text_to_store
 from knnext.say import Say
 
@@ -147,6 +147,8 @@ def _facts(store: Datastore) -> dict[str, Any]:
 
 def _beside(datastore: str) -> dict[str, Any]:
     """The index and the tuning that lie beside a datastore, where there are some."""
+    from knnext.evaluation.tuning_file import tuning_path
+
     found: dict[str, Any] = {}
     folder = Path(datastore).resolve()
     sidecar = folder.with_name(folder.name + ".index") / "index.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,9 @@ from knnext.cli.session import (
     open_datastore,
     open_index,
     open_model,
-    tuning_path,
 )
 from knnext.cli.text import text_to_score
-from knnext.output import check_writable, write_json
+from knnext.output import check_outputs
 from knnext.say import Say
 
 if TYPE_CHECKING:
@@ -26,24 +26,37 @@ if TYPE_CHECKING:
 
 def tune(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.evaluation import tune as tuning
+    from knnext.evaluation.tuning_file import (
+        SEARCH,
+        edge_notes,
+        picture_path,
+        tuning_path,
+        write_tuning,
+    )
 
     # A new fit must not lean on an old one.
     settings = Settings.of(args, tuned=False)
     path = Path(args.out) if args.out else tuning_path(args.datastore)
-    scores = _scores(args, settings, say, path)
+    scores = _scores(args, settings, say, path, picture_path(path))
     grid = {"temperatures": args.temperatures, "lmbdas": args.lmbdas}
     found = tuning.tune(scores, **{name: values for name, values in grid.items() if values})
-    result = {**asdict(settings), **found.to_dict(), "k": scores.k}
-    write_json(path, result)
+    search = {**asdict(settings), "k": scores.k}
+    replaced = write_tuning(path, found, {name: search[name] for name in SEARCH})
+    result = {**search, **found.to_dict()}
     say(f"temperature {found.temperature:.4g}, lmbda {found.lmbda:.4g}")
     say(f"perplexity  {found.perplexity:.2f}, of the base model alone {found.base_perplexity:.2f}")
     say(f"written     {path}")
-    for edge in found.edges:
-        say(f"note: the best point lies at the {edge} of the grid; a wider one may be better")
-    picture = _picture(found, path.with_suffix(".png"), say)
+    if replaced is not None:
+        say(f"replaced    the fit kept in {replaced.path} ({replaced.words})")
+        if replaced.better:
+            say("note: the fit that was replaced had a lower perplexity on the same text")
+    for line in edge_notes(found):
+        say(line)
+    picture = _picture(found, picture_path(path), say)
     for name in ("nll", "temperatures", "lmbdas"):  # the file has the surface
         del result[name]
-    return {**result, "path": str(path), "picture": picture}
+    before = None if replaced is None else str(replaced.path)
+    return {**result, "path": str(path), "picture": picture, "replaced": before}
 
 
 def _picture(found: Any, path: Path, say: Say) -> str | None:
@@ -61,7 +74,7 @@ def _picture(found: Any, path: Path, say: Say) -> str | None:
 
 
 def evaluate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    from knnext.evaluation import evaluate, write_token_log
+    from knnext.evaluation import check_token_log, evaluate, write_token_log
     from knnext.report.rows import table_rows
     from knnext.report.table import text_table
 
@@ -69,6 +82,8 @@ def evaluate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         open_datastore(args)  # a missing one is not a missing temperature
     settings = Settings.of(args)
     temperature, lmbda = settings.mixture()
+    if args.token_log:
+        check_token_log(args.token_log)
     scores = _scores(args, settings, say, args.token_log)
     evaluation = evaluate(scores, temperature, lmbda)
     name = f"kNN-LM, {settings.index}" + (", real score" if settings.rescore else "")
@@ -86,6 +101,7 @@ def _detail_lines(evaluation: Evaluation) -> list[str]:
         f"{evaluation.num_tokens:,} tokens of {evaluation.num_documents:,} documents, "
         f"k {evaluation.k:,}; target found {100 * evaluation.target_found:.1f} %, "
         f"helped {100 * evaluation.helped:.1f} %",
+        *_infinite(evaluation),
         f"{'':10}{'token':>12}{'word':>12}{'bits/byte':>12}",
     ]
     for name in ("base", "knn", "mixture", "oracle"):
@@ -96,6 +112,17 @@ def _detail_lines(evaluation: Evaluation) -> list[str]:
     return lines
 
 
+def _infinite(evaluation: Evaluation) -> list[str]:
+    """Why the neighbors alone are "inf", where they are."""
+    missing = round((1 - evaluation.target_found) * evaluation.num_tokens)
+    if math.isfinite(evaluation.knn.nll) or not missing:
+        return []
+    return [
+        f"knn alone is inf: no neighbor stands for {missing:,} of the targets, which have "
+        "probability 0 there"
+    ]
+
+
 def _scores(
     args: argparse.Namespace, settings: Settings, say: Say, *outputs: str | Path | None
 ) -> StreamScores:
@@ -103,9 +130,7 @@ def _scores(
     from knnext.datastore.build import bos_of
     from knnext.evaluation import StreamScores, search_stream
 
-    for path in (args.save_scores, *outputs):
-        if path:
-            check_writable(path)
+    check_outputs(args.save_scores, *outputs, reads=(args.scores,))
     if args.scores:
         scores = StreamScores.load(args.scores)
         return scores.truncate(args.k) if args.k else scores

@@ -22,6 +22,7 @@ from knnext.cli.arguments import (
     num_bytes,
     positive,
     positive_float,
+    seed,
     seeds,
     share,
 )
@@ -83,7 +84,7 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--test-tokens", type=positive, help="tokens to report on")
     c.add_argument("--document-tokens", type=positive, help="at most so many of one document")
     c.add_argument("--k", type=positive, help="neighbors per token")
-    c.add_argument("--seed", type=int)
+    c.add_argument("--seed", type=seed)
     return c
 
 
@@ -113,7 +114,7 @@ def _add_index(commands: Any) -> argparse.ArgumentParser:
     )
     c.add_argument("--train-size", type=positive, help="rows to train on")
     c.add_argument("--nprobe", type=positive, help="lists to visit, kept with the index")
-    c.add_argument("--seed", type=int, default=1)
+    c.add_argument("--seed", type=seed, default=1)
     c.add_argument("--overwrite", action="store_true", help="discard an index that is there")
     return c
 
@@ -180,7 +181,7 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--num-beams", type=positive, default=1, help="default: 1")
     c.add_argument("--do-sample", action="store_true", help="draw instead of taking the likeliest")
     c.add_argument("--top-p", type=share, default=1.0, help="with --do-sample; default: 1")
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=seed, default=0)
     return c
 
 

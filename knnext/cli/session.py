@@ -30,6 +30,8 @@ class Settings:
     @classmethod
     def of(cls, args: argparse.Namespace, *, tuned: bool = True) -> Settings:
         """An option that was given wins over the file that `tune` left beside the datastore."""
+        from knnext.evaluation.tuning_file import tuning_path
+
         kept = _read_tuning(tuning_path(args.datastore)) if tuned else {}
         found: dict[str, Any] = {name: kept.get(name) for name in _TUNED}
         for name in _TUNED:
@@ -54,12 +56,6 @@ class Settings:
         return self.temperature, self.lmbda
 
 
-def tuning_path(datastore: str | Path) -> Path:
-    """``STORE.tuning.json`` beside the folder ``STORE``, as its index is ``STORE.index``."""
-    folder = Path(datastore).resolve()
-    return folder.with_name(folder.name + ".tuning.json")
-
-
 def _read_tuning(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -73,7 +69,22 @@ def _read_tuning(path: Path) -> dict[str, Any]:
 def device_of(args: argparse.Namespace) -> str:
     import torch
 
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.device is None:
+        return "cuda" if found else "cpu"
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise ValueError(
+            f"--device must be such as cpu, cuda or cuda:1, got {args.device!r}"
+        ) from None
+    if device.type == "cuda" and not found:
+        build = f"torch {torch.__version__} was built without CUDA"
+        reason = "torch sees no GPU" if torch.backends.cuda.is_built() else build
+        raise ValueError(f"--device {args.device}: {reason}; `knnext doctor` tells more")
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(f"--device {args.device}: the GPUs here are cuda:0 to cuda:{found - 1}")
+    return str(args.device)
 
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -82,8 +93,9 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     if args.model is None:
         raise ValueError("--model is missing; it may be left out with --scores only")
+    device = device_of(args)  # before anything is read
     model, tokenizer = load_lm(args.model)
-    return model.to(device_of(args)), tokenizer
+    return model.to(device), tokenizer
 
 
 def open_datastore(args: argparse.Namespace) -> Datastore:

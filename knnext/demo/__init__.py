@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, claim
-from knnext.output import write_json
+from knnext.output import check_outputs, write_json
 from knnext.progress import format_duration
 from knnext.say import Say
 
@@ -62,10 +62,12 @@ class Demo:
         from knnext.demo.results import finish, plan_lines, result_lines
 
         done = self.out / "results.json"
-        if done.exists():
+        again = done.exists()
+        if again:
             results: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             self.say(f"{self.out} holds the finished demo; --fresh runs it again.\n")
         else:
+            check_outputs(done, *(self.out / name for name in ("report.html", "tuning.png")))
             corpus = self._corpus()
             for line in plan_lines(self.config, corpus.describe(), self.out):
                 self.say(line)
@@ -75,7 +77,7 @@ class Demo:
             self.seconds["all of this run"] = sum(self.seconds.values())
             results["seconds"] = self.seconds
             write_json(done, results)
-        for line in result_lines(results, self.out):
+        for line in result_lines(results, self.out, again=again):
             self.say(line)
         return results
 
@@ -86,6 +88,7 @@ class Demo:
         config = self.config
         valid = self._text("valid", corpus.valid, tokenizer, config.valid_tokens)
         tuned = self._tune(self._score("valid", model, store, index, valid, keep_indices=False))
+        self._keep_fit(tuned[EXACT])
         test = self._text("test", corpus.test, tokenizer, config.test_tokens)
         scores = self._score("test", model, store, index, test, keep_indices=True)
         return corpus, model, tokenizer, store, index, tuned, test, scores
@@ -194,9 +197,23 @@ class Demo:
 
     def _tune(self, scores: Mapping[str, StreamScores]) -> dict[str, TuneResult]:
         from knnext.evaluation.tune import tune
+        from knnext.evaluation.tuning_file import edge_notes
 
         with self.step("tune temperature and lmbda on valid, for each system"):
-            return {name: tune(one) for name, one in scores.items()}
+            tuned = {name: tune(one) for name, one in scores.items()}
+        for name, one in tuned.items():
+            for line in edge_notes(one):
+                self.say(f"        {name}: {line}")
+        return tuned
+
+    def _keep_fit(self, exact: TuneResult) -> None:
+        """Where `knnext generate` and the others look for it."""
+        from knnext.evaluation.tuning_file import tuning_path, write_tuning
+
+        path = tuning_path(self.out / "datastore")
+        path.unlink(missing_ok=True)  # of a run that was broken off
+        search = {"k": self.config.k, "index": "exact", "nprobe": None, "rescore": False}
+        write_tuning(path, exact, search)
 
     @contextmanager
     def step(self, name: str, *, quiet: bool = False) -> Iterator[None]:

@@ -49,6 +49,8 @@ class DemoConfig:
         for name in ("entries", "valid_tokens", "test_tokens", "document_tokens", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
         if not 0 < self.train_seconds < math.inf:
             raise ValueError(f"train_seconds must be positive, got {self.train_seconds}")
 
@@ -65,7 +67,7 @@ SHORT: dict[str, Any] = {
 
 _CONTENTS = (
     *("training.json", "results.json", "tuning.png", "report.html"),
-    *("model", "datastore", "datastore.index"),
+    *("model", "datastore", "datastore.index", "datastore.tuning.json"),
 )
 
 

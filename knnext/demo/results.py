@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -87,8 +90,11 @@ def finish(
     }
 
 
-def result_lines(results: Mapping[str, Any], out: Path) -> list[str]:
-    """The table, some tokens, and where to look, for a terminal."""
+def result_lines(results: Mapping[str, Any], out: Path, *, again: bool = False) -> list[str]:
+    """The table, some tokens, where to look and what to try, for a terminal.
+
+    `again`: the results are of an earlier run.
+    """
     rows = [Row(**row) for row in results["rows"]]
     lines = ["", text_table(rows), "", _NOTE, "", "Where the neighbors helped most:"]
     for sample in results["samples"]:
@@ -101,14 +107,32 @@ def result_lines(results: Mapping[str, Any], out: Path) -> list[str]:
             f"[{shown(sample['neighbor_token'])}]   distance {sample['distance']:.3g}",
             f"                {sample['neighbor_document']}",
         ]
-    total = results["seconds"]["all of this run"]
-    lines += ["", f"Done in {format_duration(total)}."]
+    total = format_duration(results["seconds"]["all of this run"])
+    lines += ["", f"The run that made them took {total}." if again else f"Done in {total}."]
     width = max(map(len, results["files"]))
     notes = {"report.html": "open it in a browser: the table, the surface, every token explained"}
-    return lines + [
+    lines += [
         f"  {out / name!s:{len(str(out)) + 1 + width}}  {notes.get(name, '')}".rstrip()
         for name in results["files"]
     ]
+    return [*lines, "", "To try next:", *(f"  {line}" for line in next_commands(out))]
+
+
+def next_commands(out: Path) -> list[str]:
+    """Three commands on the demo's model and datastore, as this shell can run them."""
+    command = ["knnext"] if shutil.which("knnext") else [_shorter(sys.executable), "-m", "knnext"]
+    store, model = str(out / "datastore"), ["--model", str(out / "model")]
+    tries = (
+        ["search", store, "def __init__(self", *model, "--k", "5"],
+        ["generate", store, "def __init__(self", *model, "--max-new-tokens", "40"],
+        ["eval", store, *model, "--index", "faiss", "--document-tokens", "50"],
+    )
+    return [shlex.join([*command, *words]) for words in tries]
+
+
+def _shorter(path: str) -> str:
+    """Relative to the working directory, where it lies below."""
+    return path.removeprefix(str(Path.cwd()) + os.sep)
 
 
 _NOTE = (

@@ -14,17 +14,19 @@ from typing import Any, cast
 
 import torch
 
-from knnext.evaluation.bootstrap import Interval
+from knnext.evaluation.bootstrap import FEW_DOCUMENTS, Interval
 from knnext.evaluation.perplexity import Perplexity, TextCounts, bootstrap_nll, interval_of
 from knnext.evaluation.scores import StreamScores, check_lmbda, check_temperature, mix_log_probs
 from knnext.evaluation.stream import search_stream
-from knnext.evaluation.token_log import write_token_log
+from knnext.evaluation.token_log import check_token_log, write_token_log
 
 __all__ = [
+    "FEW_DOCUMENTS",
     "LITERATURE_FLOOR",
     "Evaluation",
     "Perplexity",
     "StreamScores",
+    "check_token_log",
     "evaluate",
     "search_stream",
     "write_token_log",
@@ -46,6 +48,8 @@ class Evaluation:
         log_ppl_difference: log perplexity (token level) of the mixture minus that of the base:
             below zero the neighbors help.
         difference_interval: of that, by paired bootstrap over documents.
+        few_documents: whether there are fewer than `FEW_DOCUMENTS` of them, so that this and
+            every other interval is mostly too narrow.
         target_found: share of the targets that some neighbor stands for.
         helped: share of the tokens to which the mixture gives more than the base.
         seconds: time of each part: `"lm"`, `"search"`, `"mix"`.
@@ -66,6 +70,7 @@ class Evaluation:
     oracle: Perplexity
     log_ppl_difference: float
     difference_interval: Interval
+    few_documents: bool
     target_found: float
     helped: float
     seconds: dict[str, float]
@@ -136,6 +141,7 @@ def evaluate(
         oracle=figures["oracle"],
         log_ppl_difference=figures["mixture"].nll - figures["base"].nll,
         difference_interval=_difference_interval(samples, level),
+        few_documents=counts.documents < FEW_DOCUMENTS,
         target_found=float(scores.target_found.double().mean()),
         helped=float((mixture > log_p_lm).double().mean()),
         seconds=seconds,

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
+#: Intervals from fewer documents than this are mostly too narrow, and are marked.
+FEW_DOCUMENTS = 20
+
 _BLOCK_ENTRIES = 4_000_000  # draws x documents held at once: 32 MB
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -33,9 +34,7 @@ def write_token_log(
     name. Where no neighbor stands for the target, log p_knn is -inf in parquet and null in JSON,
     which knows no infinity.
     """
-    path = Path(path)
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"path must end in .parquet or .jsonl, got {path.name!r}")
+    path = check_token_log(path)
     columns = columns or {}
     _check_columns(columns, scores.num_tokens)
     log_p_knn = scores.log_p_knn(temperature)
@@ -46,6 +45,18 @@ def write_token_log(
             _write_parquet(part, chunks, list(columns))
         else:
             _write_jsonl(part, chunks)
+    return path
+
+
+def check_token_log(path: str | Path) -> Path:
+    """The path, where a log can be written to it: its ending is known, and pyarrow is there."""
+    path = Path(path)
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"a token log must end in .parquet or .jsonl, got {path.name!r}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(
+            'a .parquet log needs pyarrow: pip install "knnext[lm]", or write a .jsonl log'
+        )
     return path
 
 
@@ -92,13 +103,9 @@ def _infinite(value: Any) -> bool:
 
 
 def _write_parquet(path: Path, chunks: Iterator[dict[str, Any]], more: list[str]) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError(
-            'a .parquet log needs pyarrow: pip install "knnext[lm]", or write a .jsonl log'
-        ) from None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     schema = pa.schema(
         [
             ("position", pa.int64()),

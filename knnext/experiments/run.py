@@ -11,7 +11,9 @@ from knnext.experiments.catalog import NAMES, load
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.presets import Preset
 from knnext.experiments.lab.results import Findings, load_result, make_result, plain, save_result
+from knnext.output import check_outputs
 from knnext.progress import format_duration
+from knnext.report.plots import save_figure
 
 Say = Callable[[str], None]
 
@@ -48,6 +50,7 @@ def run_experiment(
         say(f"{name}: {path} holds it; --fresh runs it again")
         return result
     folder.mkdir(parents=True, exist_ok=True)
+    check_outputs(path, folder / f"{name}.png")
     lab = lab or Lab(preset, folder, say)
     lab.seconds.clear()
     say(f"{name}: {module.DESCRIPTION.question}")
@@ -73,6 +76,9 @@ def run_all(
     say: Say = print,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """(results, failures) by name; an experiment that fails does not stop the others."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_outputs(*(folder / name for name in ("report.html", "report.md")))
     lab = Lab(preset, folder, say)
     results, failures = {}, {}
     for name in names:
@@ -91,7 +97,7 @@ def draw(name: str, result: dict[str, Any], folder: Path) -> Path:
     figure, axes = new_figure()
     load(name).plot(result, axes)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=150, facecolor="white")
+    save_figure(figure, path)
     return path
 
 

@@ -18,6 +18,7 @@ rows^2 / (2 x interval) codes: 77 times the index for 153 M rows with a save eac
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ POINTS_PER_LIST = 256  # k-means subsamples past this
 TRAIN_ROWS = 1_000_000  # the paper's sample
 MIN_SEGMENT_ROWS = 1 << 20
 MAX_SEGMENTS = 32
+_SEEDS = 1 << 31  # FAISS keeps it in an int
 _TRIAL_ROWS = 1024  # searched before all rows are added; some graphs want hundreds
 # Lists and dimensions a byte of a quick index: near the paper's ratio (64 bytes for 1,024), and the
 # k-means of so many takes seconds.
@@ -96,6 +98,8 @@ def make_recipe(
     segment_rows: int | None,
 ) -> Recipe:
     """Fill in what the caller left open and check the factory string against the data."""
+    if not 0 <= operator.index(seed) < _SEEDS:
+        raise ValueError(f"seed must be a whole number from 0 to {_SEEDS - 1:,}, got {seed}")
     if datastore.num_entries == 0:
         raise ValueError("datastore has no entries, there is nothing to index")
     rows, dim = datastore.num_entries, datastore.dim
@@ -119,7 +123,7 @@ def make_recipe(
         num_entries=rows,
         dim=dim,
         datastore=datastore.fingerprint,
-        seed=seed,
+        seed=operator.index(seed),
         train_size=min(train_size, rows),
         segment_rows=segment_rows,
     )
@@ -284,4 +288,4 @@ def _finish(folder: Path, recipe: Recipe, nprobe: int) -> None:
 
 def _write(path: Path, index: Any) -> None:
     with whole_file(path) as part:
-        faiss_library.write(index, part)
+        faiss_library.write(index, part)  # a full disk is a RuntimeError of FAISS's

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from knnext.evaluation.tune import TuneResult
+from knnext.output import whole_file
 
 _INK, _MUTED = "#1f2933", "#52606d"
 
@@ -48,8 +49,14 @@ def plot_surface(
     bar.set_label("perplexity per token", color=_MUTED)
     bar.outline.set_visible(False)
     if path is not None:
-        figure.savefig(path, dpi=150, facecolor="white")
+        save_figure(figure, Path(path))
     return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture; it appears under its name when whole."""
+    with whole_file(path) as part:
+        figure.savefig(part, format=path.suffix[1:] or "png", dpi=150, facecolor="white")
 
 
 def _new_figure() -> tuple[Any, Any]:

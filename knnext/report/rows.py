@@ -19,6 +19,7 @@ def table_rows(evaluations: Mapping[str, Evaluation], sizes: Mapping[str, int]) 
         (first.base.interval.low, first.base.interval.high),
         tokens_per_second=first.tokens_per_second.get("lm"),
         num_bytes=sizes.get("base LM"),
+        num_documents=first.num_documents,
     )
     return [base, *(table_row(name, one, sizes.get(name)) for name, one in evaluations.items())]
 
@@ -45,4 +46,5 @@ def table_row(name: str, evaluation: Evaluation, num_bytes: int | None) -> Row:
         evaluation.lmbda,
         evaluation.tokens_per_second["total"],
         num_bytes,
+        evaluation.num_documents,
     )

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from knnext.evaluation.bootstrap import FEW_DOCUMENTS
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,6 +24,7 @@ class Row:
         temperature, lmbda: as tuned on the validation split.
         tokens_per_second: of the whole evaluation: model, search and mixing.
         num_bytes: on disk, of all that the system needs beside the base model.
+        num_documents: that the intervals are from; fewer than `FEW_DOCUMENTS` mark them.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Row:
     lmbda: float | None = None
     tokens_per_second: float | None = None
     num_bytes: int | None = None
+    num_documents: int | None = None
 
 
 _HEADINGS = (
@@ -66,15 +70,20 @@ def results_table(rows: Sequence[Row]) -> str:
         name, perplexity, change, *rest = _cells(row)
         lines.append('<tr class="best">' if row is best else "<tr>")
         lines.append(f'<th scope="row">{html.escape(name[0])}</th>')
-        lines += [_html_cell(perplexity, strong=True), _html_cell(change)]
+        lines += [_html_cell(perplexity, _mark(row), strong=True), _html_cell(change, _mark(row))]
         lines += [*map(_html_cell, rest), "</tr>"]
-    return "\n".join([*lines, "</tbody>", "</table>"])
+    notes = [f'<p class="note">{html.escape(note)}</p>' for note in mark_notes(rows)]
+    return "\n".join([*lines, "</tbody>", "</table>", *notes])
 
 
 def text_table(rows: Sequence[Row]) -> str:
     """The same for a terminal, aligned in columns."""
-    cells = [list(_HEADINGS)] + [
-        [f"{main}  [{interval}]" if interval else main for main, interval in _cells(row)]
+    headings = ["lmbda" if heading == "λ" else heading for heading in _HEADINGS]
+    cells = [headings] + [
+        [
+            f"{main}  [{interval}]{_mark(row)}" if interval else main
+            for main, interval in _cells(row)
+        ]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
@@ -85,13 +94,27 @@ def text_table(rows: Sequence[Row]) -> str:
         ).rstrip()
         for line in cells
     ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *mark_notes(rows)])
 
 
-def _html_cell(cell: tuple[str, str], strong: bool = False) -> str:
+def mark_notes(rows: Sequence[Row]) -> list[str]:
+    """What the mark at an interval means, where one of the rows has it."""
+    few = {r.num_documents for r in rows if _mark(r) and any(text for _, text in _cells(r))}
+    return [
+        f"* from {count} documents: of fewer than {FEW_DOCUMENTS} intervals are mostly too narrow"
+        for count in sorted(few, key=lambda count: count or 0)
+    ]
+
+
+def _mark(row: Row) -> str:
+    few = row.num_documents is not None and row.num_documents < FEW_DOCUMENTS
+    return "*" if few else ""
+
+
+def _html_cell(cell: tuple[str, str], mark: str = "", strong: bool = False) -> str:
     main, interval = map(html.escape, cell)
     main = f"<strong>{main}</strong>" if strong else main
-    return f"<td>{main}" + (f"<small>{interval}</small>" if interval else "") + "</td>"
+    return f"<td>{main}" + (f"<small>{interval}{mark}</small>" if interval else "") + "</td>"
 
 
 def _cells(row: Row) -> list[tuple[str, str]]:
