@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from knnext.cli.influence import Influence, influences
+from knnext.cli.prompt import Prompt, pieces, read_prompt
 from knnext.cli.session import Settings, check_model, open_datastore, open_index, open_model
 from knnext.cli.text import text_of
 from knnext.say import Say, shown
+
+if TYPE_CHECKING:
+    from knnext.datastore import Datastore
+
+_DEFAULT_NEW_TOKENS = 50
 
 
 def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import torch
 
     from knnext.evaluation.spans import neighbor_spans
+    from knnext.lm.hidden_states import default_block_size
 
     settings = Settings.of(args)
     store = open_datastore(args)
@@ -22,7 +31,8 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     check_model(store, model, tokenizer)
     index = open_index(args, store, settings)
     text = text_of(args.text, args.text_errors or "strict")
-    query = _last_state(model, tokenizer, text, store.key_layer or "att", store.dtype)
+    prompt = read_prompt(text, tokenizer, store, default_block_size(model))
+    query = _last_state(model, prompt.ids, store)
     distances, indices = index.search(query, args.k)
     temperature = settings.temperature or 1.0
     shares = torch.softmax(-distances[0] / temperature, 0)
@@ -39,61 +49,152 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     for number, neighbor in enumerate(neighbors, 1):
         for line in _neighbor_lines(number, neighbor):
             say(line)
-    return {"k": args.k, "temperature": temperature, "neighbors": neighbors}
+    return {
+        "k": args.k,
+        "temperature": temperature,
+        "tokens_given": prompt.given,
+        "tokens_read": len(prompt.ids),
+        "neighbors": neighbors,
+    }
 
 
 def _neighbor_lines(number: int, neighbor: dict[str, Any]) -> list[str]:
-
     text = f"{shown(neighbor['before'])}[{shown(neighbor['token'])}]{shown(neighbor['after'])}"
     facts = f"distance {neighbor['distance']:.4g}   share {100 * neighbor['share']:.2g} %"
     return [f"{number:>3}  {text}", f"     {facts}   {neighbor['document']}", ""]
 
 
-def _last_state(model: Any, tokenizer: Any, text: str, key_layer: str, dtype: Any) -> Any:
-    """(1, D): the key-layer state after the whole text, of which the last tokens may not fit."""
+def _last_state(model: Any, ids: list[int], store: Datastore) -> Any:
+    """(1, D): the key-layer state after the last token."""
     import torch
 
-    from knnext.lm.hidden_states import capture_hidden_states, default_block_size
+    from knnext.lm.key_layer import capture_hidden_states
     from knnext.lm.running import evaluating
 
-    ids = _ids(tokenizer, text)[-default_block_size(model) :]
-    with evaluating(model), capture_hidden_states(model, key_layer) as captured:
+    with evaluating(model), capture_hidden_states(model, store.key_layer or "att") as captured:
         model(input_ids=torch.tensor([ids], dtype=torch.int64, device=model.device))
-        return captured.states(1)[:, -1].to(dtype)
+        return captured.states(1)[:, -1].to(store.dtype)
 
 
 def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    import torch
-
     from knnext.lm.knnlm import KNNLM
 
     settings = Settings.of(args)
     temperature, lmbda = settings.mixture()
+    options = _decoding(args)
     store = open_datastore(args)
     model, tokenizer = open_model(args)
     check_model(store, model, tokenizer)
     index = open_index(args, store, settings)
     mixed = KNNLM(model, index, settings.k, temperature, lmbda)
     text = text_of(args.text, args.text_errors or "strict")
-    ids = torch.tensor([_ids(tokenizer, text)], dtype=torch.int64, device=model.device)
-    torch.manual_seed(args.seed)
-    sampling = {"top_p": args.top_p} if args.do_sample else {}
-    output = mixed.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=args.max_new_tokens,
-        num_beams=args.num_beams,
-        do_sample=args.do_sample,
-        **sampling,
+    prompt, options["max_new_tokens"] = _prompt(args, text, model, tokenizer, store)
+    model.generation_config = _plain_config(model, tokenizer)
+    new = _continued(mixed, prompt.ids, args.seed, options)
+    base = _continued(model, prompt.ids, args.seed, options)
+    parts = pieces(tokenizer, prompt.ids + new, len(prompt.ids))
+    base_text = "".join(pieces(tokenizer, prompt.ids + base, len(prompt.ids)))
+    moved = influences(
+        model,
+        index,
+        store,
+        prompt.ids + new,
+        len(prompt.ids),
+        k=settings.k,
+        temperature=temperature,
+        lmbda=lmbda,
     )
-    new = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    say(text + new)
-    return {"text": text, "continuation": new, "temperature": temperature, "lmbda": lmbda}
+    say(text + "".join(parts))
+    if not args.text_only:
+        for line in _comparison("".join(parts), base_text, parts, moved):
+            say(line)
+    return {
+        "text": text,
+        "continuation": "".join(parts),
+        "base_continuation": base_text,
+        "temperature": temperature,
+        "lmbda": lmbda,
+        "tokens_given": prompt.given,
+        "tokens_read": len(prompt.ids),
+        "tokens": [
+            {"token": part, "id": token, **asdict(one)}
+            for part, token, one in zip(parts, new, moved, strict=True)
+        ],
+    }
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """The text's tokens, led by the mark that led every document of the datastore."""
-    from knnext.corpus import separator_token
+def _decoding(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of transformers' generate: what was asked for, and nothing that was not."""
+    sampling = {
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "temperature": args.sampling_temperature,
+    }
+    given = {name: value for name, value in sampling.items() if value is not None}
+    options = {
+        "num_beams": args.num_beams,
+        "do_sample": args.do_sample,
+        "repetition_penalty": args.repetition_penalty,
+    }
+    if args.do_sample:
+        # Where nothing is said, transformers keeps the 50 likeliest tokens.
+        return {**options, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **given}
+    if given:
+        raise ValueError("--top-k, --top-p, --min-p and --sampling-temperature are for --do-sample")
+    return options
 
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [separator_token(tokenizer), *ids]
+
+def _plain_config(model: Any, tokenizer: Any) -> Any:
+    """Of what the model's own generation_config says, only its special tokens.
+
+    The rest (a temperature, penalties, tokens forced or suppressed, lengths) would stand between
+    the mixture and what is drawn, without having been asked for.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    pad = next((x for x in (own.pad_token_id, tokenizer.pad_token_id, ends[0]) if x is not None), 0)
+    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad)
+
+
+def _prompt(
+    args: argparse.Namespace, text: str, model: Any, tokenizer: Any, store: Datastore
+) -> tuple[Prompt, int]:
+    """The text's tokens, cut so that those asked for fit into the context after them; and those."""
+    from knnext.lm.running import context_length
+
+    limit, asked = context_length(model), args.max_new_tokens
+    if limit is None:
+        return read_prompt(text, tokenizer, store, None), asked or _DEFAULT_NEW_TOKENS
+    asked = asked or max(1, min(_DEFAULT_NEW_TOKENS, limit // 2))
+    if asked >= limit:
+        given = read_prompt(text, tokenizer, store, None).given
+        raise ValueError(
+            f"{given} tokens given and {asked} asked for, and the model reads at most {limit}: "
+            f"--max-new-tokens can be up to {limit - 1}, which leaves one token to go on from"
+        )
+    return read_prompt(text, tokenizer, store, limit - asked), asked
+
+
+def _continued(model: Any, ids: list[int], seed: int, options: dict[str, Any]) -> list[int]:
+    import torch
+
+    torch.manual_seed(seed)
+    given = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    output = model.generate(given, attention_mask=torch.ones_like(given), **options)
+    new: list[int] = output[0, len(ids) :].tolist()
+    return new
+
+
+def _comparison(mixed: str, base: str, parts: list[str], moved: list[Influence]) -> Iterator[str]:
+    yield ""
+    yield "the base LM alone: " + ("the same" if mixed == base else shown(base))
+    yield ""
+    yield f"{'p':>8}{'p_lm':>9}{'p_knn':>9}  token, and the documents of its neighbors"
+    for part, one in zip(parts, moved, strict=True):
+        documents = ", ".join(f"{name} {share:.2g}" for name, share in one.documents)
+        numbers = f"{one.p:>8.2g}{one.p_lm:>9.2g}{one.p_knn:>9.2g}"
+        yield f"{numbers}  [{shown(part)}]{'  ' + documents if documents else ''}"

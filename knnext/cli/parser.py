@@ -177,11 +177,20 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
     add_model(c)
     add_search_options(c)
     add_mixture(c)
-    c.add_argument("--max-new-tokens", type=positive, default=50, help="default: 50")
+    c.add_argument(
+        "--max-new-tokens", type=positive, help="default: 50, at most half of the context"
+    )
     c.add_argument("--num-beams", type=positive, default=1, help="default: 1")
     c.add_argument("--do-sample", action="store_true", help="draw instead of taking the likeliest")
-    c.add_argument("--top-p", type=share, default=1.0, help="with --do-sample; default: 1")
+    c.add_argument("--top-k", type=natural, help="draw from so many; default: 0, from all")
+    c.add_argument("--top-p", type=share, help="draw from so much of the mixture; default: 1")
+    c.add_argument("--min-p", type=share, help="least p to draw, as a part of the largest p")
+    c.add_argument("--sampling-temperature", type=positive_float, help="of the mixture; default: 1")
+    c.add_argument(
+        "--repetition-penalty", type=positive_float, default=1.0, help="default: 1, none"
+    )
     c.add_argument("--seed", type=seed, default=0)
+    c.add_argument("--text-only", action="store_true", help="say the text and nothing beside it")
     return c
 
 
@@ -256,8 +265,11 @@ def _add_experiment(commands: Any) -> argparse.ArgumentParser:
 
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     text = "what was built and loaded here, and which kernel a search would run"
-    c = _command(commands, "doctor", "knnext.cli.demo:doctor", text)
+    c = _command(commands, "doctor", "knnext.cli.doctor:run", text)
     for name in ("queries", "entries", "dim", "k"):
         c.add_argument(f"--{name}", type=positive, help="of the search to plan for")
     c.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
+    c.add_argument(
+        "--check", action="store_true", help="run every op against the reference; seconds"
+    )
     return c
