@@ -33,9 +33,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 TARGET = "0x020a000000000000"  # the oldest torch whose stable ABI is used: 2.10
-ISA_FLAGS = {
-    "_avx2": "-mavx2 -mfma -mf16c",
-    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+#: By processor, as the compiler's own macro names it: the endings of files that are compiled for it
+#: alone, and the flags that they need. Files with no such ending are for every processor.
+VECTOR_PATHS = {
+    "__x86_64__": {
+        "_avx2": "-mavx2 -mfma -mf16c",
+        "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+    },
+    "__aarch64__": {"_neon": ""},
 }
 #: Where TORCH_CUDA_ARCH_LIST is not set and no card is in sight: what nvcc knows of these, and PTX
 #: of the last for what comes after it.
@@ -234,11 +239,28 @@ def check_compiler() -> None:
         )
 
 
+def vector_paths() -> dict[str, str]:
+    """Endings and flags of the files for the target, which is the compiler's and not the host."""
+    command = [*shlex.split(compiler()), "-dM", "-E", "-x", "c++", os.devnull]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode:
+        stop(f"{compiler()} does not tell what it compiles for: {asked.stderr.strip()}")
+    defined = set(re.findall(r"^#define (\w+)", asked.stdout, flags=re.MULTILINE))
+    return next((paths for macro, paths in VECTOR_PATHS.items() if macro in defined), {})
+
+
+def compiled_for(paths: dict[str, str], source: Path) -> bool:
+    """Whether a file is for the target: named after one of its vector paths, or after none."""
+    endings = [ending for family in VECTOR_PATHS.values() for ending in family]
+    return all(ending in paths for ending in endings if source.stem.endswith(ending))
+
+
 class NinjaFile:
     """The build as text: which sources make which library, with which flags."""
 
     def __init__(self, torch: Torch, cuda: Cuda | None, build: Path, package: Path) -> None:
         self.torch, self.cuda, self.build, self.package = torch, cuda, build, package
+        self.vector_paths = vector_paths()
         self.lines: list[str] = []
         self.outputs: list[Path] = []
         self._rules()
@@ -286,8 +308,10 @@ class NinjaFile:
         folder = self.build / output.name.split(".")[0]
         objects = []
         for source in sources:
+            if not compiled_for(self.vector_paths, source):
+                continue
             objects.append(folder / (str(source.relative_to(CSRC)).replace("/", "_") + ".o"))
-            isa_flags = [f for s, f in ISA_FLAGS.items() if source.stem.endswith(s)]
+            isa_flags = [f for s, f in self.vector_paths.items() if source.stem.endswith(s)]
             rule, extra = "cxx", " ".join(isa_flags)
             if source.suffix == ".cu":
                 assert self.cuda is not None

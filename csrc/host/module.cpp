@@ -17,8 +17,7 @@ namespace {
 
 py::dict build_info() {
   py::list paths;
-  for (auto isa : {knnext::cpu::Isa::kPlain, knnext::cpu::Isa::kAvx2, knnext::cpu::Isa::kAvx512})
-    paths.append(knnext::cpu::name(isa));
+  for (const auto isa : knnext::cpu::built_paths()) paths.append(knnext::cpu::name(isa));
   return py::dict("version"_a = KNNEXT_VERSION, "torch_version"_a = KNNEXT_TORCH_VERSION,
                   "torch_target"_a = "2.10", "cuda_version"_a = KNNEXT_CUDA_VERSION,
                   "cuda_archs"_a = KNNEXT_CUDA_ARCHS, "compiler"_a = __VERSION__,
@@ -129,7 +128,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info, "Versions, architectures and vector paths of this build.");
   m.def(
       "cpu_isa", [] { return knnext::cpu::name(knnext::cpu::isa()); },
-      "The vector path in use: plain, avx2 or avx512.");
+      "The vector path in use, one of build_info()'s vector_paths.");
   m.def(
       "best_cpu_isa", [] { return knnext::cpu::name(knnext::cpu::best_isa()); },
       "The widest vector path of this processor.");

@@ -29,6 +29,8 @@ RegisterTile register_tile(cpu::Isa isa) {
       return {8, 48};
     case cpu::Isa::kAvx2:
       return {6, 16};
+    case cpu::Isa::kNeon:
+      return {8, 12};
     default:
       return {4, 8};
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import stat
 from pathlib import Path
 from types import ModuleType
@@ -209,7 +210,8 @@ def test_build_info_names_this_build():
     info = build_info()
     assert info["version"].startswith("0.")
     assert info["torch_target"] == "2.10"
-    assert info["vector_paths"] == ["plain", "avx2", "avx512"]
+    of_processor = {"x86_64": ["plain", "avx2", "avx512"], "aarch64": ["plain", "neon"]}
+    assert info["vector_paths"] == of_processor[platform.machine()]
     assert cpu_isa() in info["vector_paths"] and best_cpu_isa() in info["vector_paths"]
     forced = os.environ.get("KNNEXT_CPU_ISA")
     assert cpu_isa() == (forced or best_cpu_isa())

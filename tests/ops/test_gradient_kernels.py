@@ -15,7 +15,7 @@ from knnext.ops import _gradients
 from knnext.testing import assert_close
 from tests.ops.mixing_cases import INF, NAN, neighbors, run_python, threads
 
-PATHS = ["plain", "avx2", "avx512"]
+PATHS = knnext._host.build_info()["vector_paths"]
 SIZES = [(3, 1, 1), (4, 15, 17), (4, 16, 31), (4, 33, 1025), (3, 700, 5001)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OPS = torch.ops.knnext

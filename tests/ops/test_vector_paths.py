@@ -12,7 +12,7 @@ from knnext import reference
 from knnext.testing import assert_close
 from tests.ops.mixing_cases import INF, neighbors, run_python
 
-PATHS = ["plain", "avx2", "avx512"]
+PATHS = knnext._host.build_info()["vector_paths"]
 SIZES = [(3, 1, 1), (4, 15, 17), (4, 16, 31), (4, 33, 1024), (4, 65, 1025), (3, 700, 5001)]
 
 CODE = """

@@ -71,6 +71,8 @@ extern const SearchKernels kPlainKernels;
 #if defined(__x86_64__)
 extern const SearchKernels kAvx2Kernels;
 extern const SearchKernels kAvx512Kernels;
+#elif defined(__aarch64__)
+extern const SearchKernels kNeonKernels;
 #endif
 
 }  // namespace knnext::cpu

@@ -9,6 +9,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(KNNEXT_NEON_PATH)
+#include <arm_neon.h>
 #endif
 
 namespace knnext::cpu {
@@ -78,6 +80,8 @@ KNNEXT_INLINE VecF load(const F16* p) {
       _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return bits_as<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(KNNEXT_NEON_PATH)
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   VecH packed;
   std::memcpy(&packed, p, sizeof packed);
@@ -118,6 +122,8 @@ KNNEXT_INLINE void store(F16* p, VecF v) {
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(KNNEXT_NEON_PATH)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #else
   const VecI magnitude = bits_as<VecI>(v) & 0x7fffffff, sign = (bits_as<VecI>(v) >> 16) & 0x8000;
   const VecI normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);

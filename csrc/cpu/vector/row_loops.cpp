@@ -142,6 +142,8 @@ const RowLoops<float>& row_loops<float>() {
 #if defined(__x86_64__)
   if (isa() == Isa::kAvx512) return kRowLoopsAvx512;
   if (isa() == Isa::kAvx2) return kRowLoopsAvx2;
+#elif defined(__aarch64__)
+  if (isa() == Isa::kNeon) return kRowLoopsNeon;
 #endif
   return kRowLoopsPlain;
 }
@@ -150,6 +152,8 @@ const SumLoops& sum_loops() {
 #if defined(__x86_64__)
   if (isa() == Isa::kAvx512) return kSumLoopsAvx512;
   if (isa() == Isa::kAvx2) return kSumLoopsAvx2;
+#elif defined(__aarch64__)
+  if (isa() == Isa::kNeon) return kSumLoopsNeon;
 #endif
   return kSumLoopsPlain;
 }

@@ -74,6 +74,9 @@ extern const RowLoops<float> kRowLoopsAvx2;
 extern const SumLoops kSumLoopsAvx2;
 extern const RowLoops<float> kRowLoopsAvx512;
 extern const SumLoops kSumLoopsAvx512;
+#elif defined(__aarch64__)
+extern const RowLoops<float> kRowLoopsNeon;
+extern const SumLoops kSumLoopsNeon;
 #endif
 
 }  // namespace knnext::cpu
