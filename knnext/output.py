@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,22 @@ def check_writable(path: str | Path) -> Path:
     with whole_file(path, commit=False):
         pass
     return path
+
+
+def check_outputs(*paths: str | Path | None, reads: Iterable[str | Path | None] = ()) -> None:
+    """`check_writable` for each path that is given.
+
+    Raises:
+        ValueError: two of them are one file, or one is a file that is read.
+    """
+    seen = {Path(path).resolve(): path for path in reads if path}
+    for path in paths:
+        if not path:
+            continue
+        place = check_writable(path).resolve()
+        if place in seen:
+            raise ValueError(f"{path} would be written over {seen[place]}: give another file")
+        seen[place] = path
 
 
 @contextmanager
@@ -60,7 +76,9 @@ def _refusal(path: Path) -> int | None:
     """The errno with which the disk refuses to let a file grow; None where it does not."""
     try:
         with path.open("ab", buffering=0) as file:
-            file.write(bytes(1 << 16))
+            left = 1 << 16
+            while left:  # what still fits is taken first
+                left -= file.write(bytes(left))
             os.fsync(file.fileno())
     except OSError as error:
         return error.errno

@@ -5,11 +5,16 @@ must be: with 1, no test of one device is skipped, and with 2, none of two.
 
 With ``-n N --dist loadgroup`` the tests of one file run in one worker, since they share what they
 build; a test that must not share a worker's time with others names a group of its own.
+
+Caches of libraries lie in one folder for the session and go with it: nothing is left in HOME.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import tempfile
 
 import pytest
 import torch
@@ -20,7 +25,32 @@ ONE_GROUP = ("experiments",)
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
 
 
-def pytest_configure() -> None:
+#: Where libraries keep things, by the variable that says so.
+CACHES = {
+    "HF_HOME": "huggingface",
+    "MPLCONFIGDIR": "matplotlib",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "XDG_CACHE_HOME": "cache",
+}
+_OWN = "KNNEXT_TEST_CACHES"
+
+
+def restore_signals() -> None:
+    """What `nohup` or a shell's background has set to be ignored would be ignored by children."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    restore_signals()
+    if _OWN not in os.environ:  # else of the process that started this worker
+        caches = os.environ[_OWN] = tempfile.mkdtemp(prefix="knnext-tests-")
+        os.environ.update({name: f"{caches}/{folder}" for name, folder in CACHES.items()})
+        config.add_cleanup(lambda: shutil.rmtree(caches, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(_OWN, None))
     if _WORKERS > 1:  # torch's threads of several workers would wait for each other
         threads = max(1, (os.cpu_count() or 1) // _WORKERS)
         torch.set_num_threads(threads)

@@ -1,0 +1,129 @@
+"""Files that commands leave behind: whole or absent, named where the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from knnext.output import check_outputs, check_writable, whole_file, write_json, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"name": "\udc80"})
+    before = path.read_bytes()
+    with pytest.raises(ZeroDivisionError), whole_file(path) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == before and names(tmp_path) == ["a.json"]
+
+
+def test_what_cannot_be_written_is_named_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert check_writable(tmp_path / "new") == tmp_path / "new"
+    for path in (tmp_path, tmp_path / "none" / "a", tmp_path / "file" / "a"):
+        with pytest.raises(OSError, match=str(path)):
+            check_writable(path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_two_outputs_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_outputs("a", None, tmp_path / "b", reads=(None, "c"))
+    for outputs, reads in ((("a", str(tmp_path / "a")), ()), (("a",), (tmp_path / "a",))):
+        with pytest.raises(ValueError, match="would be written over"):
+            check_outputs(*outputs, reads=reads)
+    assert names(tmp_path) == []
+
+
+# A file may grow to 200,000 bytes here, which a full disk does not differ from.
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+out = Path(sys.argv[1])
+
+def text():
+    from knnext.output import write_text
+    write_text(out, "x" * 500_000)
+
+def scores():
+    from knnext.evaluation import StreamScores
+    n = torch.zeros(30_000, dtype=torch.int64)
+    wide = n[:, None]
+    StreamScores(n.float(), n, n, n.bool(), wide.float(), wide.int()).save(out)
+
+def log():
+    from knnext.evaluation import StreamScores, write_token_log
+    n = torch.arange(90_000)
+    wide = n[:, None]
+    s = StreamScores(n.sin(), n, n % 7, n < 0, wide.float(), wide.int())
+    write_token_log(s, out, 1.0, 0.5)
+
+def picture():
+    from matplotlib.figure import Figure
+    from knnext.report.plots import save_figure
+    figure = Figure(figsize=(20, 20))
+    figure.figimage(torch.rand(1000, 1000).numpy())
+    save_figure(figure, out)
+
+def index():
+    import faiss
+    from knnext.index.faiss_build import _write
+    flat = faiss.IndexFlatL2(64)
+    flat.add(torch.zeros(2000, 64).numpy())
+    _write(out, flat)
+
+try:
+    globals()[sys.argv[2]]()
+except OSError as error:
+    print(error.errno, error.filename, len(list(out.parent.iterdir())))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "needs"),
+    [
+        ("text", "a.txt", "torch"),
+        ("scores", "a.npz", "torch"),
+        ("log", "a.jsonl", "torch"),
+        ("log", "a.parquet", "pyarrow"),
+        ("picture", "a.png", "matplotlib"),
+        ("index", "a.faiss", "faiss"),
+    ],
+)
+def test_a_full_disk_names_the_file_and_keeps_none(
+    tmp_path: Path, what: str, name: str, needs: str
+) -> None:
+    pytest.importorskip(needs)
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    command = [sys.executable, "-c", FULL, str(path), what]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == [str(errno.EFBIG), str(path), "0"], done.stderr[-2000:]
+
+
+def test_a_full_disk_whatever_the_library_calls_it(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.bin") as caught, whole_file(tmp_path / "a.bin"):
+            raise RuntimeError("write error in C++")
+        with pytest.raises(OSError, match=r"b\.txt"):
+            write_text(tmp_path / "b.txt", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG and names(tmp_path) == []
+    with pytest.raises(RuntimeError, match="no disk"), whole_file(tmp_path / "a.bin"):
+        raise RuntimeError("no disk in it")
