@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu_run.sh [FOLDER]      # logs and JSON go there; default $OUT, else benchmarks/out/gpu
 #
-# In this order: build for the GPU at hand; then side by side, since none of them looks at the clock,
+# In this order: build for the GPU at hand; every op once (`knnext doctor --check`); then side by side, since none of them looks at the clock,
 # the tests marked gpu, the same once more with Hopper's own kernels, compute-sanitizer over a short
 # list, and real keys made; then limits and rivals, Hopper's kernels, the report. Each step is bounded
 # in time, and all of them by the run's; a failing one is reported at the end, in summary.txt and by
@@ -12,7 +12,7 @@
 #   PYTHON=python3      the interpreter
 #   MINUTES=9           stretches or shortens all limits alike
 #   STEPS="a b"         these steps alone, each with all the time that is left. In their order:
-#                       machine build tests tests_sm90 memcheck racecheck initcheck memcheck_sm90
+#                       machine build check tests tests_sm90 memcheck racecheck initcheck memcheck_sm90
 #                       real_keys bench bench_sm90 report, and two that else are left out:
 #                       kernels kernels_null (NULL_EPILOGUE=1) and profile (Nsight Compute)
 #   ARCHIVE=1           leave few files: summary.txt, the JSON, README.md, and everything again in
@@ -44,7 +44,7 @@ export PYTHONUNBUFFERED=1 KNNEXT_REQUIRE_GPU=1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 for name in $steps; do
-  case " machine build tests tests_sm90 memcheck racecheck initcheck memcheck_sm90 real_keys bench \
+  case " machine build check tests tests_sm90 memcheck racecheck initcheck memcheck_sm90 real_keys bench \
 bench_sm90 report kernels kernels_null profile " in *" $name "*) ;; *)
     echo "gpu_run.sh: STEPS names $name, which is none of its steps" >&2
     exit 2
@@ -218,6 +218,7 @@ say "knnext on $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null |
   say "no rivals in ${rivals}: what is installed counts"
 step machine 20 0 bash -c machine
 step build 150 0 env KNNEXT_CUDA=1 NVCC_THREADS=2 "$python" setup.py build_ext --inplace
+step check 40 0 "$python" -m knnext doctor --check
 
 beside tests 150 230 bash -c 'gpu_tests tests'
 beside tests_sm90 150 230 env KNNEXT_SM90=all bash -c 'gpu_tests tests_sm90 -k "search or sm90"'

@@ -55,8 +55,7 @@ def _code(argv: Sequence[str] | None) -> int:
     except SystemExit as stop:  # argparse's way out: 0 after --help, 2 after an error
         return int(stop.code or 0)
     try:
-        _run(args)
-        return 0
+        return _run(args)
     except KeyboardInterrupt:
         streams.write(sys.stderr, f"knnext {args.command}: interrupted\n")
         return 130
@@ -68,7 +67,7 @@ def _code(argv: Sequence[str] | None) -> int:
         return 1
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     if not args.debug:
         warnings.showwarning = _note
         # Set before transformers is imported: it reads them once.
@@ -84,6 +83,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         text = json.dumps(plain(result), allow_nan=False, ensure_ascii=True)
         streams.write(sys.stdout, f"{text}\n")
+    # What a command found may be a failure in itself, as of a check.
+    return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
 
 
 def plain(value: Any) -> Any:

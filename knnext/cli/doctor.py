@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 
 import knnext
 from knnext.ops import REPORT
-from knnext.ops._library import cuda_driver_version, cuda_symbols
+from knnext.ops._cards import can_run, cuda_driver_version, visible_cards
+from knnext.ops._library import built_for, cuda_symbols
 from knnext.ops._schemas import NAMES
-from knnext.say import binary_size
+from knnext.say import Say, binary_size
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -31,6 +34,35 @@ class Search:
     dtype: str = "float16"
 
 
+def run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    """The command. ``exit_code`` is not 0 where a check failed."""
+    given = {f.name: getattr(args, f.name) for f in fields(Search)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    facts = doctor(Search(**{**asdict(Search()), **chosen}) if chosen else None)
+    say(render(facts))
+    if args.check:
+        say("")
+        facts["checks"] = check(say)
+        facts["exit_code"] = int(not all(entry["ok"] for entry in facts["checks"]))
+    return facts
+
+
+def check(say: Say) -> list[dict[str, Any]]:
+    """Every op against the reference on the CPU and on each GPU; see knnext/cli/check.py."""
+    from knnext.cli.check import run_checks
+
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    start = time.perf_counter()
+    results = run_checks([torch.device("cpu"), *gpus], say)
+    failed = sum(not entry["ok"] for entry in results)
+    where = f"on the CPU and {len(gpus)} GPU{'' if len(gpus) == 1 else 's'}"
+    took = time.perf_counter() - start
+    say(f"{len(results) - failed} of {len(results)} checks passed {where} in {took:.0f} s")
+    if failed:
+        say("please report this, with what `knnext doctor --check --json` prints")
+    return results
+
+
 def doctor(search: Search | None = None) -> dict[str, Any]:
     """Facts about this installation, as a dictionary of plain values (JSON without loss)."""
     facts = {
@@ -42,6 +74,8 @@ def doctor(search: Search | None = None) -> dict[str, Any]:
         "packages": {name: _version(name) for name in ("transformers", "tokenizers", "datasets")},
         "loaded": {"cpu": REPORT.cpu, "cuda": REPORT.cuda, "fallbacks": REPORT.fallbacks},
         "cuda_kernels": cuda_symbols(),
+        "cards": _cards(),
+        "environment": _environment(),
     }
     if search is not None:
         facts["search"] = asdict(search)
@@ -66,6 +100,7 @@ def render(facts: dict[str, Any]) -> str:
         ("torch", f"{torch_['version']}, CUDA {torch_['cuda'] or 'none'}"),
         ("driver", torch_["driver"] or "no NVIDIA driver"),
         *(("gpu", _gpu_text(gpu)) for gpu in facts["gpus"]),
+        *(("gpu", f"cannot run the CUDA kernels: {why}") for why in _unable(facts)),
         ("cpu", f"{cpu['processor']}, {cpu['threads']} threads, path {cpu['isa']}"),
         ("cpu ops", loaded["cpu"] or "compiled"),
         ("cuda ops", loaded["cuda"] or f"{len(on_cuda)} of {len(NAMES)} compiled and registered"),
@@ -84,6 +119,29 @@ def render(facts: dict[str, Any]) -> str:
         lines += [_render_plan(plan) for plan in facts["plans"]]
     lines += ["", *(f"note: {text}" for text in facts["advice"])] if facts["advice"] else []
     return "\n".join(lines)
+
+
+def _unable(facts: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(card["why_not"] for card in facts["cards"] if card["why_not"]))
+
+
+def _cards() -> list[dict[str, Any]]:
+    """What the driver tells of each card, and why the CUDA library cannot run there, or ""."""
+    toolkit, archs = built_for()
+    return [
+        {
+            "name": card.name,
+            "capability": card.capability,
+            "why_not": can_run(toolkit, archs, [card]) if toolkit else "",
+        }
+        for card in visible_cards()
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """What may change how the ops are built, found or run."""
+    ours = ("KNNEXT_", "CUDA_", "NVIDIA_", "TORCH_CUDA", "PYTORCH_", "OMP_", "MKL_", "LD_")
+    return {name: text for name, text in sorted(os.environ.items()) if name.startswith(ours)}
 
 
 def _gpu_text(gpu: dict[str, Any]) -> str:
@@ -105,6 +163,8 @@ def _torch() -> dict[str, Any]:
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "platform": platform.platform(),
         "driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else None,
         "python": platform.python_version(),
     }

@@ -80,6 +80,8 @@ def _send(keys: Tensor, slot: _Slot, stream: torch.cuda.Stream, device: torch.de
             target = slot.device[:rows]
             target.record_stream(stream)  # it was made on the caller's
         target.copy_(slot.pinned[:rows], non_blocking=True)
+        # A buffer of the caller's stream: whoever drops it may not have it back while this writes.
+        target.record_stream(stream)
         slot.sent.record(stream)
     return target
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +63,14 @@ def visible_cards() -> list[Card]:
     return cards
 
 
-def can_run(toolkit: str, archs: str) -> str:
+def can_run(toolkit: str, archs: str, cards: Sequence[Card] | None = None) -> str:
     """ "" where the CUDA library can run on a card at hand, else the reason why not.
 
     Args:
         toolkit: the CUDA version that built it, such as "13.0"; "" where that is not known.
         archs: what it was built for, such as "8.0, 9.0a, 12.0+PTX"; "" where not known.
+        cards: those in question; by default all that this process may use, of which one that can
+            is enough.
     """
     if torch.version.hip:
         return f"this torch is built for ROCm {torch.version.hip}, and the kernels for NVIDIA cards"
@@ -78,7 +81,7 @@ def can_run(toolkit: str, archs: str) -> str:
             f"{toolkit}: it needs a driver for CUDA {needs // 1000}, or a build with CUDA "
             f"{has // 1000}"
         )
-    cards = visible_cards()
+    cards = visible_cards() if cards is None else cards
     reasons = [_why_not(card, archs, has, needs) for card in cards]
     if not cards or not all(reasons):  # where the driver says nothing, torch knows better
         return ""

@@ -68,7 +68,7 @@ class LoadReport:
         else:
             library = LIBRARIES / "libknnext_cuda.so"
             # Without a card, nothing can go wrong there.
-            reason = can_run(*_built_for()) if in_use and library.is_file() else ""
+            reason = can_run(*built_for()) if in_use and library.is_file() else ""
             reason = reason or _load(library)
         if in_use:
             missing = _install_fallbacks("CUDA")
@@ -80,7 +80,7 @@ class LoadReport:
         return reason
 
 
-def _built_for() -> tuple[str, str]:
+def built_for() -> tuple[str, str]:
     """CUDA version and architectures of the CUDA library; empty where nothing says."""
     try:
         from knnext import _host

@@ -134,6 +134,7 @@ def test_correctness_first_then_rivals_then_hopper_then_the_report(stub: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     order = [
         position(calls, "setup.py"),
+        position(calls, "-m knnext doctor --check"),
         position(calls, "sm90= ", "-m gpu", "tests/gpu"),
         position(calls, "sm90=all", "-m gpu", "tests/gpu", "search or sm90"),
         position(calls, "test_short_list"),
@@ -202,7 +203,7 @@ def test_a_run_ends_in_time_though_every_step_hangs(stub: Path, minutes: int) ->
     assert done.returncode == 1
     assert int((stub / "clock").read_text()) - MIDNIGHT <= 60 * minutes
     given = dict(re.findall(r"^(\w+) +OUT OF TIME \((\d+)s\)", done.stdout, re.MULTILINE))
-    assert {"machine", "build", "tests", "bench", "bench_sm90", "report"} == set(given)
+    assert {"machine", "build", "check", "tests", "bench", "bench_sm90", "report"} == set(given)
     assert int(given["bench"]) >= 15 * minutes and int(given["report"]) >= minutes
     assert "tests_sm90     NO TIME LEFT" in done.stdout
 

@@ -95,12 +95,12 @@ def test_plain_holds_no_nan() -> None:
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    from knnext.cli import demo as cli_demo
+    from knnext.cli import doctor as cli_doctor
 
     def fail(args: Any, say: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli_demo, "doctor", fail)
+    monkeypatch.setattr(cli_doctor, "run", fail)
 
 
 def test_failure_is_one_line_and_1(

@@ -170,7 +170,7 @@ if os.fork() == 0:
     os._exit(len(asked))
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
 _library.LIBRARIES = Path(sys.argv[1])
-_library._built_for = lambda: ("13.0", "8.0;9.0a")
+_library.built_for = lambda: ("13.0", "8.0;9.0a")
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 assert not has("knnext::knn_softmax", "CUDA")
 with warnings.catch_warnings(record=True) as caught:
