@@ -16,6 +16,11 @@ def add_datastore(c: argparse.ArgumentParser) -> None:
 def add_model(c: argparse.ArgumentParser, required: bool = True) -> None:
     c.add_argument("--model", required=required, help="folder or hub name of a causal LM")
     c.add_argument("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
+    c.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model brings; default: refuse such a model",
+    )
 
 
 def add_corpus(c: argparse.ArgumentParser, split: str, required: bool = True) -> None:

@@ -94,7 +94,9 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.model is None:
         raise ValueError("--model is missing; it may be left out with --scores only")
     device = device_of(args)  # before anything is read
-    model, tokenizer = load_lm(args.model)
+    model, tokenizer = load_lm(
+        args.model, trust_remote_code=getattr(args, "trust_remote_code", False)
+    )
     return model.to(device), tokenizer
 
 
@@ -108,11 +110,9 @@ def check_model(store: Datastore, model: Any, tokenizer: Any) -> None:
     """Refuse a datastore of another model or tokenizer; what an import left unsaid passes."""
     from knnext.lm.load import model_identity, tokenizer_hash
 
-    model_id, revision = model_identity(model)
-    expected = {"model_revision": revision, "tokenizer_hash": tokenizer_hash(tokenizer)}
-    if store.meta.model_revision is not None:  # else the name is only what somebody wrote there
-        expected["model_id"] = model_id
-    store.check_compatible(**expected)
+    # The weights decide. The model_id beside them is a name for people, which a copy may change.
+    _, revision = model_identity(model, store.meta.model_revision)
+    store.check_compatible(model_revision=revision, tokenizer_hash=tokenizer_hash(tokenizer))
 
 
 def open_index(args: argparse.Namespace, store: Datastore, settings: Settings) -> Index:

@@ -53,7 +53,9 @@ def _load(spec: str) -> Any:
             return datasets.load_from_disk(str(path))
         name, _, config = spec.partition(":")
         name, _, revision = name.partition("@")
-        return datasets.load_dataset(name, config or None, revision=revision or None)
+        return datasets.load_dataset(
+            name, config or None, revision=revision or None, trust_remote_code=False
+        )
     except Exception as error:  # datasets raises many kinds; each means the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorpusError(f"dataset {spec!r} cannot be loaded: {reason}") from error

@@ -1,201 +1,217 @@
-"""Finds the feed-forward of a model's last block by watching one short forward pass.
+"""What runs in a model's last block: one short forward pass, written down as a tree of calls.
 
-The rules, none of which knows a model's name:
-
-1. The blocks are the module list that holds the most parameters; the last block is the element
-   of it that runs last.
-2. The block's own calls are recorded in order. Those of modules that hold a matrix are kept, which
-   leaves attention and feed-forward and drops norms, dropouts and activations.
-3. A feed-forward works on each position alone. This is tested: the module is run again with all
-   positions but the last changed, and the last position's output must stay.
-4. The feed-forward is the last such module that reads and gives the block's width. Where the block
-   holds its layers bare (fc1, activation, fc2), the down projection is met first; the
-   feed-forward's input is then that of the layers before it.
-5. A module that first runs a norm on its own input and then the matrices (T5's layers) is entered,
-   since the key is taken after the norm. So is a module that wraps attention and feed-forward.
-
-Order of execution alone would do for most models. The test of rule 3 is what makes a parallel
-block safe whichever half runs first, and what refuses blocks without a feed-forward (Mamba).
+The blocks are the elements of module lists that lie in no other list. The last block is the one
+that finishes last, of the lists in which some element mixes positions: a list of output layers, or
+of the halves of blocks, holds none. Neither names nor sizes decide, so a model with two stacks, or
+with a tower for images that text does not pass, gives the block that its text leaves last.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from knnext.lm.running import TRACE_LENGTH, evaluating, first_tensor, trace_inputs
+from knnext.lm.positions import Place, dependence, output_tensor, positions_first, replaced
+from knnext.lm.running import TRACE_LENGTH, first_tensor, trace_inputs
 
-#: Above this share of the change elsewhere, the last position's change is no rounding (rule 3).
+#: Without derivatives: above this share of the change elsewhere, a change is no rounding.
 _MIXING_SHARE = 0.02
 
 
-@dataclass
-class _Call:
+@dataclass(eq=False)
+class Call:
     """One call of a module in the traced pass, with the calls it made itself."""
 
     name: str
     module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    nth: int
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     @property
     def read(self) -> Tensor | None:
         return first_tensor((self.args, self.kwargs))
 
     @property
-    def matrix_calls(self) -> list[_Call]:
-        return [c for c in self.calls if _has_matrix(c.module)]
+    def given(self) -> Tensor | None:
+        return output_tensor(self.output)
+
+    @property
+    def matrix_calls(self) -> list[Call]:
+        return [c for c in self.calls if num_matrices(c.module)]
 
     @property
     def is_leaf(self) -> bool:
         return not self.matrix_calls
 
-    def reads_width(self, width: int) -> bool:
-        return self.read is not None and self.read.shape[-1] == width
+    def walk(self) -> Iterator[Call]:
+        """This call and all under it, in the order in which they began."""
+        yield self
+        for call in self.calls:
+            yield from call.walk()
 
-    def keeps_width(self, width: int) -> bool:
-        given = first_tensor(self.output)
-        return self.reads_width(width) and given is not None and given.shape[-1] == width
+    def reads_width(self, widths: set[int]) -> bool:
+        return self.read is not None and self.read.shape[-1] in widths
 
-
-def find_feed_forward(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name, module) whose input is what the last block's feed-forward reads.
-
-    ValueError where the rules find none; it lists what ran in the block.
-    """
-    with evaluating(model):
-        block = _trace_last_block(model)
-        width = block.read.shape[-1] if block.read is not None else -1
-        found = _choose(block, width, bare=True)
-        if found is None:
-            raise ValueError(_not_found(block))
-        found = _after_inner_norm(found)
-    return found.name, found.module
+    def keeps_width(self, widths: set[int]) -> bool:
+        read, given = self.read, self.given
+        return (
+            read is not None
+            and given is not None
+            and self.reads_width(widths)
+            and given.shape[-1] == read.shape[-1]
+        )
 
 
-def _trace_last_block(model: nn.Module) -> _Call:
-    list_name, blocks = _block_list(model)
-    names = {id(m): n for n, m in blocks.named_modules(prefix=list_name)}
-    stack: list[_Call] = []
-    finished: list[_Call] = []
+class BlockTrace:
+    """The calls of one forward pass of a few tokens, and which of them mix positions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.root = _traced(model)
+        self._alone: dict[tuple[int, int], bool] = {}
+        self.block = self._last_block()
+        #: What a block may read: several residual streams side by side are wider than its layers.
+        self.widths = {c.read.shape[-1] for c in (self.block, *self._head()) if c.read is not None}
+
+    def alone(self, inner: Call, outer: Call) -> bool:
+        """Whether what ``inner`` reads at one position reaches ``outer``'s output there and only
+        there. False also where it cannot be told."""
+        known = (id(inner), id(outer))
+        if known not in self._alone:
+            self._alone[known] = self._asked(inner, outer)
+        return self._alone[known]
+
+    def _asked(self, inner: Call, outer: Call) -> bool:
+        length = _length(inner.read)
+        if length < 2:
+            return False
+        slopes = dependence(
+            lambda model: model(**trace_inputs(self.model)),
+            self.model,
+            Place(inner.module, "input", inner.nth),
+            Place(outer.module, "output", outer.nth),
+            slice(-1, None),
+            length,
+            waking=outer.module,
+        )
+        if slopes is not None and bool(slopes[-1] > 0):
+            return not bool(slopes[:-1].any())
+        return _unmoved(inner, length) if inner is outer else True
+
+    def _head(self) -> list[Call]:
+        getter = getattr(self.model, "get_output_embeddings", None)
+        head = getter() if getter is not None else None
+        return [call for call in self.root.walk() if call.module is head]
+
+    def _mixes(self, block: Call) -> bool:
+        """Whether it or a part of it mixes: of two residual streams one may pass by attention."""
+        return any(not self.alone(call, call) for call in block.walk() if not call.is_leaf)
+
+    def _last_block(self) -> Call:
+        lists = _outer_lists(self.model)
+        blocks = [c for c in self.root.walk() if id(c.module) in lists and not c.is_leaf]
+        # Elements of one list run one after the other, so that the last to begin is the last.
+        seen: set[int] = set()
+        for block in reversed(blocks):
+            owner = lists[id(block.module)]
+            if owner in seen:
+                continue
+            seen.add(owner)
+            peers = [c for c in reversed(blocks) if lists[id(c.module)] == owner]
+            if any(self._mixes(peer) for peer in peers):
+                return block
+        raise ValueError(
+            f"{type(self.model).__name__} has no list of blocks that ran in a forward pass of "
+            f"{TRACE_LENGTH} tokens; {how_to_name()}"
+        )
+
+
+def num_matrices(module: nn.Module) -> int:
+    return sum(p.ndim >= 2 for p in module.parameters())
+
+
+def how_to_name() -> str:
+    return "name the module by hand: key_layer='module:NAME:input' or 'module:NAME:output'"
+
+
+def _traced(model: nn.Module) -> Call:
+    root = Call("", model, 0)
+    stack, counts = [root], Counter[int]()
+    names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack.append(_Call(names[id(module)], module, args, kwargs))
+        stack.append(Call(names[id(module)], module, counts[id(module)], args, kwargs))
+        counts[id(module)] += 1
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         call = stack.pop()
         call.output = output
-        (stack[-1].calls if stack else finished).append(call)
+        stack[-1].calls.append(call)
 
     handles = []
     try:
-        for module in blocks.modules():
-            if module is not blocks:
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(leave))
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
         model(**trace_inputs(model))
     finally:
         for handle in handles:
             handle.remove()
-    if not finished:
-        raise ValueError(f"no block of {list_name!r} ran in a forward pass; {_how_to_name()}")
-    return finished[-1]
+    return root.calls[0]
 
 
-def _block_list(model: nn.Module) -> tuple[str, nn.Module]:
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
-    ]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of blocks; {_how_to_name()}")
-    # The outer list comes first and holds all that a list of experts inside it holds.
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p.ndim >= 2 for p in module.parameters())
-
-
-def _choose(parent: _Call, width: int, bare: bool) -> _Call | None:
-    calls = parent.matrix_calls
-    mixing = [c for c in calls if not c.is_leaf and not _is_positionwise(c)]
-    for i in range(len(calls) - 1, -1, -1):
-        if calls[i] in mixing:
+def _outer_lists(model: nn.Module) -> dict[int, int]:
+    """id of each element of an outermost list of modules -> id of that list."""
+    found: dict[int, int] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
             continue
-        if not calls[i].is_leaf and calls[i].keeps_width(width):
-            return calls[i]
-        # Bare layers are only trusted beside a module that mixes: else they may be attention's.
-        before = _read_before(calls[: i + 1], width) if bare and mixing else None
-        if before is not None and before not in mixing:
-            return before
-    inner = (_choose(c, width, bare=False) for c in reversed(mixing))
-    return next((found for found in inner if found is not None), None)
+        if name and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
+            inside.append(f"{name}.")
+            found.update({id(element): id(module) for element in module})
+    return found
 
 
-def _read_before(calls: list[_Call], width: int) -> _Call | None:
-    """The call before a down projection (the last call) that reads another tensor (rule 4)."""
-    down = calls[-1].read
-    ups = [c for c in calls[:-1] if c.read is not down and c.reads_width(width)]
-    return ups[-1] if ups else None
+def _length(read: Tensor | None) -> int:
+    """The number of positions of what a call reads; 0 where it has no such axis."""
+    if read is None or read.ndim < 2:
+        return 0
+    if positions_first(read, TRACE_LENGTH) is not None:
+        return TRACE_LENGTH
+    return read.shape[-2] if read.ndim == 3 else 0
 
 
-def _after_inner_norm(call: _Call) -> _Call:
-    matrices = call.matrix_calls
-    if not matrices:
-        return call
-    earlier = call.calls[: call.calls.index(matrices[0])]
-    normed = any(c.read is call.read and any(True for _ in c.module.parameters()) for c in earlier)
-    return _after_inner_norm(matrices[0]) if normed else call
+def _unmoved(call: Call, length: int) -> bool:
+    """Whether changing the earlier positions leaves the last one's output nearly as it was.
 
-
-def _is_positionwise(call: _Call) -> bool:
-    """Whether changing the earlier positions leaves the last one's output as it was."""
+    Only for kernels without derivatives, where a small mixing cannot be told from rounding.
+    """
     read = call.read
-    if read is None or read.ndim < 2 or read.shape[-2] != TRACE_LENGTH:
-        return False
+    assert read is not None
     changed = 2 * read.flip(-1) + 1
-    changed[..., -1, :] = read[..., -1, :]
+    last, was_last = positions_first(changed, length), positions_first(read, length)
+    if last is None or was_last is None:
+        return False
+    last[-1] = was_last[-1]
+    args, kwargs = replaced((call.args, call.kwargs), read, changed)
     try:
-        was = first_tensor(call.module(*call.args, **call.kwargs))
-        args, kwargs = _replace((call.args, call.kwargs), read, changed)
-        now = first_tensor(call.module(*args, **kwargs))
+        with torch.no_grad():
+            was = output_tensor(call.module(*call.args, **call.kwargs))
+            now = output_tensor(call.module(*args, **kwargs))
     except Exception:  # a module that cannot be run by itself cannot be tested
         return False
     if was is None or now is None or was.shape != now.shape:
         return False
-    change = (now.float() - was.float()).abs().flatten(0, -2)
-    if change.shape[0] != TRACE_LENGTH:
+    change = positions_first((now.float() - was.float()).abs(), length)
+    if change is None:
         return False
     return bool(change[-1].max() <= _MIXING_SHARE * change[:-1].max())
-
-
-def _replace(value: Any, old: Tensor, new: Tensor) -> Any:
-    if value is old:
-        return new
-    if isinstance(value, dict):
-        return {key: _replace(item, old, new) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_replace(item, old, new) for item in value)
-    return value
-
-
-def _how_to_name() -> str:
-    return "name the module by hand: key_layer='module:NAME:input' or 'module:NAME:output'"
-
-
-def _not_found(block: _Call) -> str:
-    lines = [
-        f"key_layer 'att': the last block, {block.name} ({type(block.module).__name__}), has no "
-        "feed-forward that could be told from the rest of it. What ran in it, in order:"
-    ]
-    for call in block.calls:
-        shape = tuple(call.read.shape) if call.read is not None else "no tensor"
-        lines.append(f"  {call.name} ({type(call.module).__name__}) read {shape}")
-    example = block.calls[-1].name if block.calls else block.name
-    return "\n".join([*lines, f"{_how_to_name()}, for one 'module:{example}:input'"])

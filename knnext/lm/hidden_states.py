@@ -28,6 +28,7 @@ from knnext.lm.key_layer import (
     capture_hidden_states,
     find_key_module,
 )
+from knnext.lm.running import context_length
 
 __all__ = [
     "KEY_LAYERS",
@@ -35,14 +36,12 @@ __all__ = [
     "HiddenStatesBatch",
     "KeyModule",
     "capture_hidden_states",
-    "context_length",
     "default_block_size",
     "find_key_module",
     "hidden_states",
 ]
 
 _MAX_DEFAULT_BLOCK = 1024
-_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 
 
 @dataclass
@@ -62,15 +61,6 @@ class HiddenStatesBatch:
 
     def __len__(self) -> int:
         return len(self.positions)
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The tokens that the model was made to read at once; None where its config does not tell."""
-    config: Any = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", None)  # of models that also read pictures
-    config = text() if text is not None else config
-    lengths = (getattr(config, name, None) for name in _LENGTH_NAMES)
-    return next((n for n in lengths if isinstance(n, int) and n > 0), None)
 
 
 def default_block_size(model: nn.Module) -> int:

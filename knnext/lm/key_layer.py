@@ -6,8 +6,8 @@ Two layers have names (h_ds in the paper):
 * ``"ffn"``: what the output layer reads, after the model's final norm where it has one.
 
 ``"ffn"`` is the input of ``model.get_output_embeddings()``. ``"att"`` has no accessor, and models
-name and arrange their blocks in many ways, so it is found by watching one forward pass of four
-tokens (knnext/lm/block_trace.py). Anything else is named by hand: ``"module:NAME:input"`` or
+name and arrange their blocks in many ways, so it is found by watching a short forward pass
+(knnext/lm/feed_forward.py). Anything else is named by hand: ``"module:NAME:input"`` or
 ``"module:NAME:output"`` with a name out of ``model.named_modules()``.
 """
 
@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from knnext.lm.block_trace import find_feed_forward
+from knnext.lm.causal import check_causal
+from knnext.lm.feed_forward import find_feed_forward
 from knnext.lm.running import first_tensor
 
 KEY_LAYERS = ("att", "ffn")
@@ -69,18 +70,21 @@ def find_key_module(model: nn.Module, key_layer: str | KeyModule) -> KeyModule:
     """The module behind ``key_layer``.
 
     ValueError for an unknown layer or module, or where the structure gives no answer; the message
-    then lists the modules of the last block and how to name one.
+    then lists the modules of the last block and how to name one. ValueError also for a model that
+    sees the future (knnext/lm/causal.py): all that reads keys passes here first.
     """
     if isinstance(key_layer, KeyModule):
         return key_layer
+    known = isinstance(key_layer, str) and key_layer in KEY_LAYERS
+    if not known and not (isinstance(key_layer, str) and key_layer.startswith("module:")):
+        raise ValueError(f"key_layer must be {_WANTED}, got {key_layer!r}")
+    check_causal(model)
     if key_layer == "att":
-        name, module = find_feed_forward(model)
-        return KeyModule(name, module, "input")
+        found = find_feed_forward(model)
+        return KeyModule(found.name, found.module, "input")
     if key_layer == "ffn":
         return _output_layer(model)
-    if isinstance(key_layer, str) and key_layer.startswith("module:"):
-        return _named_module(model, key_layer)
-    raise ValueError(f"key_layer must be {_WANTED}, got {key_layer!r}")
+    return _named_module(model, key_layer)
 
 
 def _output_layer(model: nn.Module) -> KeyModule:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Tokens of a trial pass.
-TRACE_LENGTH = 4
+#: Tokens of a trial pass: a number that no count of heads or experts equals.
+TRACE_LENGTH = 7
+_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 
 
 @contextmanager
@@ -30,6 +31,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest text that the model's config allows, where it says so."""
+    config: Any = getattr(model, "config", None)
+    lengths = (getattr(config, name, None) for name in _LENGTH_NAMES)
+    return next((n for n in lengths if isinstance(n, int) and n > 0), None)
 
 
 def trace_inputs(model: nn.Module) -> dict[str, Any]:
@@ -56,3 +64,15 @@ def first_tensor(value: Any) -> Tensor | None:
     else:
         return None
     return next((t for t in map(first_tensor, values) if t is not None), None)
+
+
+def float_tensors(value: Any) -> list[Tensor]:
+    """Every floating-point tensor in nested arguments, each object once."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, (tuple, list)):
+        return []
+    found = {id(tensor): tensor for item in value for tensor in float_tensors(item)}
+    return list(found.values())

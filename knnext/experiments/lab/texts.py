@@ -69,19 +69,18 @@ class TextLab:
     @cached_property
     def tokenizer(self) -> Any:
         """The given model's, or one trained on the train split."""
-        import transformers
-
+        from knnext.lm.load import load_tokenizer
         from knnext.lm.train import train_tokenizer
 
         if self.preset.model:
-            return transformers.AutoTokenizer.from_pretrained(self.preset.model)
+            return load_tokenizer(self.preset.model)
 
         def make(folder: Path) -> None:
             vocab_size = self.preset.train.vocab_size
             train_tokenizer(self.corpus.train, vocab_size).save_pretrained(folder)
 
         folder = self.cache.get("tokenizer", self._text_settings, make)
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return load_tokenizer(folder)
 
     def text(self, split: str) -> TokenizedDocuments:
         """The stream of a split: whole `"train"` for training, `"store"` for the datastore (its
@@ -122,19 +121,18 @@ class TextLab:
 def files_key(path: str | Path, without: str | Path | None = None) -> str:
     """Stands for a file, or for the files of a folder: their names, sizes and checksums.
 
-    Hidden ones are left out, as from a corpus, and those below `without` (results may be written
-    into the folder that is read).
+    Of a folder those that a corpus would look at, also by links; not those below `without`
+    (results may be written into the folder that is read).
     """
+    from knnext.corpus.walk import Skipped, files_below
     from knnext.index.sidecar import file_crc32
 
     start, apart = Path(path).resolve(), None if without is None else Path(without).resolve()
-    files = [start] if start.is_file() else sorted(p for p in start.rglob("*") if p.is_file())
+    files = [(".", start)] if start.is_file() else files_below(start, start, Skipped())
     seen = []
-    for file in files:
-        name = file.relative_to(start)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if not hidden and (apart is None or apart not in file.parents):
-            seen.append([str(name), file.stat().st_size, file_crc32(file)])
+    for name, file in files:
+        if apart is None or apart not in file.parents:
+            seen.append([name, file.stat().st_size, file_crc32(file)])
     return settings_key({"files": seen})
 
 

@@ -1,0 +1,112 @@
+"""What tells two models, or two tokenizers, apart: their content, never what they call themselves.
+
+A config may claim any name and commit; a model that was trained on, patched or pruned keeps them.
+So a model is known by all bits of all its weights. They are summed where they lie, each with a
+weight of its own (odd, drawn once), in whole numbers that wrap: no single changed value can keep a
+sum, any device and any order of adding gives the same one, and it takes as long as reading the
+weights once: tenths of a second for 100 million, seconds for some billions on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PREFIX = "tensors:"
+#: The forms that earlier versions recorded: hashes of samples, and commits as configs claim them.
+_SAMPLED_PREFIX = "weights:"
+_SAMPLED_VALUES = 4096
+#: Values summed at once, so that a large matrix needs little memory beside itself.
+_PIECE = 1 << 20
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def model_identity(model: nn.Module, recorded: str | None = None) -> tuple[str, str]:
+    """(id, revision) of a model: its hub name or class for people, and a hash of its weights.
+
+    The revision covers names, shapes, dtypes and every bit of all parameters and of the buffers
+    that are saved with them. A path is no part of it: a model that is moved stays the same model.
+    Nor is a commit that its config claims: a copy trained further is another model.
+
+    ``recorded``: the revision in a datastore; one of an older knnext is answered in its own form
+    (a hash of sampled values, or the claimed commit).
+    """
+    config: Any = getattr(model, "config", None)
+    commit = getattr(config, "_commit_hash", None)
+    name = getattr(config, "_name_or_path", "") if commit else ""
+    label = str(name or type(model).__name__)
+    if recorded is None or recorded.startswith(_PREFIX):
+        return label, _PREFIX + _hash(model)
+    if recorded.startswith(_SAMPLED_PREFIX):
+        return label, _SAMPLED_PREFIX + _sampled_hash(model)
+    return label, str(commit) if commit else _PREFIX + _hash(model)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """``sha256:...`` of a fast tokenizer's whole definition: vocabulary, merges, normalization."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TypeError(f"tokenizer must be a fast one, got {type(tokenizer).__name__}")
+    return sha256(backend.to_str().encode())
+
+
+def sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    factors: dict[torch.device, Tensor] = {}
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.device not in factors:
+            factors[tensor.device] = _factors().to(tensor.device)
+        digest.update(_sums(tensor, factors[tensor.device]).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers, each once, in the order of their names."""
+    seen: set[int] = set()
+    saved = model.state_dict(keep_vars=True)
+    for name in sorted(saved):
+        tensor = saved[name]
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            if tensor.is_meta:
+                raise ValueError(
+                    f"the weights of {type(model).__name__} are not in memory ({name} is on the "
+                    "meta device), so the model cannot be told from others"
+                )
+            yield name, tensor.detach()
+
+
+def _factors() -> Tensor:
+    generator = torch.Generator().manual_seed(20)
+    drawn = torch.randint(-(2**62), 2**62, (_PIECE,), generator=generator, dtype=torch.int64)
+    return 2 * drawn + 1
+
+
+def _sums(tensor: Tensor, factors: Tensor) -> Tensor:
+    """(pieces,) int64 on the CPU: the weighted sum of each piece's bits."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.reshape(-1)
+    whole = flat.view(_WHOLE[flat.element_size()]) if flat.numel() else flat.to(torch.int64)
+    sums = [(part.to(torch.int64) * factors[: len(part)]).sum() for part in whole.split(_PIECE)]
+    return torch.stack(sums).cpu()
+
+
+def _sampled_hash(model: nn.Module) -> str:
+    """As knnext 0.1 wrote it: up to 4,096 values of each parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().flatten()
+        sampled = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
+        digest.update(sampled.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,104 @@
+"""What lies in a model's folder, looked at before transformers opens it.
+
+transformers says of a broken folder what it met last, often without a file's name, and fills
+missing weights with random numbers. The files say it better: which is missing, cut short, or no
+model at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_INDEXES = tuple(f"{name}.index.json" for name in _WEIGHTS)
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+    "sentencepiece.bpe.model", "source.spm", "spm.model",
+)  # fmt: skip
+_LFS = b"version https://git-lfs"
+
+
+def check_folder(folder: Path) -> None:
+    """FileNotFoundError or ValueError where the folder holds no whole model and tokenizer."""
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json) of the model {base!r}, and no model: "
+            "load both with peft, call merge_and_unload() and save_pretrained(), and give that "
+            "folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no language model in {folder}: {_lacking(folder, 'config.json')}")
+    for path in _weight_files(folder):
+        _check_weights(path)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}: {_lacking(folder, 'tokenizer.json')}; "
+            "tokenizer.save_pretrained(folder) writes it"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError, with the path, where it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object, but {type(found).__name__}")
+    return found
+
+
+def _lacking(folder: Path, name: str) -> str:
+    there = sorted(path.name for path in folder.iterdir())
+    if not there:
+        return "the folder is empty"
+    shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+    return f"{name} is missing (there: {shown})"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read: one file, or the shards that an index names."""
+    for whole, index in zip(_WEIGHTS, _INDEXES, strict=True):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if not (folder / index).is_file():
+            continue
+        named = read_json(folder / index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise ValueError(f"{folder / index} names no files: it has no weight_map")
+        shards = sorted({str(name) for name in named.values()})
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"the weights in {folder} are not complete: {', '.join(missing[:3])} "
+                f"({len(missing)} of {len(shards)} files that {index} names) not there"
+            )
+        return [folder / name for name in shards]
+    raise FileNotFoundError(f"no weights in {folder}: {_lacking(folder, _WEIGHTS[0])}")
+
+
+def _check_weights(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(len(_LFS))
+        if head == _LFS:
+            raise ValueError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
+        if path.suffix != ".safetensors":
+            return
+        length = int.from_bytes(head[:8], "little")
+        if size < 8 or 8 + length > size:
+            raise ValueError(f"{path} is damaged or cut short: {size:,} bytes do not hold its head")
+        file.seek(8)
+        try:
+            tensors = json.loads(file.read(length))
+            ends = [t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path} is no safetensors file: its head cannot be read") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(
+            f"{path} is damaged or cut short: it has {size:,} bytes, its head says {expected:,}"
+        )
