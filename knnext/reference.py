@@ -48,9 +48,23 @@ def rescore(
     if keys.shape[0] == 0:
         return torch.full(indices.shape, INF, dtype=compute_dtype, device=queries.device)
     rows = keys[indices.masked_fill(padding, 0)].to(compute_dtype)
-    q = queries.to(compute_dtype)[:, None, :]
-    distances = (q - rows).square().sum(-1) if metric == "l2" else -(q * rows).sum(-1)
-    return distances.masked_fill(padding, INF)
+    return _direct(queries.to(compute_dtype), rows, metric).masked_fill(padding, INF)
+
+
+def _direct(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
+    """(Q, m) distances to rows (Q, m, D) or (1, m, D): by subtraction, where there is one."""
+    q = queries[:, None, :]
+    return (q - rows).square().sum(-1) if metric == "l2" else -(q * rows).sum(-1)
+
+
+def _expanded(queries: Tensor, keys: Tensor, sqnorms: Tensor | None, metric: str) -> Tensor:
+    """(Q, N) distances by one product of matrices, norms given or not."""
+    with _full_precision(queries.device):
+        products = queries @ keys.T
+    if metric == "ip":
+        return -products
+    norms = keys.square().sum(1) if sqnorms is None else sqnorms.to(keys.dtype)
+    return (queries.square().sum(1)[:, None] + norms - 2 * products).clamp_min(0)
 
 
 def merge_topk(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -89,30 +103,22 @@ def knn_search(
     num_queries, num_keys, device = queries.shape[0], keys.shape[0], queries.device
     distances = torch.full((num_queries, k), INF, dtype=compute_dtype, device=device)
     indices = torch.full((num_queries, k), -1, dtype=torch.int64, device=device)
-    step = max(1, BLOCK_BYTES // max(1, 8 * num_queries))
+    # With refine every difference of a block is held, not only their sums.
+    held = num_queries * (queries.shape[1] if refine else 1)
+    step = max(1, BLOCK_BYTES // max(1, 8 * held))
     q = queries.to(compute_dtype)
     for start in range(0, num_keys, step):
         block = keys[start : start + step].to(compute_dtype)
-        with _full_precision(device):
-            scores = q @ block.T
-        if metric == "l2":
-            norms = (
-                block.square().sum(1)
-                if key_sqnorms is None
-                else key_sqnorms[start : start + step].to(compute_dtype)
-            )
-            scores = (q.square().sum(1)[:, None] + norms - 2 * scores).clamp_min(0)
+        if refine:
+            scores = _direct(q, block[None], metric)
         else:
-            scores = -scores
+            norms = None if key_sqnorms is None else key_sqnorms[start : start + step]
+            scores = _expanded(q, block, norms, metric)
         rows = torch.arange(start, start + block.shape[0], device=device).expand_as(scores)
-        # A NaN or infinite distance is no neighbor.
-        rows = rows.masked_fill(~(scores < INF), -1)
+        rows = rows.masked_fill(~scores.isfinite(), -1)
         distances, indices = merge_topk(
             torch.cat([distances, scores], 1), torch.cat([indices, rows], 1), k
         )
-    if refine:
-        distances = rescore(queries, keys, indices, metric, compute_dtype)
-        indices = indices.masked_fill(~(distances < INF), -1)
     indices = torch.where(indices < 0, indices, indices + index_offset)
     if init_distances is not None and init_indices is not None:
         distances = torch.cat([init_distances.to(compute_dtype), distances], 1)

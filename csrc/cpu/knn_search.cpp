@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/search/pass.h"
+#include "cpu/search/refine.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {
@@ -28,10 +29,6 @@ using Given = Neighbors<const float, const int64_t>;
 using Result = Neighbors<float, int64_t>;
 
 struct Finish {
-  const KeyRows& queries;
-  const KeyRows& keys;
-  Metric metric;
-  bool refine;
   int64_t index_offset;
   Given given;
   Result result;
@@ -58,82 +55,105 @@ std::vector<float> start_thresholds(const Given& given, int64_t num_queries, int
 }
 
 // All candidates of one query, in one array.
-std::pair<uint64_t*, int64_t> gather_lists(SearchWorkspace& workspace, int64_t q,
-                                           std::vector<uint64_t>& scratch) {
+Listed gather_lists(SearchWorkspace& workspace, int64_t q, std::vector<uint64_t>& scratch) {
   QueryList& first = workspace.list(0, q);
-  if (workspace.num_slices() == 1) return {first.entries, first.size};
+  Listed listed{first.entries, first.size, first.threshold};
+  if (workspace.num_slices() == 1) return listed;
   scratch.clear();
   for (int64_t slice = 0; slice < workspace.num_slices(); ++slice) {
     const QueryList& list = workspace.list(slice, q);
     scratch.insert(scratch.end(), list.entries, list.entries + list.size);
+    listed.complete_below = std::min(listed.complete_below, list.threshold);
   }
-  return {scratch.data(), static_cast<int64_t>(scratch.size())};
+  listed.entries = scratch.data();
+  listed.size = static_cast<int64_t>(scratch.size());
+  return listed;
 }
 
-// Distances by direct subtraction in place of the expanded ones; sorts again.
-int64_t refine(const Finish& finish, const SearchPass& pass, int64_t q, uint64_t* entries,
-               int64_t found) {
-  const SearchKernels& kernels = search_kernels();
-  const int element = static_cast<int>(finish.keys.element());
-  const auto direct =
-      (finish.metric == Metric::kL2 ? kernels.direct_l2 : kernels.direct_ip)[element];
-  const int64_t dim = finish.keys.dim();
-  std::vector<char> scratch;
-  std::vector<float> query(dim);
-  const int64_t row = pass.first_query + q;
-  kernels.widen[element](finish.queries.rows(row, 1, scratch).data, dim, query.data());
-  int64_t kept = 0;
-  for (int64_t i = 0; i < found; ++i) {
-    const uint32_t key = candidate_row(entries[i]);
-    const RowBlock block = finish.keys.rows(pass.first_key + key, 1, scratch);
-    const float distance = direct(query.data(), block.data, dim);
-    if (distance < kInf) entries[kept++] = pack_candidate(distance, key);
-  }
-  sort_candidates(entries, kept);
-  return kept;
-}
+// Merges the pass's sorted candidates with the given neighbors and writes one row of the result.
+class RowWriter {
+ public:
+  RowWriter(const Finish& finish, const SearchPass& pass) : finish_(finish), pass_(pass) {}
 
-// Merges the pass's sorted neighbors with the given ones and writes one row of the result.
-void write_row(const Finish& finish, int64_t row, const std::vector<Neighbor>& found,
-               std::vector<Neighbor>& given) {
-  const Result& result = finish.result;
-  given.clear();
-  for (int64_t i = row * finish.given.width; i < (row + 1) * finish.given.width; ++i)
-    if (finish.given.indices[i] >= 0 && !std::isnan(finish.given.distances[i]))
-      given.push_back({finish.given.distances[i], finish.given.indices[i]});
-  if (!std::is_sorted(given.begin(), given.end())) std::sort(given.begin(), given.end());
-
-  float* distances = result.distances + row * result.width;
-  int64_t* indices = result.indices + row * result.width;
-  auto a = found.begin();
-  auto b = given.begin();
-  for (int64_t i = 0; i < result.width; ++i) {
-    Neighbor best{kInf, -1};
-    if (a != found.end() && (b == given.end() || *a < *b))
-      best = *a++;
-    else if (b != given.end())
-      best = *b++;
-    distances[i] = best.distance;
-    indices[i] = best.index;
+  void write(int64_t row, const uint64_t* entries, int64_t found) {
+    read_given(row);
+    const Result& result = finish_.result;
+    float* distances = result.distances + row * result.width;
+    int64_t* indices = result.indices + row * result.width;
+    const uint64_t* end = entries + found;
+    auto given = given_.begin();
+    for (int64_t i = 0; i < result.width; ++i) {
+      Neighbor best{kInf, -1};
+      if (entries != end && (given == given_.end() || neighbor(*entries) < *given))
+        best = neighbor(*entries++);
+      else if (given != given_.end())
+        best = *given++;
+      distances[i] = best.distance;
+      indices[i] = best.index;
+    }
   }
-}
+
+ private:
+  Neighbor neighbor(uint64_t entry) const {
+    return {candidate_distance(entry),
+            pass_.first_key + candidate_row(entry) + finish_.index_offset};
+  }
+
+  void read_given(int64_t row) {
+    const Given& given = finish_.given;
+    given_.clear();
+    for (int64_t i = row * given.width; i < (row + 1) * given.width; ++i)
+      if (given.indices[i] >= 0 && !std::isnan(given.distances[i]))
+        given_.push_back({given.distances[i], given.indices[i]});
+    if (!std::is_sorted(given_.begin(), given_.end())) std::sort(given_.begin(), given_.end());
+  }
+
+  const Finish& finish_;
+  const SearchPass& pass_;
+  std::vector<Neighbor> given_;
+};
 
 void finish_pass(const Finish& finish, const SearchPass& pass, SearchWorkspace& workspace) {
   torch::stable::parallel_for(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> scratch;
-    std::vector<Neighbor> neighbors, given;
+    RowWriter writer(finish, pass);
     for (int64_t q = begin; q < end; ++q) {
-      auto [entries, size] = gather_lists(workspace, q, scratch);
-      int64_t found = select_sorted(entries, size, pass.k);
-      if (finish.refine) found = refine(finish, pass, q, entries, found);
-      neighbors.clear();
-      for (int64_t i = 0; i < found; ++i) {
-        const int64_t key = pass.first_key + candidate_row(entries[i]);
-        neighbors.push_back({candidate_distance(entries[i]), key + finish.index_offset});
-      }
-      write_row(finish, pass.first_query + q, neighbors, given);
+      const Listed listed = gather_lists(workspace, q, scratch);
+      const int64_t found = select_sorted(listed.entries, listed.size, pass.k);
+      writer.write(pass.first_query + q, listed.entries, found);
     }
   });
+}
+
+// The same for lists of lower bounds: what they leave open is searched by the direct form.
+void finish_refined(const Finish& finish, const SearchPass& pass, SearchWorkspace& workspace) {
+  std::vector<float> limits(pass.num_queries);
+  torch::stable::parallel_for(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> scratch, scored;
+    DirectQuery query(pass.queries, pass.metric);
+    RowWriter writer(finish, pass);
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t row = pass.first_query + q;
+      query.read(row);
+      const Listed listed = gather_lists(workspace, q, scratch);
+      limits[q] = refine_list(listed, pass, pass.start_threshold(q), query, scored);
+      if (!query.finite()) limits[q] = -kInf;
+      writer.write(row, scored.data(), static_cast<int64_t>(scored.size()));
+    }
+  });
+
+  std::vector<OpenQuery> open;
+  for (int64_t q = 0; q < pass.num_queries; ++q)
+    if (limits[q] > -kInf) open.push_back({pass.first_query + q, limits[q]});
+  const DirectScan scan{pass.queries, pass.keys,      pass.metric,
+                        pass.k,       pass.first_key, pass.num_keys};
+  const int64_t step = direct_scan_queries(scan), size = static_cast<int64_t>(open.size());
+  RowWriter writer(finish, pass);
+  for (int64_t first = 0; first < size; first += step) {
+    const auto found = direct_scan(scan, open.data() + first, std::min(step, size - first));
+    for (size_t i = 0; i < found.size(); ++i)
+      writer.write(open[first + i].row, found[i].data(), static_cast<int64_t>(found[i].size()));
+  }
 }
 
 // One run of keys, in as many passes over the queries as the plan says.
@@ -141,16 +161,15 @@ void search_run(const Finish& finish, SearchPass pass, const Tensor& queries) {
   const int64_t num_queries = queries.size(0);
   const SearchProblem problem{num_queries,
                               pass.num_keys,
-                              finish.keys.dim(),
-                              pass.k,
-                              static_cast<int>(finish.keys.element_bytes()),
+                              pass.keys.dim(),
+                              pass.kept,
+                              static_cast<int>(pass.keys.element_bytes()),
                               0,
                               0,
                               static_cast<int>(torch::stable::get_num_threads())};
   const CpuSearchPlan plan = plan_cpu_search(problem, isa());
   std::vector<float> thresholds;
-  if (!finish.refine && finish.given.width)
-    thresholds = start_thresholds(finish.given, num_queries, pass.k);
+  if (finish.given.width) thresholds = start_thresholds(finish.given, num_queries, pass.k);
   pass.start_thresholds = thresholds.empty() ? nullptr : thresholds.data();
 
   Tensor memory = empty_on<1>(queries, {plan.workspace_bytes}, ScalarType::Byte);
@@ -159,7 +178,7 @@ void search_run(const Finish& finish, SearchPass pass, const Tensor& queries) {
     pass.first_query = first;
     pass.num_queries = std::min(plan.queries_per_pass, num_queries - first);
     workspace.run(pass);
-    finish_pass(finish, pass, workspace);
+    (pass.form.certain() ? finish_refined : finish_pass)(finish, pass, workspace);
   }
 }
 
@@ -182,13 +201,16 @@ std::tuple<Tensor, Tensor> knn_search_cpu(const Tensor& queries, const Tensor& k
   if (init_distances) given_d = as_contiguous(*init_distances);
   if (init_indices) given_i = as_contiguous(*init_indices);
   const KeyRows query_rows(queries), key_rows(keys);
-  Finish finish{query_rows, key_rows, shape.metric, refine, index_offset, {}, {}};
+  Finish finish{index_offset, {}, {}};
   finish.result = {distances.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>(), k};
   if (given_d)
     finish.given = {given_d->const_data_ptr<float>(), given_i->const_data_ptr<int64_t>(),
                     shape.num_init};
 
-  SearchPass pass{query_rows, key_rows, nullptr, shape.metric, k, 0, 0, 0, 0, nullptr};
+  const auto form = refine ? ExpandedForm::lower_bounds(shape.metric, shape.dim)
+                           : ExpandedForm::distances(shape.metric);
+  const int64_t kept = refine ? refined_list_size(k) : k;
+  SearchPass pass{query_rows, key_rows, nullptr, shape.metric, form, k, kept, 0, 0, 0, 0, nullptr};
   pass.key_sqnorms = norms ? norms->const_data_ptr<float>() : nullptr;
   std::vector<float> previous_d;
   std::vector<int64_t> previous_i;

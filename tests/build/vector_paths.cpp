@@ -75,7 +75,7 @@ Scores scores(const SearchKernels& kernels, Element element, const std::vector<c
                                panel.data());
     kernels.sqnorms(panel.data(), dims, norms.data());
     std::copy_n(norms.data(), count, out.sqnorms.data() + first);
-    std::fill(norms.begin() + count, norms.end(), std::nanf(""));
+    std::fill(norms.begin() + count, norms.end(), kInf);
     for (int q = 0; q < num_queries; q += kernels.tile_rows) {
       const int rows = std::min(kernels.tile_rows, num_queries - q);
       std::vector<float> tile(dims * kernels.tile_rows), row(dims);
@@ -84,14 +84,17 @@ Scores scores(const SearchKernels& kernels, Element element, const std::vector<c
       for (int i = 0; i < rows; ++i) {
         kernels.widen[int(element)](queries.data() + (q + i) * stride * bytes, dims, row.data());
         for (int64_t d = 0; d < dims; ++d) tile[d * kernels.tile_rows + i] = row[d];
-        lists.push_back({memory[i].data(), 0, 2.0f * dims, float(dims)});
+        lists.push_back({memory[i].data(), 0, 2.0f * dims, float(dims), 1.0f});
       }
       kernels.multiply(tile.data(), panel.data(), dims, rows, products.data());
       for (int i = 0; i < rows; ++i)
         std::copy_n(products.data() + i * width, count,
                     out.products.data() + (q + i) * num_keys + first);
-      kernels.filter({products.data(), norms.data(), rows, uint32_t(first), -2.0f, 0.0f}, {64, 128},
-                     lists.data());
+      // Where NaN is the least, the keys holding it are listed too.
+      const bool nan_is_least = dims % 2;
+      kernels.filter(
+          {products.data(), norms.data(), rows, uint32_t(first), -2.0f, 0.0f, nan_is_least},
+          {64, 128}, lists.data());
       for (const QueryList& list : lists)
         out.entries.insert(out.entries.end(), list.entries, list.entries + list.size);
     }

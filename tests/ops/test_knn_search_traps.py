@@ -140,11 +140,12 @@ def _by_definition(queries: torch.Tensor, keys: torch.Tensor, metric: str):
     return reference.merge_topk(*(torch.cat(p, 1) for p in zip(*parts, strict=True)), keys.shape[0])
 
 
-def test_negative_infinity_is_the_nearest_inner_product() -> None:
+@pytest.mark.parametrize("refine", [False, True])
+def test_an_inner_product_that_is_infinite_is_no_neighbor(refine: bool) -> None:
     keys = torch.tensor([[1.0], [INF], [2.0], [INF], [-INF]])
-    distances, indices = knnext.knn_search(torch.ones(1, 1), keys, 5, "ip")
-    assert indices.tolist() == [[1, 3, 2, 0, -1]]
-    assert distances.tolist() == [[-INF, -INF, -2.0, -1.0, INF]]
+    distances, indices = knnext.knn_search(torch.ones(1, 1), keys, 5, "ip", refine=refine)
+    assert indices.tolist() == [[2, 0, -1, -1, -1]]
+    assert distances.tolist() == [[-2.0, -1.0, INF, INF, INF]]
 
 
 def test_negative_zero_ties_with_zero() -> None:

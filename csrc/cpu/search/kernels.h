@@ -22,26 +22,28 @@ constexpr int kMaxPanelKeys = 48;
 
 enum class Element : int { kHalf = 0, kBFloat16 = 1, kFloat = 2 };
 
-// The candidates of one query: (distance, row) packed by pack_candidate.
+// The candidates of one query: (distance, row) packed by pack_candidate. bound.h says what the
+// "distance" is, and sets both terms.
 struct QueryList {
   uint64_t* entries;
   int64_t size;
-  float threshold;  // only smaller distances can still be among the k best
-  float sqnorm;
+  float threshold;  // only smaller distances are still listed
+  float term, key_weight;
 };
 
 struct Selection {
-  int64_t k;
-  int64_t capacity;  // at which a list is cut back to its k best
+  int64_t k;         // that a list keeps when it is cut back
+  int64_t capacity;  // at which that happens
 };
 
 struct Tile {
-  const float* products;  // (rows, panel keys)
-  const float* sqnorms;  // of the panel's keys; NaN where the panel is padded, which no test passes
+  const float* products;   // (rows, panel keys)
+  const float* key_terms;  // of the panel's keys; inf where the panel is padded: never below
   int rows;
   uint32_t first_key;
   float product_weight;  // -2 for "l2", -1 for "ip"
-  float least;           // 0 for "l2", -inf for "ip"
+  float least;           // what is smaller is raised to it
+  bool nan_is_least;     // NaN passes every test as `least`; otherwise it passes none
 };
 
 struct SearchKernels {
@@ -55,7 +57,8 @@ struct SearchKernels {
   void (*sqnorms)(const float* panel, int64_t dims, float* sums);
   // products (rows, panel_keys) of a query tile (dims, tile_rows) and a panel.
   void (*multiply)(const float* tile, const float* panel, int64_t dims, int rows, float* products);
-  // Appends what lies below each query's threshold; lists hold panel_keys more than the capacity.
+  // Appends what is finite and lies below each query's threshold; lists hold panel_keys more than
+  // the capacity.
   void (*filter)(const Tile& tile, const Selection& selection, QueryList* lists);
   // Converts one row to float32. Indexed by Element.
   void (*widen[3])(const void* row, int64_t dims, float* out);
@@ -63,6 +66,10 @@ struct SearchKernels {
   // one key. Lanes hold parts of the sum here, always the same ones.
   float (*direct_l2[3])(const float* query, const void* key, int64_t dims);
   float (*direct_ip[3])(const float* query, const void* key, int64_t dims);
+
+  auto direct(bool l2, Element element) const {
+    return (l2 ? direct_l2 : direct_ip)[static_cast<int>(element)];
+  }
 };
 
 const SearchKernels& search_kernels();  // those of isa()

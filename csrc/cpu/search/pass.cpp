@@ -61,20 +61,18 @@ void SearchWorkspace::pack_tile(const SearchPass& pass, int64_t tile) {
     for (int64_t d = 0; d < dim_; ++d) to[d * plan_.kernel_rows + i] = row[d];
   }
   float* sqnorms = query_sqnorms_ + start;
-  if (pass.metric == Metric::kL2)
+  if (pass.form.needs_sqnorms())
     row_sqnorms(pass.queries, pass.first_query + start, rows, sqnorms);
   else
     std::fill(sqnorms, sqnorms + rows, 0.0f);
 }
 
 void SearchWorkspace::reset_lists(const SearchPass& pass) {
-  const float* thresholds = pass.start_thresholds;
   for (int64_t slice = 0; slice < num_slices(); ++slice)
     for (int64_t q = 0; q < pass.num_queries; ++q) {
       const int64_t at = slice * plan_.queries_per_pass + q;
-      const float threshold =
-          thresholds ? thresholds[pass.first_query + q] : std::numeric_limits<float>::infinity();
-      lists_[at] = {entries_ + at * plan_.list_entries, 0, threshold, query_sqnorms_[q]};
+      lists_[at] = {entries_ + at * plan_.list_entries, 0, pass.start_threshold(q), 0, 0};
+      pass.form.set_query(query_sqnorms_[q], lists_[at]);
     }
 }
 
@@ -83,18 +81,17 @@ void SearchWorkspace::pack_panel(const SearchPass& pass, int64_t panel, int64_t 
   const int64_t width = plan_.panel_keys, start = panel * width;
   const int64_t count = std::min(width, pass.num_keys - start), first = pass.first_key + start;
   float* to = block.panels + slot * width * dim_;
-  float* sqnorms = block.sqnorms + slot * width;
+  float* terms = block.key_terms + slot * width;
   thread_local std::vector<char> scratch;
   const RowBlock rows = pass.keys.rows(first, count, scratch);
   kernels_.pack[static_cast<int>(pass.keys.element())](rows.data, rows.row_stride,
                                                        static_cast<int>(count), dim_, to);
-  if (pass.metric == Metric::kIp)
-    std::fill(sqnorms, sqnorms + count, 0.0f);
-  else if (pass.key_sqnorms)
-    std::copy_n(pass.key_sqnorms + first, count, sqnorms);
-  else
-    kernels_.sqnorms(to, dim_, sqnorms);
-  std::fill(sqnorms + count, sqnorms + width, std::numeric_limits<float>::quiet_NaN());
+  if (pass.key_sqnorms)
+    std::copy_n(pass.key_sqnorms + first, count, terms);
+  else if (pass.form.needs_sqnorms())
+    kernels_.sqnorms(to, dim_, terms);
+  pass.form.set_keys(terms, count);
+  std::fill(terms + count, terms + width, std::numeric_limits<float>::infinity());
 }
 
 void SearchWorkspace::by_keys(const SearchPass& pass) {
@@ -130,21 +127,16 @@ void SearchWorkspace::multiply(const SearchPass& pass, const Block& block, int64
                                int64_t count, int64_t begin, int64_t end, QueryList* lists) const {
   alignas(64) float products[kMaxTileRows * kMaxPanelKeys];
   const int64_t width = plan_.panel_keys;
-  const bool l2 = pass.metric == Metric::kL2;
-  const Selection selection{pass.k, plan_.capacity};
-  Tile tile{products,
-            nullptr,
-            0,
-            0,
-            l2 ? -2.0f : -1.0f,
-            l2 ? 0.0f : -std::numeric_limits<float>::infinity()};
+  const Selection selection{pass.kept, plan_.capacity};
+  Tile tile{products,           nullptr, 0, 0, pass.form.product_weight(), pass.form.least(),
+            pass.form.certain()};
   for (int64_t group = 0; group < count; group += plan_.cached_panels) {
     const int64_t stop = std::min(count, group + plan_.cached_panels);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t start = t * plan_.tile_rows;
       tile.rows = static_cast<int>(std::min(plan_.tile_rows, pass.num_queries - start));
       for (int64_t i = group; i < stop; ++i) {
-        tile.sqnorms = block.sqnorms + i * width;
+        tile.key_terms = block.key_terms + i * width;
         tile.first_key = static_cast<uint32_t>((panel + i) * width);
         kernels_.multiply(tiles_ + t * plan_.kernel_rows * dim_, block.panels + i * width * dim_,
                           dim_, tile.rows, products);

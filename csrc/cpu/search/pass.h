@@ -8,8 +8,10 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "checks.h"
+#include "cpu/search/bound.h"
 #include "cpu/search/candidates.h"
 #include "cpu/search/key_rows.h"
 #include "plan/cpu.h"
@@ -21,10 +23,17 @@ struct SearchPass {
   const KeyRows& keys;
   const float* key_sqnorms;  // (N,), or null: computed from the packed keys
   Metric metric;
+  ExpandedForm form;  // what the lists are in order of
   int64_t k;
+  int64_t kept;  // of a list, when it is cut back: k, or more where the form is uncertain
   int64_t first_query, num_queries;
   int64_t first_key, num_keys;
   const float* start_thresholds;  // (Q,), or null: of all queries, not of the pass
+
+  float start_threshold(int64_t q) const {
+    return start_thresholds ? start_thresholds[first_query + q]
+                            : std::numeric_limits<float>::infinity();
+  }
 };
 
 class SearchWorkspace {
@@ -38,10 +47,10 @@ class SearchWorkspace {
   QueryList& list(int64_t slice, int64_t q) { return lists_[slice * plan_.queries_per_pass + q]; }
 
  private:
-  // A block of packed keys and their squared norms.
+  // A block of packed keys and their terms.
   struct Block {
     float* panels;
-    float* sqnorms;
+    float* key_terms;
   };
 
   Block block(int64_t i) const;

@@ -114,12 +114,15 @@ void multiply(const float* tile, const float* panel, int64_t dims, int rows, flo
 template <class V, int kKeys>
 void filter_row(const Tile& tile, const float* products, QueryList& list) {
   const auto weight = V::broadcast(tile.product_weight), least = V::broadcast(tile.least);
-  const auto query = V::broadcast(list.sqnorm), threshold = V::broadcast(list.threshold);
+  const auto query = V::broadcast(list.term), key_weight = V::broadcast(list.key_weight);
+  const auto threshold = V::broadcast(list.threshold);
   for (int j = 0; j < kKeys; j += V::kWidth) {
-    const auto norms = V::add(query, V::load(tile.sqnorms + j));
-    const auto raw = V::multiply_add(weight, V::load(products + j), norms);
-    const auto distance = V::max(least, raw);
-    const unsigned passing = V::less(distance, threshold);
+    const auto terms = V::multiply_add(key_weight, V::load(tile.key_terms + j), query);
+    const auto raw = V::multiply_add(weight, V::load(products + j), terms);
+    const auto distance = tile.nan_is_least ? V::max(raw, least) : V::max(least, raw);
+    unsigned passing = V::less(distance, threshold);
+    if (!passing) continue;
+    passing &= V::less(V::broadcast(-__builtin_inff()), distance);
     if (passing) V::append(list, distance, passing, tile.first_key + j);
   }
 }

@@ -1,0 +1,42 @@
+// What the expanded form says for certain about the direct one: a lower bound of every distance.
+//
+// A pass of the search lists keys by what filter() makes of a product p,
+//
+//   weight p + (query term + key weight * key term)
+//
+// and these terms decide what that is: the distance itself, or, where the winners are computed
+// again from the rows, a number that the distance found then is certain not to lie below. What the
+// lists left out is then known to be no nearer than the largest that they kept.
+#pragma once
+
+#include <cstdint>
+
+#include "checks.h"
+#include "cpu/search/kernels.h"
+
+namespace knnext::cpu {
+
+class ExpandedForm {
+ public:
+  static ExpandedForm distances(Metric metric);
+  static ExpandedForm lower_bounds(Metric metric, int64_t dim);
+
+  bool needs_sqnorms() const { return metric_ == Metric::kL2 || certain_; }
+  // Sets the terms of a query; where nothing can be said of it, closes its list: whatever passes is
+  // counted as left out.
+  void set_query(float sqnorm, QueryList& list) const;
+  // Squared norms become key terms, in place.
+  void set_keys(float* sqnorms, int64_t count) const;
+
+  float product_weight() const { return metric_ == Metric::kL2 ? -2.0f : -1.0f; }
+  float least() const;  // and what is said of a key of which nothing is known
+  bool certain() const { return certain_; }
+
+ private:
+  Metric metric_ = Metric::kL2;
+  bool certain_ = false;
+  bool usable_ = true;
+  float norm_share_ = 1, product_share_ = 0, absolute_ = 0, tiny_ = 0;
+};
+
+}  // namespace knnext::cpu
