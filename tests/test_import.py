@@ -49,3 +49,21 @@ def test_no_module_hides_a_public_name() -> None:
         assert module.name not in knnext.__all__, "importing it would replace the function"
     for name in set(knnext.__all__) - {"DatastoreError"}:
         assert callable(getattr(knnext, name)), name
+
+
+ASKS = """
+import os, torch
+def asked(*args):
+    raise AssertionError("import knnext asks for CUDA")
+for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_properties"):
+    setattr(torch.cuda, name, asked)
+torch.version.cuda = "13.0"  # what a CUDA build of torch says
+import knnext
+knnext.key_sqnorms(torch.ones(2, 3))
+assert not [line for line in open("/proc/self/maps") if "libcuda.so" in line]
+"""
+
+
+def test_an_import_asks_nothing_of_cuda() -> None:
+    done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
