@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
 _DEFAULT_NEW_TOKENS = 50
+#: Documents with less of a token's p_knn than this are not worth a reader's time.
+_NAMED = 0.01
 
 
 def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -194,7 +196,8 @@ def _comparison(mixed: str, base: str, parts: list[str], moved: list[Influence])
     yield "the base LM alone: " + ("the same" if mixed == base else shown(base))
     yield ""
     yield f"{'p':>8}{'p_lm':>9}{'p_knn':>9}  token, and the documents of its neighbors"
-    for part, one in zip(parts, moved, strict=True):
-        documents = ", ".join(f"{name} {share:.2g}" for name, share in one.documents)
+    for text, one in zip(parts, moved, strict=True):
+        moving = [(name, part) for name, part in one.documents if part >= _NAMED * one.p_knn]
+        documents = ", ".join(f"{name} {part:.2g}" for name, part in moving)
         numbers = f"{one.p:>8.2g}{one.p_lm:>9.2g}{one.p_knn:>9.2g}"
-        yield f"{numbers}  [{shown(part)}]{'  ' + documents if documents else ''}"
+        yield f"{numbers}  [{shown(text)}]{'  ' + documents if documents else ''}"
