@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from knnext.cli import main
 from knnext.corpus import TokenizedDocuments, take_documents
-from knnext.demo import run_demo
+from knnext.demo import Demo, run_demo
 from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, DemoError
 from knnext.index.faiss_build import faiss_recipe
 
@@ -82,6 +84,17 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_a_fit_at_the_edge_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    lines: list[str] = []
+    edges = {EXACT: ("highest temperature",), FAISS: ()}
+    monkeypatch.setattr("knnext.evaluation.tune.tune", lambda e: SimpleNamespace(edges=e))
+    Demo(DemoConfig(), tmp_path, lines.append)._tune(edges)  # type: ignore[arg-type]
+    notes = [line.strip() for line in lines if "note:" in line]
+    assert len(notes) == 1 and notes[0].startswith(EXACT) and "highest temperature" in notes[0]
+
+
 class Killed(Exception):
     pass
 
@@ -121,9 +134,24 @@ def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shown = "\n".join(lines)
     assert "95 %" in shown and "Where the neighbors helped most" in shown and "report.html" in shown
 
+    assert "Done in " in shown
+
+    # The fit of the exact search lies where the other commands look for it, and they are named.
+    fit = json.loads((out / "datastore.tuning.json").read_text())
+    assert fit["k"] == 64 and fit["index"] == "exact" and fit["nprobe"] is None
+    assert fit["lmbda"] == results["tuning"][EXACT]["lmbda"]
+    tries = lines[lines.index("To try next:") + 1 :]
+    assert len(tries) == 3
+    for line in tries:
+        words = shlex.split(line)
+        words = words[words.index("knnext") + 1 :]
+        assert main([*words, "--device", "cpu"]) == 0, line
+
     # A finished demo is shown again and not run again.
+    del lines[:]
     stamp = (out / "results.json").stat().st_mtime_ns
     assert run_demo(config, out, say=lines.append) == json.loads((out / "results.json").read_text())
     assert (out / "results.json").stat().st_mtime_ns == stamp
+    assert "Done in" not in "\n".join(lines) and "The run that made them took" in "\n".join(lines)
     with pytest.raises(DemoError, match="k 64, not 65"):
         run_demo(DemoConfig(**{**TINY, "k": 65}), out, say=lines.append)
