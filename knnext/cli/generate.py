@@ -62,7 +62,7 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def _neighbor_lines(number: int, neighbor: dict[str, Any]) -> list[str]:
     text = f"{shown(neighbor['before'])}[{shown(neighbor['token'])}]{shown(neighbor['after'])}"
-    facts = f"distance {neighbor['distance']:.4g}   share {100 * neighbor['share']:.2g} %"
+    facts = f"distance {neighbor['distance']:.4g}   share {100 * neighbor['share']:.3g} %"
     return [f"{number:>3}  {text}", f"     {facts}   {neighbor['document']}", ""]
 
 
