@@ -147,7 +147,9 @@ def _new_student(lab: Lab, seed: int) -> nn.Module:
 
     with torch.random.fork_rng():
         torch.manual_seed(_FIRST_SEED + seed)
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(lab.lm().model.config)
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            lab.lm().model.config, trust_remote_code=False
+        )
     return model.to(lab.device)
 
 

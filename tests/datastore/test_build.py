@@ -124,7 +124,7 @@ def test_identity_is_of_weights_and_not_of_paths(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     tiny("gpt2").save_pretrained(tmp_path / "a")
-    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=False)
     assert model_identity(moved) == model_identity(tiny("gpt2"))
     assert model_identity(tiny("llama")) != model_identity(tiny("mistral"))
 

@@ -71,7 +71,7 @@ def tiny(name: str) -> Any:
     class_name, options = CONFIGS[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, class_name)(**options)
+        getattr(transformers, class_name)(**options), trust_remote_code=False
     )
     # Norms begin as the identity and biases as zero, which would hide a key taken a step too early.
     for parameter in model.parameters():
