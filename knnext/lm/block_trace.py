@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from knnext.lm.positions import Place, dependence, output_tensor, positions_first, replaced
-from knnext.lm.running import TRACE_LENGTH, first_tensor, trace_inputs
+from knnext.lm.running import TRACE_LENGTH, first_tensor, here, trace_inputs
 
 #: Without derivatives: above this share of the change elsewhere, a change is no rounding.
 _MIXING_SHARE = 0.02
@@ -159,8 +159,8 @@ def _traced(model: nn.Module) -> Call:
     handles = []
     try:
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
+            handles.append(module.register_forward_pre_hook(here(enter), with_kwargs=True))
+            handles.append(module.register_forward_hook(here(leave)))
         model(**trace_inputs(model))
     finally:
         for handle in handles:

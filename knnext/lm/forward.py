@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from knnext.lm.key_layer import KeyModule, capture_hidden_states, find_key_module
-from knnext.lm.running import evaluating, first_tensor, trace_inputs
+from knnext.lm.running import evaluating, first_tensor, here, trace_inputs
 
 #: Bytes of float32 logits held at once while log-probabilities are taken.
 _LOGITS_BYTES = 64 << 20
@@ -104,7 +104,7 @@ def _plain_parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     except ValueError:
         return base, None
     outputs: list[Any] = []
-    handle = base.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    handle = base.register_forward_hook(here(lambda *call: outputs.append(call[-1])))
     try:
         with evaluating(model):
             logits = model(**trace_inputs(model)).logits

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from knnext.lm.causal import check_causal
 from knnext.lm.feed_forward import find_feed_forward
-from knnext.lm.running import first_tensor
+from knnext.lm.running import first_tensor, here
 
 KEY_LAYERS = ("att", "ffn")
 _WANTED = "'att', 'ffn' or 'module:NAME:input' / 'module:NAME:output'"
@@ -115,7 +115,7 @@ def _named_module(model: nn.Module, key_layer: str) -> KeyModule:
 
 @contextmanager
 def capture_hidden_states(model: nn.Module, key_layer: str | KeyModule) -> Iterator[CapturedStates]:
-    """Reads the keys of every forward pass inside the block, with a hook that ends with it.
+    """Reads the keys of this thread's passes inside the block, with a hook that ends with it.
 
     Yields an object whose ``states(batch)`` gives the latest pass's keys. A module that runs more
     than once in a pass (looped models) is read the last time.
@@ -130,9 +130,9 @@ def capture_hidden_states(model: nn.Module, key_layer: str | KeyModule) -> Itera
         captured._keep(first_tensor(output))
 
     if key.side == "input":
-        handle = key.module.register_forward_pre_hook(before, with_kwargs=True)
+        handle = key.module.register_forward_pre_hook(here(before), with_kwargs=True)
     else:
-        handle = key.module.register_forward_hook(after)
+        handle = key.module.register_forward_hook(here(after))
     try:
         yield captured
     finally:

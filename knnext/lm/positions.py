@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from knnext.lm.running import first_tensor, float_tensors
+from knnext.lm.running import first_tensor, float_tensors, here
 
 #: Keeps small derivatives above the least float16; their size says nothing else.
 _COTANGENT = 64.0
@@ -124,9 +124,9 @@ def at_place(place: Place, change: Callable[[Tensor], Tensor | None]) -> Iterato
         return None if new is None else replaced(output, old, new)
 
     if place.side == "input":
-        handle = place.module.register_forward_pre_hook(before, with_kwargs=True)
+        handle = place.module.register_forward_pre_hook(here(before), with_kwargs=True)
     else:
-        handle = place.module.register_forward_hook(after)
+        handle = place.module.register_forward_hook(here(after))
     try:
         yield
     finally:

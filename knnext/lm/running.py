@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook for the calls of this thread alone: others may be using the model meanwhile."""
+    thread = threading.get_ident()
+
+    def for_this_thread(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == thread else None
+
+    return for_this_thread
 
 
 def context_length(model: nn.Module) -> int | None:

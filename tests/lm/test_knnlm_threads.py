@@ -275,3 +275,30 @@ def test_data_parallel_is_refused() -> None:
         replica = model._replicate_for_data_parallel()
         with pytest.raises(RuntimeError, match="DataParallel"):
             replica(ids)
+
+
+@pytest.mark.parametrize("layer", ["att", "ffn", "module:transformer.h.1:output"])
+def test_keys_are_made_beside_other_calls(layer: str) -> None:
+    """Finding the layer and reading keys use hooks too: they are for their own thread's calls."""
+    model, tokens = tiny("gpt2"), random_tokens(60)
+    other = random_tokens(9, seed=4)[None]
+    with torch.no_grad():
+        logits = model(other).logits
+    expected = index_of(model, tokens, key_layer=layer).keys
+    done = threading.Event()
+
+    def call_the_base() -> bool:
+        with torch.no_grad():
+            good = torch.equal(model(other).logits, logits)
+            while good and not done.is_set():
+                good = torch.equal(model(other).logits, logits)
+        return good
+
+    with ThreadPoolExecutor(2) as pool:
+        callers = [pool.submit(call_the_base) for _ in range(2)]
+        try:
+            for _ in range(4):
+                assert torch.equal(index_of(model, tokens, key_layer=layer).keys, expected)
+        finally:
+            done.set()
+        assert all(caller.result(timeout=60) for caller in callers)
