@@ -13,6 +13,16 @@ from pathlib import Path
 
 from knnext.corpus.documents import few
 
+#: A folder below a corpus that holds all of one set is a datastore, a model, a demo or experiments:
+#: results may be written beside the text, and are no text themselves.
+_MADE = (
+    {"keys-00000.bin", "values-00000.bin"},
+    {"tokenizer.json", "config.json"},
+    {"demo.json", "training.json"},
+    {"cache", "report.html"},
+)
+_MADE_NAMES = ("knnext-demo", "knnext-experiments")
+
 
 @dataclass
 class Skipped:
@@ -51,7 +61,7 @@ def files_below(folder: Path, root: Path, skipped: Skipped) -> list[tuple[str, P
                 continue  # a second way to what has been read
             seen.add((status.st_dev, status.st_ino))
             if is_folder:
-                for entry in _entries(path, root, skipped):
+                for entry in _entries(path, root, skipped, made=path != folder):
                     (links if entry.is_symlink() else folders).append(entry)
                 links.sort()
             elif path.is_file():
@@ -63,9 +73,13 @@ def files_below(folder: Path, root: Path, skipped: Skipped) -> list[tuple[str, P
     return [("/".join(parts), files[parts]) for parts in sorted(files)]
 
 
-def _entries(folder: Path, root: Path, skipped: Skipped) -> Iterator[Path]:
+def _entries(folder: Path, root: Path, skipped: Skipped, made: bool) -> Iterator[Path]:
+    """What a folder holds, but for hidden entries; nothing where it is of our own making."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries)
+    if made and (folder.name in _MADE_NAMES or any(some <= set(names) for some in _MADE)):
+        skipped.add("a datastore, a model or results", folder.relative_to(root).as_posix())
+        return
     for name in names:
         if name.startswith("."):
             skipped.add("hidden", (folder / name).relative_to(root).as_posix())

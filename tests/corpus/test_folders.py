@@ -141,6 +141,26 @@ def test_links_to_folders_are_followed_and_circles_cut(tmp_path: Path) -> None:
     assert [d.text for d in load(tmp_path / "splits").test] == ["the test\n"]
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("store/keys-00000.bin", "store/values-00000.bin", "store/document-names.jsonl"),
+        ("gpt2/tokenizer.json", "gpt2/config.json", "gpt2/merges.txt"),
+        ("out/demo.json", "out/training.json", "out/report.html"),
+        ("knnext-experiments/report.md",),
+        ("exp/report.html", "exp/cache/tokenizer/1/merges.txt"),
+    ],
+)
+def test_what_was_made_of_a_corpus_is_no_part_of_it(tmp_path: Path, files: tuple[str, ...]) -> None:
+    notes_folder(tmp_path)
+    before = load(tmp_path).facts("train")
+    for name in files:
+        write(tmp_path / name, '"a"\n"b"\n')
+    corpus = load(tmp_path)
+    assert corpus.facts("train") == before
+    assert f"1 a datastore, a model or results ({files[0].split('/')[0]})" in notes_of(corpus)
+
+
 # JSON and notebooks
 
 

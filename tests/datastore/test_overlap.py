@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from knnext.corpus import Document, TokenizedDocuments
-from knnext.datastore import Datastore, IncompatibleDatastoreError
+from knnext.datastore import CorruptDatastoreError, Datastore, IncompatibleDatastoreError
 from knnext.datastore.overlap import OverlapError, check_overlap, common_documents
 
 DIM = 4
@@ -157,6 +157,18 @@ def test_a_store_of_before_opens_extends_and_keeps_its_fingerprint(tmp_path: Pat
     store = Datastore.open(tmp_path / "v1")
     assert store.document_hashes is None and store.meta.text is None
     assert to_json(store.meta) == (FIXTURE / "meta.json").read_bytes()
+
+
+def test_damage_to_the_hashes_is_seen(tmp_path: Path) -> None:
+    path = stored(tmp_path / "ds", stream(TRAIN)).path / "document-hashes.bin"
+    content = path.read_bytes()
+    assert len(content) == 16 * len(TRAIN)
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(CorruptDatastoreError, match=r"document-hashes\.bin: its content"):
+        Datastore.open(path.parent, verify=True)
+    path.write_bytes(content[:-1])
+    with pytest.raises(CorruptDatastoreError, match=r"document-hashes\.bin: truncated"):
+        Datastore.open(path.parent)
 
 
 FACTS = {"corpus": "/notes", "split": "train", "seed": 7, "shares": [80.0, 10.0, 10.0]}
