@@ -97,11 +97,18 @@ def _check_code(folder: Path) -> None:
     if config.get("model_type") not in CONFIG_MAPPING and config.get("auto_map"):
         named = f"auto_map in {folder / 'config.json'}: {_listed(config['auto_map'])}"
         raise ValueError(_CODE_WANTED.format(source=folder, named=named))
-    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        given = config.get(name)
-        if any("/" in str(v) for v in (given.values() if isinstance(given, dict) else [given])):
-            named = f"{name} in {folder / 'config.json'}: {given}"
-            raise ValueError(_CODE_WANTED.format(source=folder, named=named))
+    for name, value in _implementations(config):
+        named = f"{name} in {folder / 'config.json'}: {value}, code from a hub"
+        raise ValueError(_CODE_WANTED.format(source=folder, named=named))
+
+
+def _implementations(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Attentions and the like, anywhere in a config, that are named by a repository of code."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _implementations(value, f"{key}.{name}" if key else name)
+    elif "implementation" in key and isinstance(config, str) and "/" in config:
+        yield key, config
 
 
 def _listed(auto_map: Any) -> str:

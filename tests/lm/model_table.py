@@ -43,7 +43,7 @@ class Row:
     def __str__(self) -> str:
         if self.refused:
             return f"| {self.name} | {self.architecture} | refused: {self.refused} | | |"
-        reads = f"`{self.norm}`" if self.norm else "the stream"
+        reads = f"`{self.norm}`" if self.norm else "no norm"
         return (
             f"| {self.name} | {self.architecture} | `{self.module}` | {reads} | {self.verified} |"
         )
@@ -128,7 +128,7 @@ Verified, by derivatives that are exactly 0 or are not:
 
 No **n**: the block has no norm there (OLMo 2), or makes what it reads from several streams. No
 **b**: a convolution or a Mamba layer follows in the block (Inkling, Zamba); or the model has no
-derivatives in eval mode (Reformer), and small changes of the input were made in their place.
+derivatives in eval mode (Reformer, xLSTM), and small changes of the input were made in their place.
 
 | family | architecture | `att` reads | given by | verified |
 |---|---|---|---|---|

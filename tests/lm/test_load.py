@@ -103,6 +103,9 @@ def plant(folder: Path, where: str) -> Path:
         edit_json(folder / "config.json", model_type="mine", auto_map={"AutoTokenizer": "x"})
     elif where == "kernel":
         edit_json(folder / "config.json", attn_implementation="somebody/their-attention")
+    elif where == "kernel of a part":
+        part = {"model_type": "llama", "_attn_implementation_internal": {"": "a/b"}}
+        edit_json(folder / "config.json", text_config=part)
     elif where == "generate":
         (folder / "custom_generate").mkdir()
         text = f"import pathlib\npathlib.Path({str(mark)!r}).write_text('ran')\ndef generate(): 0\n"
@@ -110,7 +113,7 @@ def plant(folder: Path, where: str) -> Path:
     return mark
 
 
-@pytest.mark.parametrize("where", ["config", "model", "tokenizer", "kernel"])
+@pytest.mark.parametrize("where", ["config", "model", "tokenizer", "kernel", "kernel of a part"])
 def test_no_code_of_a_model_is_run(
     where: str, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +123,7 @@ def test_no_code_of_a_model_is_run(
     with pytest.raises(ValueError, match="--trust-remote-code") as error:
         load_lm(folder)
     assert "\n" not in str(error.value)
-    assert ("auto_map" in str(error.value)) == (where != "kernel")
+    assert ("auto_map" in str(error.value)) == ("kernel" not in where)
     assert not mark.exists()
     assert sys.stdin.read() == "y\n" * 9  # nobody asked
 
