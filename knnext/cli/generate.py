@@ -82,9 +82,9 @@ def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.lm.knnlm import KNNLM
 
     settings = Settings.of(args)
-    temperature, lmbda = settings.mixture()
     options = _decoding(args)
     store = open_datastore(args)
+    temperature, lmbda = settings.mixture()
     model, tokenizer = open_model(args)
     check_model(store, model, tokenizer)
     index = open_index(args, store, settings)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from knnext.cli import main
+from knnext.cli.parser import build_parser
 from knnext.corpus import TokenizedDocuments, take_documents
 from knnext.demo import Demo, run_demo
 from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, DemoError
@@ -145,7 +146,9 @@ def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for line in tries:
         words = shlex.split(line)
         words = words[words.index("knnext") + 1 :]
-        assert main([*words, "--device", "cpu"]) == 0, line
+        build_parser().parse_args(words)
+        if words[0] != "eval":  # reads all of the standard library's test split
+            assert main([*words, "--device", "cpu"]) == 0, line
 
     # A finished demo is shown again and not run again.
     del lines[:]
