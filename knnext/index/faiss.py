@@ -6,6 +6,7 @@ the codes, or the real ones, recomputed from the stored keys (`rescore=True`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ class FaissIndex(TokenTable):
         self._gpu = gpu
         self._cpu_index = index
         self._gpu_index = faiss_library.to_gpu(index, gpu) if _use_gpu(gpu) else None
+        #: Where nprobe is a setting of the index, which threads and copies of this object share.
+        self._setting = threading.Lock()
 
     @classmethod
     def build(
@@ -238,8 +241,9 @@ class FaissIndex(TokenTable):
         self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
     ) -> tuple[Tensor, Tensor]:
         if self._gpu_index is not None and not excluded and k <= GPU_MAX_K:
-            faiss_library.set_nprobe(self._cpu_index, nprobe, self._gpu_index)
-            return self._convert(*faiss_library.search(self._gpu_index, queries, k))
+            with self._setting:
+                faiss_library.set_nprobe(self._cpu_index, nprobe, self._gpu_index)
+                return self._convert(*faiss_library.search(self._gpu_index, queries, k))
         found = faiss_library.search_without(self._cpu_index, queries, k, nprobe, excluded)
         if found is not None:
             return self._convert(*found)
@@ -249,10 +253,12 @@ class FaissIndex(TokenTable):
         self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
     ) -> tuple[Tensor, Tensor]:
         """For an index without filters: ask for as many rows more as could be dropped."""
-        faiss_library.set_nprobe(self._cpu_index, nprobe)
         more = sum(stop - start for start, stop in excluded)
         wanted = min(k + more, max(k, self.datastore.num_entries))
-        distances, indices = self._convert(*faiss_library.search(self._cpu_index, queries, wanted))
+        with self._setting:
+            faiss_library.set_nprobe(self._cpu_index, nprobe)
+            found = faiss_library.search(self._cpu_index, queries, wanted)
+        distances, indices = self._convert(*found)
         for start, stop in excluded:
             indices.masked_fill_((indices >= start) & (indices < stop), -1)
         return distances, indices
