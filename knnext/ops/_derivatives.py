@@ -31,7 +31,9 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """The op, past the kernels of this module where no derivative can be asked for: they are
     Python, and would take longer than a short op itself.
     """
-    if torch.compiler.is_compiling() or derivatives_asked(*args, **kwargs):
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return op(*args, **kwargs)
+    if derivatives_asked(*args, **kwargs):
         return op(*args, **kwargs)
     with _below_autograd():
         return op(*args, **kwargs)

@@ -53,6 +53,9 @@ def knn_search(
         k = _numbers.integer("knn_search", "k", k)
     if type(index_offset) is not int:
         index_offset = _numbers.integer("knn_search", "index_offset", index_offset)
+    usual = key_sqnorms is None and init_distances is None and init_indices is None
+    if usual and not refine and not index_offset:  # what is not passed costs no time
+        return call(_OP, queries, keys, k, metric)
     return call(
         _OP,
         queries,
