@@ -42,6 +42,8 @@ VECTOR_PATHS = {
     },
     "__aarch64__": {"_neon": ""},
 }
+#: What stands in both libraries of ops.
+SHARED = ("checks", "complaints", "caller", "stable_compat")
 #: Where TORCH_CUDA_ARCH_LIST is not set and no card is in sight: what nvcc knows of these, and PTX
 #: of the last for what comes after it.
 DEFAULT_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
@@ -376,7 +378,7 @@ class Build(build_ext):
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "knnext"
         build = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
         ninja = NinjaFile(torch, cuda, build, package)
-        shared = [CSRC / "checks.cpp", CSRC / "complaints.cpp"]
+        shared = [CSRC / f"{name}.cpp" for name in SHARED]
         ops = [CSRC / "library.cpp", *shared, *sources("plan/*.cpp"), *sources("cpu/**/*.cpp")]
         ninja.library(package / "lib/libknnext_cpu.so", ops, "$torch_flags", "$torch_libs")
         cuda_library = package / "lib/libknnext_cuda.so"

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 namespace knnext {
 namespace {
@@ -56,9 +57,18 @@ std::string with_article(const std::string& text) {
   return (text[0] == 'i' ? "an " : "a ") + text;
 }
 
-std::string device_text(const Tensor& t) {
-  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
-  return t.is_cpu() ? "cpu" : "another kind of device";
+std::string shape_text(const int64_t* sizes, size_t count) {
+  std::ostringstream out;
+  out << '(';
+  for (size_t i = 0; i < count; ++i) out << (i ? ", " : "") << sizes[i];
+  out << (count == 1 ? ",)" : ")");
+  return out.str();
+}
+
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = t.size(static_cast<int64_t>(i));
+  return sizes;
 }
 
 }  // namespace
@@ -68,15 +78,22 @@ void fail(const char* op, const std::string& complaint) {
 }
 
 std::string shape_text(const Tensor& t) {
-  std::ostringstream out;
-  out << '(';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << (t.dim() == 1 ? ",)" : ")");
-  return out.str();
+  const std::vector<int64_t> sizes = sizes_of(t);
+  return shape_text(sizes.data(), sizes.size());
+}
+
+std::string device_text(const Tensor& t) {
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return t.is_cpu() ? "cpu" : "another kind of device";
+}
+
+std::string describe(ScalarType dtype, const int64_t* sizes, size_t count) {
+  return with_article(dtype_name(dtype)) + " tensor of shape " + shape_text(sizes, count);
 }
 
 std::string describe(const Tensor& t) {
-  return with_article(dtype_name(t.scalar_type())) + " tensor of shape " + shape_text(t);
+  const std::vector<int64_t> sizes = sizes_of(t);
+  return describe(t.scalar_type(), sizes.data(), sizes.size());
 }
 
 std::string number_text(int64_t number) {

@@ -16,7 +16,9 @@ using torch::stable::Tensor;
 [[noreturn]] void fail(const char* op, const std::string& complaint);
 
 std::string shape_text(const Tensor& t);
-std::string describe(const Tensor& t);  // "a float32 tensor of shape (2, 3)"
+std::string device_text(const Tensor& t);  // "cpu", "cuda:1"
+std::string describe(const Tensor& t);     // "a float32 tensor of shape (2, 3)"
+std::string describe(ScalarType dtype, const int64_t* sizes, size_t count);
 std::string number_text(int64_t number);
 // With as few digits, from six up, as tell it from every other number.
 std::string number_text(double number);

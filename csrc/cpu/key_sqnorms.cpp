@@ -1,7 +1,8 @@
 // key_sqnorms on the CPU: bit-equal to the norms that knn_search computes for itself.
-#include <torch/csrc/stable/library.h>
 
+#include "boxing.h"
 #include "checks.h"
+#include "cpu/parallel.h"
 #include "cpu/search/key_rows.h"
 #include "stable_compat.h"
 
@@ -12,7 +13,7 @@ Tensor key_sqnorms_cpu(const Tensor& keys) {
   const KeyRows rows(keys);
   Tensor out = empty_on<1>(keys, {rows.num_rows()}, ScalarType::Float);
   float* to = out.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, rows.num_rows(), 256, [&](int64_t begin, int64_t end) {
+  for_pieces(0, rows.num_rows(), 256, [&](int64_t begin, int64_t end) {
     row_sqnorms(rows, begin, end - begin, to + begin);
   });
   return out;
@@ -21,5 +22,5 @@ Tensor key_sqnorms_cpu(const Tensor& keys) {
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("key_sqnorms", TORCH_BOX(&knnext::cpu::key_sqnorms_cpu));
+  KNNEXT_IMPL(m, "key_sqnorms", knnext::cpu::key_sqnorms_cpu);
 }

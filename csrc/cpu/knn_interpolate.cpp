@@ -1,10 +1,10 @@
 // knn_interpolate on the CPU: one pass over a row of logits for max and sum, one that writes
 // log((1 - lmbda) p_lm), then log p_knn is added in where a neighbor has the token.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "boxing.h"
 #include "cpu/mixing/arguments.h"
 #include "cpu/mixing/neighbors.h"
 
@@ -93,6 +93,6 @@ Tensor knn_interpolate_cpu(const Tensor& lm_logits, const Tensor& distances, con
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("knn_interpolate", TORCH_BOX(&knnext::cpu::knn_interpolate_cpu<double>));
-  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::cpu::knn_interpolate_cpu<knnext::Tensor>));
+  KNNEXT_IMPL(m, "knn_interpolate", knnext::cpu::knn_interpolate_cpu<double>);
+  KNNEXT_IMPL(m, "knn_interpolate.tensor", knnext::cpu::knn_interpolate_cpu<knnext::Tensor>);
 }

@@ -1,8 +1,8 @@
 // The gradients of knn_interpolate on the CPU; the formulas are in mix_gradients.h.
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "boxing.h"
 #include "cpu/mixing/mix_gradients.h"
 #include "stable_compat.h"
 
@@ -114,8 +114,7 @@ Gradients knn_interpolate_gradients_cpu(const Tensor& grad, const Tensor& lm_log
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("_knn_interpolate_gradients",
-         TORCH_BOX(&knnext::cpu::knn_interpolate_gradients_cpu<double>));
-  m.impl("_knn_interpolate_gradients.tensor",
-         TORCH_BOX(&knnext::cpu::knn_interpolate_gradients_cpu<knnext::Tensor>));
+  KNNEXT_IMPL(m, "_knn_interpolate_gradients", knnext::cpu::knn_interpolate_gradients_cpu<double>);
+  KNNEXT_IMPL(m, "_knn_interpolate_gradients.tensor",
+              knnext::cpu::knn_interpolate_gradients_cpu<knnext::Tensor>);
 }

@@ -1,5 +1,4 @@
 // knn_search on the CPU: exact, without the (Q, N) matrix. See search/pass.h for the picture.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -8,7 +7,9 @@
 #include <tuple>
 #include <vector>
 
+#include "boxing.h"
 #include "checks.h"
+#include "cpu/parallel.h"
 #include "cpu/search/pass.h"
 #include "cpu/search/refine.h"
 #include "stable_compat.h"
@@ -38,7 +39,7 @@ struct Finish {
 std::vector<float> start_thresholds(const Given& given, int64_t num_queries, int64_t k) {
   std::vector<float> thresholds(num_queries, kInf);
   if (given.width < k) return thresholds;
-  torch::stable::parallel_for(0, num_queries, 16, [&](int64_t begin, int64_t end) {
+  for_pieces(0, num_queries, 16, [&](int64_t begin, int64_t end) {
     std::vector<float> row;
     for (int64_t q = begin; q < end; ++q) {
       row.clear();
@@ -114,7 +115,7 @@ class RowWriter {
 };
 
 void finish_pass(const Finish& finish, const SearchPass& pass, SearchWorkspace& workspace) {
-  torch::stable::parallel_for(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
+  for_pieces(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> scratch;
     RowWriter writer(finish, pass);
     for (int64_t q = begin; q < end; ++q) {
@@ -128,7 +129,7 @@ void finish_pass(const Finish& finish, const SearchPass& pass, SearchWorkspace& 
 // The same for lists of lower bounds: what they leave open is searched by the direct form.
 void finish_refined(const Finish& finish, const SearchPass& pass, SearchWorkspace& workspace) {
   std::vector<float> limits(pass.num_queries);
-  torch::stable::parallel_for(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
+  for_pieces(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> scratch, scored;
     DirectQuery query(pass.queries, pass.metric);
     RowWriter writer(finish, pass);
@@ -230,5 +231,5 @@ std::tuple<Tensor, Tensor> knn_search_cpu(const Tensor& queries, const Tensor& k
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("knn_search", TORCH_BOX(&knnext::cpu::knn_search_cpu));
+  KNNEXT_IMPL(m, "knn_search", knnext::cpu::knn_search_cpu);
 }

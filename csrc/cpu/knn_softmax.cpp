@@ -1,9 +1,9 @@
 // knn_softmax on the CPU: a row is filled with zeros and, while still in cache, given its
 // neighbors.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
+#include "boxing.h"
 #include "cpu/mixing/arguments.h"
 #include "cpu/mixing/neighbors.h"
 
@@ -58,6 +58,6 @@ Tensor knn_softmax_cpu(const Tensor& distances, const Tensor& tokens, const Numb
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("knn_softmax", TORCH_BOX(&knnext::cpu::knn_softmax_cpu<double>));
-  m.impl("knn_softmax.tensor", TORCH_BOX(&knnext::cpu::knn_softmax_cpu<knnext::Tensor>));
+  KNNEXT_IMPL(m, "knn_softmax", knnext::cpu::knn_softmax_cpu<double>);
+  KNNEXT_IMPL(m, "knn_softmax.tensor", knnext::cpu::knn_softmax_cpu<knnext::Tensor>);
 }

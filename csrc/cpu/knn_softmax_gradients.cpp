@@ -1,9 +1,9 @@
 // The gradients of knn_softmax on the CPU: p_v = sum of a_i over the neighbors of v, so neighbor i
 // gets the share a_i g_v; the row of g is only read where a neighbor points.
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "boxing.h"
 #include "cpu/mixing/neighbor_gradients.h"
 #include "stable_compat.h"
 
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> knn_softmax_gradients_cpu(const Tensor& grad, const T
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("_knn_softmax_gradients", TORCH_BOX(&knnext::cpu::knn_softmax_gradients_cpu<double>));
-  m.impl("_knn_softmax_gradients.tensor",
-         TORCH_BOX(&knnext::cpu::knn_softmax_gradients_cpu<knnext::Tensor>));
+  KNNEXT_IMPL(m, "_knn_softmax_gradients", knnext::cpu::knn_softmax_gradients_cpu<double>);
+  KNNEXT_IMPL(m, "_knn_softmax_gradients.tensor",
+              knnext::cpu::knn_softmax_gradients_cpu<knnext::Tensor>);
 }

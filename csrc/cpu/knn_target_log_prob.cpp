@@ -1,10 +1,10 @@
 // knn_target_log_prob on the CPU: two sums a row, each around its own nearest neighbor, as in
 // neighbors.h; with one token to look at, nothing needs grouping.
-#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <vector>
 
+#include "boxing.h"
 #include "cpu/mixing/arguments.h"
 #include "cpu/vector/row_loops.h"
 #include "stable_compat.h"
@@ -90,7 +90,7 @@ Tensor knn_target_log_prob_cpu(const Tensor& distances, const Tensor& tokens, co
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("knn_target_log_prob", TORCH_BOX(&knnext::cpu::knn_target_log_prob_cpu<double>));
-  m.impl("knn_target_log_prob.tensor",
-         TORCH_BOX(&knnext::cpu::knn_target_log_prob_cpu<knnext::Tensor>));
+  KNNEXT_IMPL(m, "knn_target_log_prob", knnext::cpu::knn_target_log_prob_cpu<double>);
+  KNNEXT_IMPL(m, "knn_target_log_prob.tensor",
+              knnext::cpu::knn_target_log_prob_cpu<knnext::Tensor>);
 }

@@ -1,10 +1,10 @@
 // The gradients of knn_target_log_prob on the CPU: with p = sum of a_i over the target's neighbors,
 // each of those gets the share g a_i / p, in log space: p may be too small for a number.
-#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <tuple>
 
+#include "boxing.h"
 #include "cpu/mixing/neighbor_gradients.h"
 #include "stable_compat.h"
 
@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_cpu(
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("_knn_target_log_prob_gradients",
-         TORCH_BOX(&knnext::cpu::knn_target_log_prob_gradients_cpu<double>));
-  m.impl("_knn_target_log_prob_gradients.tensor",
-         TORCH_BOX(&knnext::cpu::knn_target_log_prob_gradients_cpu<knnext::Tensor>));
+  KNNEXT_IMPL(m, "_knn_target_log_prob_gradients",
+              knnext::cpu::knn_target_log_prob_gradients_cpu<double>);
+  KNNEXT_IMPL(m, "_knn_target_log_prob_gradients.tensor",
+              knnext::cpu::knn_target_log_prob_gradients_cpu<knnext::Tensor>);
 }

@@ -2,7 +2,6 @@
 //
 // An index needs all its 64 bits, so a candidate is packed as (distance, position in the row) and
 // selected as the search does; only entries of one distance are then compared by their indices.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "boxing.h"
 #include "checks.h"
+#include "cpu/parallel.h"
 #include "cpu/search/candidates.h"
 #include "stable_compat.h"
 
@@ -94,7 +95,7 @@ std::tuple<Tensor, Tensor> merge_topk_cpu(const Tensor& distances, const Tensor&
   const int64_t* from_i = in_i.const_data_ptr<int64_t>();
   float* to_d = out_d.mutable_data_ptr<float>();
   int64_t* to_i = out_i.mutable_data_ptr<int64_t>();
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  for_pieces(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> packed;
     for (int64_t r = begin; r < end; ++r)
       merge_row({from_d + r * m, from_i + r * m, m}, k, packed, to_d + r * k, to_i + r * k);
@@ -105,5 +106,5 @@ std::tuple<Tensor, Tensor> merge_topk_cpu(const Tensor& distances, const Tensor&
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("merge_topk", TORCH_BOX(&knnext::cpu::merge_topk_cpu));
+  KNNEXT_IMPL(m, "merge_topk", knnext::cpu::merge_topk_cpu);
 }

@@ -1,11 +1,12 @@
 // rescore on the CPU: each query against the keys it names, by direct subtraction in float32.
-#include <torch/csrc/stable/library.h>
 
 #include <limits>
 #include <string>
 #include <vector>
 
+#include "boxing.h"
 #include "checks.h"
+#include "cpu/parallel.h"
 #include "cpu/search/key_indices.h"
 #include "cpu/search/key_rows.h"
 #include "cpu/search/rescore_double.h"
@@ -55,13 +56,12 @@ Tensor rescore_cpu(const Tensor& queries, const Tensor& keys, const Tensor& indi
                     kind,       in.const_data_ptr<int64_t>(),
                     width,      out.mutable_data_ptr<float>()};
   check_key_indices(job.indices, rows * width, keys.size(0));
-  torch::stable::parallel_for(0, rows, 1,
-                              [&](int64_t begin, int64_t end) { rescore_rows(job, begin, end); });
+  for_pieces(0, rows, 1, [&](int64_t begin, int64_t end) { rescore_rows(job, begin, end); });
   return out;
 }
 
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("rescore", TORCH_BOX(&knnext::cpu::rescore_cpu));
+  KNNEXT_IMPL(m, "rescore", knnext::cpu::rescore_cpu);
 }

@@ -3,7 +3,6 @@
 // summed in float32 in order of the neighbors for a query, and in order of (query, neighbor) for a
 // key: `order` brings what names one key together, so each row is summed by one thread, whatever
 // the threads. What weighs nothing gives nothing, also where it holds inf or NaN.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -11,7 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "boxing.h"
 #include "checks.h"
+#include "cpu/parallel.h"
 #include "cpu/search/key_indices.h"
 #include "cpu/search/key_rows.h"
 #include "cpu/search/rescore_double.h"
@@ -92,7 +93,7 @@ void sum_keys(const Job& job, const int64_t* order, int64_t begin, int64_t end, 
 // Zeros where rows are few: what no neighbor names stays so.
 Tensor zeros_like_rows(const Tensor& rows) {
   Tensor out = empty_on<2>(rows, {rows.size(0), rows.size(1)}, rows.scalar_type());
-  return torch::stable::zero_(out);
+  return zeroed(out);
 }
 
 }  // namespace
@@ -117,21 +118,19 @@ std::tuple<Tensor, Tensor> rescore_gradients_cpu(const Tensor& grad, const Tenso
   Tensor to_queries = empty_on<2>(queries, {need_queries ? rows : 0, dim}, queries.scalar_type());
   if (need_queries) {
     char* out = static_cast<char*>(to_queries.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, 1,
-                                [&](int64_t a, int64_t b) { sum_queries(job, a, b, out); });
+    for_pieces(0, rows, 1, [&](int64_t a, int64_t b) { sum_queries(job, a, b, out); });
   }
   if (!order) return {to_queries, empty_on<2>(keys, {0, dim}, keys.scalar_type())};
   Tensor to_keys = zeros_like_rows(keys);
   const Tensor places = as_contiguous(*order);
   const int64_t* at = places.const_data_ptr<int64_t>();
   char* out = static_cast<char*>(to_keys.mutable_data_ptr());
-  torch::stable::parallel_for(0, total, 64,
-                              [&](int64_t a, int64_t b) { sum_keys(job, at, a, b, out); });
+  for_pieces(0, total, 64, [&](int64_t a, int64_t b) { sum_keys(job, at, a, b, out); });
   return {to_queries, to_keys};
 }
 
 }  // namespace knnext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CPU, m) {
-  m.impl("_rescore_gradients", TORCH_BOX(&knnext::cpu::rescore_gradients_cpu));
+  KNNEXT_IMPL(m, "_rescore_gradients", knnext::cpu::rescore_gradients_cpu);
 }

@@ -36,8 +36,8 @@ void key_sqnorms_launch(const KeySqnormsParams& params, Stream stream) {
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -58,6 +58,6 @@ Tensor key_sqnorms_cuda(const Tensor& keys) {
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("key_sqnorms", TORCH_BOX(&knnext::key_sqnorms_cuda));
+  KNNEXT_IMPL(m, "key_sqnorms", knnext::key_sqnorms_cuda);
 }
 #endif

@@ -85,8 +85,8 @@ void knn_interpolate_launch(const KnnInterpolateParams& params, Stream stream) {
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -127,7 +127,7 @@ Tensor knn_interpolate_cuda(const Tensor& lm_logits, const Tensor& distances, co
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("knn_interpolate", TORCH_BOX(&knnext::knn_interpolate_cuda<double>));
-  m.impl("knn_interpolate.tensor", TORCH_BOX(&knnext::knn_interpolate_cuda<knnext::Tensor>));
+  KNNEXT_IMPL(m, "knn_interpolate", knnext::knn_interpolate_cuda<double>);
+  KNNEXT_IMPL(m, "knn_interpolate.tensor", knnext::knn_interpolate_cuda<knnext::Tensor>);
 }
 #endif

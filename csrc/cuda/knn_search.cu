@@ -12,11 +12,10 @@
 
 #include "cuda/search/params.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <tuple>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -99,6 +98,6 @@ extern "C" __attribute__((visibility("default"))) long long knnext_failed_querie
 }
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("knn_search", TORCH_BOX(&knnext::knn_search_cuda));
+  KNNEXT_IMPL(m, "knn_search", knnext::knn_search_cuda);
 }
 #endif

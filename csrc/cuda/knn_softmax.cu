@@ -65,8 +65,8 @@ void knn_softmax_launch(const KnnSoftmaxParams& params, Stream stream) {
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -96,7 +96,7 @@ Tensor knn_softmax_cuda(const Tensor& distances, const Tensor& tokens, const Num
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("knn_softmax", TORCH_BOX(&knnext::knn_softmax_cuda<double>));
-  m.impl("knn_softmax.tensor", TORCH_BOX(&knnext::knn_softmax_cuda<knnext::Tensor>));
+  KNNEXT_IMPL(m, "knn_softmax", knnext::knn_softmax_cuda<double>);
+  KNNEXT_IMPL(m, "knn_softmax.tensor", knnext::knn_softmax_cuda<knnext::Tensor>);
 }
 #endif

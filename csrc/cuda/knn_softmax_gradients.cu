@@ -30,10 +30,10 @@ void knn_softmax_gradients_launch(const KnnSoftmaxGradientsParams& params, Strea
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> knn_softmax_gradients_cuda(const Tensor& grad, const 
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("_knn_softmax_gradients", TORCH_BOX(&knnext::knn_softmax_gradients_cuda<double>));
-  m.impl("_knn_softmax_gradients.tensor",
-         TORCH_BOX(&knnext::knn_softmax_gradients_cuda<knnext::Tensor>));
+  KNNEXT_IMPL(m, "_knn_softmax_gradients", knnext::knn_softmax_gradients_cuda<double>);
+  KNNEXT_IMPL(m, "_knn_softmax_gradients.tensor",
+              knnext::knn_softmax_gradients_cuda<knnext::Tensor>);
 }
 #endif

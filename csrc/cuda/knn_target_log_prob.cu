@@ -47,8 +47,8 @@ void knn_target_log_prob_launch(const KnnTargetLogProbParams& params, Stream str
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -77,8 +77,7 @@ Tensor knn_target_log_prob_cuda(const Tensor& distances, const Tensor& tokens,
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("knn_target_log_prob", TORCH_BOX(&knnext::knn_target_log_prob_cuda<double>));
-  m.impl("knn_target_log_prob.tensor",
-         TORCH_BOX(&knnext::knn_target_log_prob_cuda<knnext::Tensor>));
+  KNNEXT_IMPL(m, "knn_target_log_prob", knnext::knn_target_log_prob_cuda<double>);
+  KNNEXT_IMPL(m, "knn_target_log_prob.tensor", knnext::knn_target_log_prob_cuda<knnext::Tensor>);
 }
 #endif

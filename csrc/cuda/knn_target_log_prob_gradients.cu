@@ -36,10 +36,10 @@ void knn_target_log_prob_gradients_launch(const KnnTargetLogProbGradientsParams&
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -72,9 +72,9 @@ std::tuple<Tensor, Tensor> knn_target_log_prob_gradients_cuda(
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("_knn_target_log_prob_gradients",
-         TORCH_BOX(&knnext::knn_target_log_prob_gradients_cuda<double>));
-  m.impl("_knn_target_log_prob_gradients.tensor",
-         TORCH_BOX(&knnext::knn_target_log_prob_gradients_cuda<knnext::Tensor>));
+  KNNEXT_IMPL(m, "_knn_target_log_prob_gradients",
+              knnext::knn_target_log_prob_gradients_cuda<double>);
+  KNNEXT_IMPL(m, "_knn_target_log_prob_gradients.tensor",
+              knnext::knn_target_log_prob_gradients_cuda<knnext::Tensor>);
 }
 #endif

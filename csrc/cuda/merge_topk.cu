@@ -143,10 +143,10 @@ void merge_topk_launch(const MergeTopkParams& params, Stream stream) {
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -182,6 +182,6 @@ std::tuple<Tensor, Tensor> merge_topk_cuda(const Tensor& distances, const Tensor
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("merge_topk", TORCH_BOX(&knnext::merge_topk_cuda));
+  KNNEXT_IMPL(m, "merge_topk", knnext::merge_topk_cuda);
 }
 #endif

@@ -49,8 +49,8 @@ void rescore_launch(const RescoreParams& params, Stream stream) {
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -74,6 +74,6 @@ Tensor rescore_cuda(const Tensor& queries, const Tensor& keys, const Tensor& ind
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("rescore", TORCH_BOX(&knnext::rescore_cuda));
+  KNNEXT_IMPL(m, "rescore", knnext::rescore_cuda);
 }
 #endif

@@ -108,11 +108,11 @@ void rescore_gradients_launch(const RescoreGradientsParams& params, Stream strea
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> rescore_gradients_cuda(const Tensor& grad, const Tens
   const int64_t rows = queries.size(0), dim = queries.size(1);
   Tensor to_queries = empty_on<2>(queries, {need_queries ? rows : 0, dim}, queries.scalar_type());
   Tensor to_keys = empty_on<2>(keys, {order ? keys.size(0) : 0, dim}, keys.scalar_type());
-  torch::stable::zero_(to_keys);
+  zeroed(to_keys);
   rescore_gradients_launch(
       {q.data(), x.data(), q.stride(), x.stride(), rows, keys.size(0), dim, indices.size(1),
        i.as<int64_t>(), i.stride(), g.as<float>(), g.stride(),
@@ -146,6 +146,6 @@ std::tuple<Tensor, Tensor> rescore_gradients_cuda(const Tensor& grad, const Tens
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("_rescore_gradients", TORCH_BOX(&knnext::rescore_gradients_cuda));
+  KNNEXT_IMPL(m, "_rescore_gradients", knnext::rescore_gradients_cuda);
 }
 #endif

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "host/python.h"
 #include "plan/cuda.h"
 #include "plan/search.h"
 
@@ -132,5 +133,8 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "best_cpu_isa", [] { return knnext::cpu::name(knnext::cpu::best_isa()); },
       "The widest vector path of this processor.");
+  m.def(
+      "caller", [] { return reinterpret_cast<uintptr_t>(knnext::python_caller()); },
+      "Address of what a library of ops is given by its knnext_set_caller.");
   bind_plan(m);
 }

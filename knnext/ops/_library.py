@@ -8,6 +8,7 @@ forked after it may still use it.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import warnings
 from pathlib import Path
@@ -98,7 +99,17 @@ def _load(path: Path) -> str:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path.name} did not load: {error}"
+    _introduce_python(path)
     return ""
+
+
+def _introduce_python(path: Path) -> None:
+    """Hands the library, which knows no Python, what signals and exceptions are here."""
+    try:
+        from knnext import _host
+    except ImportError:  # it runs without: deaf to Ctrl-C, and with plain RuntimeErrors
+        return
+    ctypes.CDLL(str(path)).knnext_set_caller(ctypes.c_void_p(_host.caller()))
 
 
 def _fallback(name: str, key: str) -> Any:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/parallel.h"
 
 namespace knnext::cpu {
 
@@ -102,7 +103,7 @@ template <class F>
 void for_rows(int64_t rows, int64_t entries_per_row, const F& f) {
   constexpr int64_t kWorthAThread = 16384;
   const int64_t grain = kWorthAThread / (entries_per_row + 1) + 1;
-  torch::stable::parallel_for(0, rows, grain, f);
+  for_pieces(0, rows, grain, f);
 }
 
 // f.template operator()<T, Token>() for the dtypes of distances and tokens.

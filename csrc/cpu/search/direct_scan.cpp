@@ -1,9 +1,9 @@
 #include "cpu/search/direct_scan.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
+
+#include "cpu/parallel.h"
 
 namespace knnext::cpu {
 namespace {
@@ -48,11 +48,11 @@ class WideRows {
 
 // Keys [begin, end) of the scan into the lists of one slice.
 void scan_slice(const DirectScan& scan, const std::vector<DirectQuery>& queries, int64_t begin,
-                int64_t end, QueryList* lists) {
+                int64_t end, QueryList* lists, Watch& watch) {
   const int64_t dim = scan.keys.dim(), capacity = list_capacity(scan);
   const int64_t step = std::max<int64_t>(1, kBlockFloats / dim);
   WideRows wide(scan.keys);
-  for (int64_t first = begin; first < end; first += step) {
+  for (int64_t first = begin; first < end && watch.go_on(); first += step) {
     const int64_t count = std::min(step, end - first);
     const float* rows = wide.read(scan.first_key + first, count);
     for (size_t q = 0; q < queries.size(); ++q) {
@@ -98,14 +98,14 @@ std::vector<std::vector<uint64_t>> direct_scan(const DirectScan& scan, const Ope
   std::vector<QueryList> lists(slices * count);
   for (int64_t i = 0; i < slices * count; ++i)
     lists[i] = {memory.data() + i * entries, 0, open[i % count].threshold, 0, 0};
-  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+  for_shares(0, slices, 1, [&](int64_t begin, int64_t end, Watch& watch) {
     for (int64_t slice = begin; slice < end; ++slice)
       scan_slice(scan, queries, scan.num_keys * slice / slices,
-                 scan.num_keys * (slice + 1) / slices, &lists[slice * count]);
+                 scan.num_keys * (slice + 1) / slices, &lists[slice * count], watch);
   });
 
   std::vector<std::vector<uint64_t>> found(count);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  for_pieces(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q) {
       for (int64_t i = q; i < slices * count; i += count)
         found[q].insert(found[q].end(), lists[i].entries, lists[i].entries + lists[i].size);

@@ -1,14 +1,12 @@
 #include "cpu/search/pass.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-namespace knnext::cpu {
+#include "cpu/parallel.h"
 
-using torch::stable::parallel_for;
+namespace knnext::cpu {
 
 SearchWorkspace::SearchWorkspace(const CpuSearchPlan& plan, int64_t dim, void* memory)
     : plan_(plan), kernels_(search_kernels()), dim_(dim) {
@@ -44,7 +42,7 @@ SearchWorkspace::Block SearchWorkspace::block(int64_t i) const {
 }
 
 void SearchWorkspace::pack_queries(const SearchPass& pass) {
-  parallel_for(0, num_tiles(pass), 1, [&](int64_t begin, int64_t end) {
+  for_pieces(0, num_tiles(pass), 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(pass, tile);
   });
 }
@@ -96,14 +94,15 @@ void SearchWorkspace::pack_panel(const SearchPass& pass, int64_t panel, int64_t 
 
 void SearchWorkspace::by_keys(const SearchPass& pass) {
   const int64_t panels = num_panels(pass), slices = plan_.slices;
-  parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+  for_shares(0, slices, 1, [&](int64_t begin, int64_t end, Watch& watch) {
     for (int64_t slice = begin; slice < end; ++slice) {
       const Block own = block(slice);
       const int64_t stop = panels * (slice + 1) / slices;
-      for (int64_t panel = panels * slice / slices; panel < stop; panel += plan_.block_panels) {
+      for (int64_t panel = panels * slice / slices; panel < stop && watch.go_on();
+           panel += plan_.block_panels) {
         const int64_t count = std::min(plan_.block_panels, stop - panel);
         for (int64_t i = 0; i < count; ++i) pack_panel(pass, panel + i, i, own);
-        multiply(pass, own, panel, count, 0, num_tiles(pass), &list(slice, 0));
+        multiply(pass, own, panel, count, 0, num_tiles(pass), &list(slice, 0), watch);
       }
     }
   });
@@ -114,17 +113,18 @@ void SearchWorkspace::by_queries(const SearchPass& pass) {
   const Block shared = block(0);
   for (int64_t panel = 0; panel < panels; panel += plan_.block_panels) {
     const int64_t count = std::min(plan_.block_panels, panels - panel);
-    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for_pieces(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) pack_panel(pass, panel + i, i, shared);
     });
-    parallel_for(0, num_tiles(pass), 1, [&](int64_t begin, int64_t end) {
-      multiply(pass, shared, panel, count, begin, end, &list(0, 0));
+    for_shares(0, num_tiles(pass), 1, [&](int64_t begin, int64_t end, Watch& watch) {
+      multiply(pass, shared, panel, count, begin, end, &list(0, 0), watch);
     });
   }
 }
 
 void SearchWorkspace::multiply(const SearchPass& pass, const Block& block, int64_t panel,
-                               int64_t count, int64_t begin, int64_t end, QueryList* lists) const {
+                               int64_t count, int64_t begin, int64_t end, QueryList* lists,
+                               Watch& watch) const {
   alignas(64) float products[kMaxTileRows * kMaxPanelKeys];
   const int64_t width = plan_.panel_keys;
   const Selection selection{pass.kept, plan_.capacity};
@@ -133,6 +133,7 @@ void SearchWorkspace::multiply(const SearchPass& pass, const Block& block, int64
   for (int64_t group = 0; group < count; group += plan_.cached_panels) {
     const int64_t stop = std::min(count, group + plan_.cached_panels);
     for (int64_t t = begin; t < end; ++t) {
+      if (t % 16 == 0 && !watch.go_on()) return;
       const int64_t start = t * plan_.tile_rows;
       tile.rows = static_cast<int>(std::min(plan_.tile_rows, pass.num_queries - start));
       for (int64_t i = group; i < stop; ++i) {

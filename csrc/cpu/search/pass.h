@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "caller.h"
 #include "checks.h"
 #include "cpu/search/bound.h"
 #include "cpu/search/candidates.h"
@@ -62,7 +63,7 @@ class SearchWorkspace {
   void by_queries(const SearchPass& pass);
   // `count` packed panels, of which `panel` is the first, under tiles [begin, end).
   void multiply(const SearchPass& pass, const Block& block, int64_t panel, int64_t count,
-                int64_t begin, int64_t end, QueryList* lists) const;
+                int64_t begin, int64_t end, QueryList* lists, Watch& watch) const;
   int64_t num_tiles(const SearchPass& pass) const;
   int64_t num_panels(const SearchPass& pass) const;
 

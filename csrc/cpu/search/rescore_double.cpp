@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "cpu/parallel.h"
 #include "cpu/search/key_indices.h"
 #include "stable_compat.h"
 
@@ -27,14 +28,18 @@ struct Doubles {
   void for_named(F f) const {
     const double *q = queries.const_data_ptr<double>(), *x = keys.const_data_ptr<double>();
     const int64_t* named = indices.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < num_queries * width; ++i)
+    Watch watch;
+    for (int64_t i = 0; i < num_queries * width; ++i) {
+      if (i % 256 == 0 && !watch.go_on()) break;
       if (named[i] >= 0) f(i, q + i / width * dim, x + named[i] * dim, named[i]);
+    }
+    watch.finish();
   }
 };
 
 Tensor zeros(const Tensor& like, int64_t rows, int64_t columns) {
   Tensor out = empty_on<2>(like, {rows, columns}, ScalarType::Double);
-  return torch::stable::zero_(out);
+  return zeroed(out);
 }
 
 }  // namespace
