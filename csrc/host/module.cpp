@@ -136,5 +136,11 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "caller", [] { return reinterpret_cast<uintptr_t>(knnext::python_caller()); },
       "Address of what a library of ops is given by its knnext_set_caller.");
+  m.def(
+      "raise_out_of_memory",
+      [](const std::string& message) {
+        knnext::python_caller()->throw_out_of_memory(message.c_str());
+      },
+      "message"_a, "As the CUDA ops do where memory ends; for tests.");
   bind_plan(m);
 }
