@@ -92,12 +92,12 @@ def _trial(model: nn.Module, length: int, number: int) -> dict[str, Any]:
     device, size = inputs["input_ids"].device, _vocabulary(model)
     usable = [i for i in range(min(size, 512)) if i not in _special(model)] or list(range(size))
     generator = torch.Generator().manual_seed(1234)
-    chosen = torch.randint(len(usable), (length,), generator=generator)
+    chosen = torch.randint(len(usable), (length,), generator=generator, device="cpu")
     if number:
         generator.manual_seed(number)
-        other = torch.randint(len(usable), (length,), generator=generator)
+        other = torch.randint(len(usable), (length,), generator=generator, device="cpu")
         chosen = torch.cat([chosen[: length // 2], other[length // 2 :]])
-    ids = torch.tensor(usable)[chosen].to(device)
+    ids = torch.tensor(usable, dtype=torch.int64, device="cpu")[chosen].to(device)
     return {**inputs, "input_ids": ids[None]}
 
 

@@ -87,7 +87,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _factors() -> Tensor:
     generator = torch.Generator().manual_seed(20)
-    drawn = torch.randint(-(2**62), 2**62, (_PIECE,), generator=generator, dtype=torch.int64)
+    drawn = torch.randint(
+        -(2**62), 2**62, (_PIECE,), generator=generator, dtype=torch.int64, device="cpu"
+    )
     return 2 * drawn + 1
 
 

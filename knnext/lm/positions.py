@@ -84,7 +84,9 @@ def dependence(
                 return None
             chosen = output[rows]
             generator = torch.Generator().manual_seed(0)
-            weights = torch.randn(chosen.shape, generator=generator, dtype=torch.float32)
+            weights = torch.randn(
+                chosen.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             cotangent = (_COTANGENT * weights).to(chosen.device, chosen.dtype)
             slopes = torch.autograd.grad(chosen, leaves, cotangent, allow_unused=True)
     except Exception:  # models and kernels without a backward pass raise what they like
@@ -161,7 +163,9 @@ def _drawn_zeros(model: nn.Module, part: nn.Module | None) -> Iterator[None]:
                 drawn.append((module, name, parameter))
     try:
         for module, name, parameter in drawn:
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            values = torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             values /= max(1, parameter.shape[-1]) ** 0.5
             module._parameters[name] = nn.Parameter(
                 values.to(parameter.device, parameter.dtype), requires_grad=False
