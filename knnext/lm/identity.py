@@ -1,10 +1,10 @@
 """What tells two models, or two tokenizers, apart: their content, never what they call themselves.
 
 A config may claim any name and commit; a model that was trained on, patched or pruned keeps them.
-So a model is known by all bits of all its weights. They are summed where they lie, each with a
-weight of its own (odd, drawn once), in whole numbers that wrap: no single changed value can keep a
-sum, any device and any order of adding gives the same one, and it takes as long as reading the
-weights once: tenths of a second for 100 million, seconds for some billions on a CPU.
+So a model is known by all bits of all its weights. They are summed where they lie, in words of
+eight bytes with a factor each (odd, drawn once), as whole numbers that wrap: no single changed
+value can keep a sum, any device and any order of adding gives the same one, and it takes about as
+long as reading the weights once: a second for 135 million in float32 on one CPU core.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _PREFIX = "tensors:"
 #: The forms that earlier versions recorded: hashes of samples, and commits as configs claim them.
 _SAMPLED_PREFIX = "weights:"
 _SAMPLED_VALUES = 4096
-#: Values summed at once, so that a large matrix needs little memory beside itself.
-_PIECE = 1 << 20
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Words summed at once, so that a large matrix needs little memory beside itself.
+_PIECE = 1 << 18
+_WORD = 8  # bytes
 
 
 def model_identity(model: nn.Module, recorded: str | None = None) -> tuple[str, str]:
@@ -94,13 +94,18 @@ def _factors() -> Tensor:
 
 
 def _sums(tensor: Tensor, factors: Tensor) -> Tensor:
-    """(pieces,) int64 on the CPU: the weighted sum of each piece's bits."""
+    """(pieces,) int64 on the CPU: the weighted sum of each piece's words of eight bytes."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    flat = tensor.reshape(-1)
-    whole = flat.view(_WHOLE[flat.element_size()]) if flat.numel() else flat.to(torch.int64)
-    sums = [(part.to(torch.int64) * factors[: len(part)]).sum() for part in whole.split(_PIECE)]
-    return torch.stack(sums).cpu()
+    content = tensor.reshape(-1).view(torch.uint8)
+    rest = content.numel() % _WORD
+    tail = torch.zeros(_WORD, dtype=torch.uint8, device=content.device)
+    tail[:rest] = content[content.numel() - rest :]
+    body = content[: content.numel() - rest]
+    if body.storage_offset() % _WORD:
+        body = body.clone()
+    pieces = (*body.view(torch.int64).split(_PIECE), tail.view(torch.int64))
+    return torch.stack([(words * factors[: len(words)]).sum() for words in pieces]).cpu()
 
 
 def _sampled_hash(model: nn.Module) -> str:
