@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import operator
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from knnext.lm.key_layer import KeyModule, find_key_module
+from knnext.lm.agreement import (
+    agreed_layer,
+    check_datastore,
+    checked_k,
+    checked_numbers,
+    key_module,
+    states_of,
+)
 from knnext.lm.mixing import Call, lending
 from knnext.lm.mixture_loss import loss_trouble, mixture_loss
-from knnext.lm.running import context_length, evaluating, trace_inputs
+from knnext.lm.past_context import explained, num_asked, num_tokens
 from knnext.ops import knn_interpolate
 
 #: Ways of decoding that read the logits of more than the last position.
@@ -62,12 +66,12 @@ class KNNLM(nn.Module):
         super().__init__()
         datastore = getattr(index, "datastore", None)
         self.model, self.index = model, index
-        self.k = _checked_k(k)
-        self.temperature, self.lmbda = _checked_numbers(temperature, lmbda)
-        self.key_layer = _agreed_layer(key_layer, getattr(datastore, "key_layer", None))
+        self.k = checked_k(k)
+        self.temperature, self.lmbda = checked_numbers(temperature, lmbda)
+        self.key_layer = agreed_layer(key_layer, getattr(datastore, "key_layer", None))
         self._dtype: torch.dtype | None = getattr(datastore, "dtype", None)
-        self._key = _key_module(model, self.key_layer)
-        self._vocab_size = _check_datastore(model, self._key, datastore)
+        self._key = key_module(model, self.key_layer)
+        self._vocab_size = check_datastore(model, self._key, datastore)
         with lending(model, self._key, None):
             self._loss_trouble = loss_trouble(model)
 
@@ -155,7 +159,7 @@ class KNNLM(nn.Module):
             return self._nothing(input_ids, labels, kwargs.get("return_dict"))
         if labels is not None:
             kwargs["labels"] = labels
-        with _explained(self.model, _num_tokens(input_ids), 0), self.attached():
+        with explained(self.model, num_tokens(input_ids), 0), self.attached():
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,8 +176,8 @@ class KNNLM(nn.Module):
             if ids.shape[0] == 0:
                 return ids
             raise ValueError(f"generate needs a token to begin with, got {tuple(ids.shape)} ids")
-        given = _num_tokens(ids)
-        with _explained(self.model, given, _num_asked(self.model, given, kwargs)):
+        given = num_tokens(ids)
+        with explained(self.model, given, num_asked(self.model, given, kwargs)):
             if not isinstance(self.lmbda, Tensor) and self.lmbda == 0:
                 with lending(self.model, self._key, None):
                     return self.model.generate(*args, **kwargs)  # type: ignore[operator]
@@ -229,7 +233,7 @@ class KNNLM(nn.Module):
             return logits.float().log_softmax(dim=-1)
         keep = call.arguments.get("logits_to_keep")
         # Some blocks flatten their rows before the feed-forward; they are folded back here.
-        states = _states(call, self._key)
+        states = states_of(call, self._key)
         keys = states.reshape(len(logits), -1, states.shape[-1])
         keys = keys[:, -1:] if last_only else _kept_positions(keys, logits, keep)
         rows, queries = logits.flatten(0, 1), keys.flatten(0, 1)
@@ -252,81 +256,6 @@ class KNNLM(nn.Module):
         return knn_interpolate(
             logits, distances.to(device), tokens.to(device), self.temperature, self.lmbda
         )
-
-
-_FINDING = threading.RLock()
-_FOUND: WeakKeyDictionary[nn.Module, dict[str, KeyModule]] = WeakKeyDictionary()
-
-
-def _key_module(model: nn.Module, key_layer: str) -> KeyModule:
-    """``find_key_module``, which watches the model, once for each model and by one thread."""
-    with _FINDING:
-        kept = _FOUND.setdefault(model, {})
-        key = kept.get(key_layer)
-        # Adapters, for one, put other modules into the places of old ones.
-        if key is None or dict(model.named_modules()).get(key.name) is not key.module:
-            key = kept[key_layer] = find_key_module(model, key_layer)
-    return key
-
-
-def _checked_k(k: Any) -> int:
-    try:
-        number = operator.index(k)  # NumPy's integers are integers
-    except TypeError:
-        number = 0
-    if isinstance(k, bool) or number < 1:
-        raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-    return number
-
-
-def _checked_numbers(
-    temperature: float | Tensor, lmbda: float | Tensor
-) -> tuple[float | Tensor, float | Tensor]:
-    # Tensors may be learned, so their values are the op's concern, at the time of use.
-    if not isinstance(temperature, Tensor):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
-        temperature = float(temperature)
-    if not isinstance(lmbda, Tensor):
-        if not 0 <= lmbda <= 1:
-            raise ValueError(f"lmbda must be from 0 to 1, got {lmbda!r}")
-        lmbda = float(lmbda)
-    return temperature, lmbda
-
-
-def _agreed_layer(wanted: str | None, stored: str | None) -> str:
-    if wanted is not None and stored is not None and wanted != stored:
-        raise ValueError(f"key_layer={wanted!r}, but the datastore's keys are of {stored!r}")
-    return wanted or stored or "att"
-
-
-def _check_datastore(model: nn.Module, key: KeyModule, datastore: Any) -> int:
-    """The width of the model's logits, if the datastore fits the model."""
-    widths: list[int] = []
-
-    def look(call: Call, output: Any) -> Any:
-        widths.append(_states(call, key).shape[-1])
-        return output
-
-    with evaluating(model), lending(model, key, look):
-        vocab_size: int = model(**trace_inputs(model)).logits.shape[-1]
-    width = widths[0]
-    dim = getattr(datastore, "dim", None)
-    if dim is not None and dim != width:
-        raise ValueError(f"the datastore's keys have dim={dim}, but {key} of this model {width}")
-    stored = getattr(datastore, "vocab_size", None)
-    if stored is not None and stored > vocab_size:
-        raise ValueError(
-            f"the datastore's tokens are of a vocabulary of {stored}, but the model's logits have "
-            f"{vocab_size}: it was built with another tokenizer"
-        )
-    return vocab_size
-
-
-def _states(call: Call, key: KeyModule) -> Tensor:
-    if call.states is None:
-        raise RuntimeError(f"{key} did not run in this forward pass")
-    return call.states
 
 
 def _kept_positions(keys: Tensor, logits: Tensor, keep: Any) -> Tensor:
@@ -354,40 +283,3 @@ def _with(output: Any, **changes: Any) -> Any:
     for name, value in changes.items():
         setattr(output, name, value)
     return output
-
-
-@contextmanager
-def _explained(model: nn.Module, given: int | None, asked: int) -> Iterator[None]:
-    """Says what a failure past the context is about: models say "index out of range in self"."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (IndexError, RuntimeError) as error:
-        limit = context_length(model)
-        if limit is None or given is None or given + asked <= limit:
-            raise
-        wanted = f"{given} tokens given" + (f" and {asked} asked for" if asked else "")
-        raise ValueError(
-            f"{wanted} are more than the {limit} of the base model's context, where it failed: "
-            f"{error}"
-        ) from error
-
-
-def _num_tokens(ids: Any) -> int | None:
-    return ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None
-
-
-def _num_asked(model: nn.Module, given: int | None, kwargs: dict[str, Any]) -> int:
-    """How many tokens ``generate`` was asked for; transformers' own default is 20."""
-    default = getattr(model, "generation_config", None)
-    for source in (
-        kwargs.get,
-        lambda name: getattr(kwargs.get("generation_config"), name, None),
-        lambda name: getattr(default, name, None),
-    ):
-        if (count := source("max_new_tokens")) is not None:
-            return int(count)
-        if (length := source("max_length")) is not None:
-            return max(0, int(length) - (given or 0))
-    return 20
