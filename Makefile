@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-cuda demo experiments test bench lint format wheel clean
+.PHONY: help setup build build-cuda demo experiments test test-slow bench lint format wheel clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,10 @@ experiments: build  ## every experiment of the paper, in under an hour on two co
 	$(BIN)/knnext experiment all $(ARGS)
 
 test: build  ## the tests, in parallel (those marked gpu are skipped without one)
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
+
+test-slow: build  ## the tests marked slow: more kills, more models, the demo from end to end
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow $(ARGS)
 
 bench: build  ## the benchmarks against the peers
 	$(BIN)/python -m pytest benchmarks $(ARGS)
