@@ -60,9 +60,12 @@ __device__ __forceinline__ void device_assert(bool holds, const char* message) {
   if (!holds) __assertfail(message, "knnext", 0, "kernel", 1);
 }
 
+// A failed call's error stays with the thread until it is fetched: it is, or the next good launch
+// would be blamed for it.
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("knnext: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("knnext: ") + what + ": " + cudaGetErrorString(error));
 }
 
 // Bytes of shared memory that a block may have on the current device.
@@ -103,6 +106,10 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, c
             A&&... arguments) {
   // Without leave a block has 48 KB, what is static in the kernel included: that is 16 KB at most.
   if (dynamic_bytes > 32 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  // What lies here already is not this launch's. Other libraries leave it only where they share
+  // this runtime, which is linked statically; what broke the context fails the launch itself,
+  // again.
+  cudaGetLastError();
   // clang-format off
   kernel<<<grid, block, dynamic_bytes, stream>>>(static_cast<P>(arguments)...);
   // clang-format on

@@ -46,6 +46,13 @@ void choose(const Options& o, CudaSearchPlan& plan) {
 
 }  // namespace
 
+// From now on mma.sync adds as the tensor cores of this architecture do; wgmma is sm_90's.
+EMULATED emulate_tensor_core(int64_t sm) {
+  return emulate::guarded(0, [=] {
+    emulate::settings.tensor_core = sm < 90 ? emulate::TensorCore{8, 24} : emulate::TensorCore{};
+  });
+}
+
 EMULATED emulate_knn_search(uint64_t seed, Options* o, const void* queries, const void* keys,
                             const float* key_sqnorms, const float* init_distances,
                             const int64_t* init_indices, float* distances, int64_t* indices) {

@@ -57,10 +57,16 @@ struct Barrier {
   unsigned wanted = 0, arrived = 0;
 };
 
+// How a tensor core adds (matrix.h): products in blocks, cut at so many bits of fraction.
+struct TensorCore {
+  int block = 16, bits = 25;  // from sm_90 on; 8 and 24 on sm_8x
+};
+
 struct Settings {
   uint64_t seed = 0;                 // 0: threads and blocks in order
   size_t shared_limit = 227 * 1024;  // static and dynamic together, in one block
   unsigned interleave = 16;          // one atomic in so many lets another thread go first
+  TensorCore tensor_core;
 };
 
 inline Settings settings;

@@ -126,7 +126,7 @@ struct Product {
   int columns;
   uint64_t a, b;
   bool accumulate;
-  float (*element)(unsigned short);
+  void (*set)(Operand&, int, unsigned short);
   uint64_t seen;  // of the operands when it began
 };
 
@@ -166,11 +166,6 @@ inline uint64_t operands_seen(const Product& p, int first_row) {
 }
 
 template <class T>
-float element_of(unsigned short bits) {
-  return element(T{}, bits);
-}
-
-template <class T>
 void wgmma(float* sums, int columns, uint64_t a, uint64_t b, bool accumulate,
            Place place = Place::current()) {
   for (uint64_t d : {a, b})
@@ -179,7 +174,7 @@ void wgmma(float* sums, int columns, uint64_t a, uint64_t b, bool accumulate,
   const unsigned first = current->rank - current->rank % 32;
   if (first + 32 > block_threads() || current->rank / 128 * 128 + 128 > block_threads())
     fail("wgmma: not a whole warpgroup", place);
-  Product product{sums, columns, a, b, accumulate, &element_of<T>, 0};
+  Product product{sums, columns, a, b, accumulate, &set_element<T>, 0};
   // One lane of each warp keeps an eye on the operands, when all lanes have come.
   meet_warp("wgmma", ~0u, &product, nullptr, false, place);
   if (lane() == 0) product.seen = operands_seen(product, current->rank % 128 / 32 * 16);
@@ -195,16 +190,16 @@ inline void multiply(const Product& p, std::vector<float>& sums, Place place) {
     fail("wgmma: an operand changed between the product and the wait for it", place);
   unsigned short a[2][16], b[16];
   for (int i = 0; i < 2; ++i) read_row(p.a, first_row + lane() / 4 + 8 * i, a[i]);
-  float a_values[2][16];
+  Operand a_rows[2], b_column;
   for (int i = 0; i < 2; ++i)
-    for (int k = 0; k < 16; ++k) a_values[i][k] = p.element(a[i][k]);
+    for (int k = 0; k < 16; ++k) p.set(a_rows[i], k, a[i][k]);
   for (int column = 0; column < p.columns / 4; ++column) {
     const int j = column / 2, e = column % 2;
     read_row(p.b, 8 * j + 2 * (lane() % 4) + e, b);
+    for (int k = 0; k < 16; ++k) p.set(b_column, k, b[k]);
     for (int i = 0; i < 2; ++i) {
       float& sum = sums[4 * j + 2 * i + e];
-      if (!p.accumulate) sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += a_values[i][k] * p.element(b[k]);
+      sum = add_products(a_rows[i], b_column, p.accumulate ? sum : 0.0f, TensorCore{});
     }
   }
 }
