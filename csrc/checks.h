@@ -7,10 +7,9 @@
 #include <string>
 
 #include "complaints.h"
+#include "metric.h"
 
 namespace knnext {
-
-enum class Metric : int { kL2 = 0, kIp = 1 };
 
 struct SearchShape {
   int64_t num_queries, num_keys, dim, k, num_init;

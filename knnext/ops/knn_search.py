@@ -37,14 +37,18 @@ def knn_search(
         key_sqnorms: (N,) float32 from :func:`knnext.key_sqnorms`, to spare computing them again.
         index_offset: added to the row numbers of ``keys``; for one chunk or shard of many.
         init_distances, init_indices: (Q, m) float32 and int64, an earlier result to go on from.
-        refine: recompute the winners' distances by direct subtraction and order by them: exact 0
-            for identical rows, where the expanded form is good to about 1e-6 (|q|^2 + |x|^2),
-            and from float16 and bfloat16 on CUDA to 2e-5 max(1, D / 1024) of that.
+        refine: choose and order by distances computed directly, as :func:`knnext.rescore` does
+            ("l2": by subtraction), so that identical rows meet at exactly 0 and keys far from the
+            origin are told apart. The expanded form is good to about 1e-6 (|q|^2 + |x|^2), and
+            from float16 and bfloat16 on CUDA to 2e-5 max(1, D / 1024) of that; on the CPU every
+            key that this leaves open is computed directly. CUDA kernels recompute and reorder the
+            k that the expanded form chose: far from the origin these need not be the nearest.
 
     Returns:
         distances (Q, k) float32 and indices (Q, k) int64; +inf and -1 are padding. A key that
-        holds NaN, or lies at an infinite distance, is never returned; a query that holds NaN gets
-        all padding. No gradient: to differentiate, :func:`knnext.rescore` the indices.
+        holds NaN, or lies at an infinite distance (to either side), is never returned; a query
+        that holds NaN finds none, and keeps what it came with. No gradient: to differentiate,
+        :func:`knnext.rescore` the indices.
 
     Raises:
         RuntimeError: on a bad argument, naming it, what was given and what is wanted.

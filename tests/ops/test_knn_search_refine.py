@@ -201,6 +201,15 @@ def test_finite_rows_whose_distance_overflows(metric: str, refine: bool) -> None
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_keys_whose_squares_alone_overflow(metric: str) -> None:
+    keys = torch.tensor([[1.9e19], [1e19], [2.2e19], [1.0], [2.5e19]])
+    queries = torch.tensor([[6e18], [1.9e19], [1e18]])
+    _, indices = knnext.knn_search(queries, keys, 5, refine=True)
+    assert indices[0].tolist() == [1, 3, 0, 2, -1]  # (2.5e19 - 6e18)^2 overflows
+    assert_refined(queries, keys, 5, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_query_that_is_not_finite_keeps_what_it_came_with(

@@ -23,7 +23,8 @@
 // small.
 //
 // Below the normal range a rounding costs up to 2^-150 instead, or 2^-126 where the process flushes
-// subnormals to zero: at most 5 D + 8 of them.
+// subnormals to zero: at most 5 D + 8 of them. A norm may lose D of them before its root is taken
+// ("ip"); what is added there also keeps the query's weight above 0, and so padding infinite.
 //
 // A squared norm of 2^125 or more could overflow on the way; nothing is said then, and nothing of a
 // row holding NaN or infinity.

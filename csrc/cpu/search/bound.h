@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-#include "checks.h"
 #include "cpu/search/kernels.h"
+#include "metric.h"
 
 namespace knnext::cpu {
 

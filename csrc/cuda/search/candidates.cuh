@@ -95,7 +95,7 @@ struct CandidateRow {
 #pragma unroll
     for (int c = 0; c < Tile::kColumns; ++c) {
       const float d = distance(c);
-      mask |= static_cast<unsigned>(d <= bound) << c;
+      mask |= static_cast<unsigned>(within(d, bound)) << c;
       ties |= is_tie(p, d, bound);
     }
     return ties ? without_late_ties(mask) : mask;

@@ -41,7 +41,7 @@ __device__ __forceinline__ void keep_candidates(const ScanParams& p, const Tile&
       const int column = Tile::column_of(c);
       const float distance =
           __fmaf_rn(p.scale, tile.at(r, c), __fadd_rn(norm, side.key_norms[column]));
-      if (!(distance <= bound)) continue;
+      if (!within(distance, bound)) continue;
       const Word word = make_word(fmaxf(p.floor, distance), key_tile * Tile::kKeys + column);
       if (word > limit) continue;
       lists[row * p.owner_words + atomicAdd(&state.counts[row], 1u)] = word;

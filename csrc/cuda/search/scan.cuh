@@ -53,7 +53,7 @@ __device__ __forceinline__ void write_all(const ScanParams& p, const Tile& tile,
       const int place = key_tile * Tile::kKeys + Tile::column_of(c);
       if (place >= p.num_rows) continue;
       const float distance = candidates.distance(c);
-      const bool valid = distance <= kLargestFloat;
+      const bool valid = within(distance, kLargestFloat);
       list[place] = valid ? make_word(fmaxf(p.floor, distance), candidates.key_row(c)) : kNoWord;
     }
   }

@@ -20,7 +20,12 @@ __device__ __forceinline__ int word_row(Word word) {
   return static_cast<int>(word & 0xFFFFFFFFu);
 }
 
-// Every row at a finite distance (or at -inf) passes this one.
+// Distances that are not finite belong to no neighbor: bounds are finite, and NaN compares false.
+__device__ __forceinline__ bool within(float distance, float bound) {
+  return distance <= bound && distance >= -kLargestFloat;
+}
+
+// Every row at a finite distance passes this one.
 __device__ __forceinline__ Word widest_threshold() {
   return static_cast<Word>(float_to_order(kLargestFloat)) << 32 | 0xFFFFFFFFu;
 }

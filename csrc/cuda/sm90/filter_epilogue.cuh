@@ -216,7 +216,7 @@ __device__ __forceinline__ unsigned part_candidates(const ScanParams& p, const f
     const float bound = bounds[e >> 1 & 1];
     const float distance =
         tile_distance(p, own[e], norms[e >> 1 & 1], side.key_norms[filter_column(part, e)]);
-    candidates |= static_cast<unsigned>(distance <= bound) << e;
+    candidates |= static_cast<unsigned>(within(distance, bound)) << e;
     ties |= is_tie(p, distance, bound);
   }
   for (unsigned rest = ties ? candidates : 0; rest; rest &= rest - 1) {

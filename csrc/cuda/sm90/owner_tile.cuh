@@ -104,7 +104,7 @@ struct OwnerTile {
     unsigned mask = 0;
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      mask |= static_cast<unsigned>(sums[e] <= bounds[column_of(e)]) << e;
+      mask |= static_cast<unsigned>(within(sums[e], bounds[column_of(e)])) << e;
     while (__any_sync(~0u, mask != 0)) {
       const int e = max(__ffs(static_cast<int>(mask)) - 1, 0);
       const int query = query_of(e), row = owner_row(p, key_tile * kOwnerKeyTile + row_of(e));
