@@ -81,7 +81,7 @@ def load_corpus(
         raise CorpusError(
             f"corpus {spec!r} has {count} documents and none for {', '.join(empty)}; give more "
             "documents, or files named train, valid and test, or shares (--shares 100,0,0 puts "
-            "all into train)"
+            "all into train)" + "".join(f"; {note}" for note in reading.notes)
         )
     if max_bytes is not None:
         splits["train"] = cap_bytes(splits["train"], max_bytes, seed)

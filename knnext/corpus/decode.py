@@ -86,6 +86,8 @@ def plain_name(name: str) -> str:
 def read_bytes(path: Path, limit: int = -1) -> bytes:
     """The unpacked content, or its head. CorpusError for what cannot be read."""
     opened = _OPEN.get(path.suffix, Path.open)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CorpusError(f"corpus file {path} cannot be read: it is no regular file")
     try:
         with opened(path, "rb") as file:
             data: bytes = file.read(limit)

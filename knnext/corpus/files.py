@@ -2,10 +2,11 @@
 
 Splits, by name: a file or folder called exactly ``train``, ``valid`` (or ``validation``, ``val``,
 ``dev``) or ``test`` but for its suffix is that split: ``train.txt.xz``, ``test/``, and pieces of
-one, ``train-00000-of-00004.jsonl``. So are files that differ in that word alone, as WikiText's
-``wiki.train.tokens`` and ``wiki.valid.tokens``. A folder with none of these has no split: all its
-files are one text, divided by a hash of the documents' names (knnext/corpus/documents.py), as a
-split is that is missing beside ``train``. What lies beside splits is not read, and is named.
+one, ``train-00000-of-00004.jsonl``. So are files that differ in that word alone and are half of
+the folder or more, as WikiText's ``wiki.train.tokens`` and ``wiki.valid.tokens``. A folder with
+none of these has no split: all its files are one text, divided by a hash of the documents' names
+(knnext/corpus/documents.py), as a split is that is missing beside ``train``. What lies beside
+splits is not read, and is named.
 
 Every file that is text is read, whatever its suffix. Hidden, binary and unreadable ones are passed
 over, counted and named; a byte that is not UTF-8 in a file that is text by its suffix is an error.
@@ -115,7 +116,10 @@ def _prefixed_splits(entries: list[Path]) -> dict[str, list[Path]]:
         if dot and not entry.is_dir() and word.lower() in _SPLIT_WORDS:
             groups.setdefault(prefix, {}).setdefault(_SPLIT_WORDS[word.lower()], []).append(entry)
     sets = [group for group in groups.values() if "train" in group and len(group) > 1]
-    return sets[0] if len(sets) == 1 else {}
+    # Two files of many may be called so by chance, and would leave all the others unread.
+    if len(sets) != 1 or 2 * sum(map(len, sets[0].values())) < len(entries):
+        return {}
+    return sets[0]
 
 
 def _entry_documents(entry: Path, root: Path, reading: Reading) -> list[Document]:

@@ -122,7 +122,7 @@ def _text(row: Any, column: str) -> str | None:
 
 def _label(row: Any, name: str, place: str, number: int) -> str:
     keys = _LABELS if isinstance(row, dict) else ()
-    label = next((row[key] for key in keys if row.get(key)), None)
+    label = next((row[key] for key in keys if row.get(key) not in (None, "")), None)
     if label is not None:
         return str(label)
     return f"{name}#{place.rpartition(' ')[2] or number}" if place else name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +49,10 @@ def load_lm(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, 
     _, transformers = libraries()
     if folder.is_dir():
         check_folder(folder)
-        if not trust_remote_code:
-            _check_code(folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _quiet_loading():
+        if not trust_remote_code:
+            _check_code(source, _written_config(folder, source))
         with _reasons(source, "configuration"):
             config = transformers.AutoConfig.from_pretrained(source, **options)
         check_config(config, source)
@@ -67,6 +69,7 @@ def load_lm(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, 
                 **options,
             )
     _check_weights(info, source)
+    _check_finite(model, source)
     return model.eval(), tokenizer
 
 
@@ -79,13 +82,22 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         )
 
 
+def _written_config(folder: Path, source: str) -> dict[str, Any]:
+    """config.json as it stands there: a config object does not keep all of it."""
+    if folder.is_dir():
+        return read_json(folder / "config.json")
+    with _reasons(source, "configuration"):
+        found: dict[str, Any] = libraries()[1].PretrainedConfig.get_config_dict(source)[0]
+    return found
+
+
 _CODE_WANTED = (
     "{source} wants to run Python code of its own ({named}); knnext runs none unless it is told to "
     "by --trust-remote-code (in Python: trust_remote_code=True), once you have read that code"
 )
 
 
-def _check_code(folder: Path) -> None:
+def _check_code(source: str, config: dict[str, Any]) -> None:
     """ValueError where the model cannot be opened without code that it brings.
 
     A model whose type transformers knows has an ``auto_map`` too at times; then transformers' own
@@ -93,13 +105,12 @@ def _check_code(folder: Path) -> None:
     """
     from transformers import CONFIG_MAPPING
 
-    config = read_json(folder / "config.json")
     if config.get("model_type") not in CONFIG_MAPPING and config.get("auto_map"):
-        named = f"auto_map in {folder / 'config.json'}: {_listed(config['auto_map'])}"
-        raise ValueError(_CODE_WANTED.format(source=folder, named=named))
+        named = f"auto_map in {source}/config.json: {_listed(config['auto_map'])}"
+        raise ValueError(_CODE_WANTED.format(source=source, named=named))
     for name, value in _implementations(config):
-        named = f"{name} in {folder / 'config.json'}: {value}, code from a hub"
-        raise ValueError(_CODE_WANTED.format(source=folder, named=named))
+        named = f"{name} in {source}/config.json: {value}, code from a hub"
+        raise ValueError(_CODE_WANTED.format(source=source, named=named))
 
 
 def _implementations(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -176,6 +187,29 @@ def _check_weights(info: Any, source: str) -> None:
     if found.get("error_msgs"):
         lines = [str(message).strip().splitlines()[0] for message in found["error_msgs"]]
         raise ValueError(f"the weights of {source} cannot be loaded: {_some(lines)}")
+    if unexpected:
+        warnings.warn(
+            f"{source} has {len(unexpected):,} weights that its model, as its config describes it, "
+            f"does not use: {_some(unexpected)}",
+            stacklevel=3,
+        )
+
+
+def _check_finite(model: Any, source: str) -> None:
+    """ValueError that names parameters with inf or nan: every state would be nan."""
+    broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
+    if broken:
+        raise ValueError(f"{source} has weights that are inf or nan: {_some(broken)}")
+
+
+def _is_finite(parameter: Any) -> bool:
+    if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+        return True
+    try:
+        low, high = parameter.detach().aminmax()  # nan comes through
+    except (RuntimeError, NotImplementedError):  # an 8-bit type that torch only stores
+        return True
+    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 def _some(items: list[str]) -> str:

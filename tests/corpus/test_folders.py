@@ -343,3 +343,35 @@ def test_a_hash_sees_through_spaces_and_line_ends() -> None:
     assert one.content_hash == Document("b", "def f():\n    return 1").content_hash
     assert one.content_hash != Document("a", "def f():\n    return 2").content_hash
     assert len(one.content_hash) == 16 and one == Document("a", "def f():\r\n\treturn 1\n")
+
+
+def test_two_files_of_many_that_differ_in_a_split_word_are_no_splits(tmp_path: Path) -> None:
+    notes_folder(tmp_path)
+    for name in ("steam.train.txt", "steam.test.txt"):
+        write(tmp_path / name, f"{name} is a note\n")
+    assert len(names(load(tmp_path))) == 62
+
+
+@pytest.mark.parametrize("split", ["valid.txt", "TEST.TXT", "dev.md"])
+def test_splits_that_lack_one_say_which_files_they_left_out(tmp_path: Path, split: str) -> None:
+    for name in ("train.txt", split):
+        write(notes_folder(tmp_path) / name, f"{name} has one document\n")
+    with pytest.raises(CorpusError, match=r"its splits are .*60 others beside them are not read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "valid.txt", "train.txt.gz", "note.txt", "train"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    write(notes_folder(tmp_path) / "a.txt", "a text\n")
+    os.mkfifo(tmp_path / name)
+    if name in ("note.txt", "train"):
+        assert "no regular file" in notes_of(load(tmp_path))
+    else:
+        with pytest.raises(CorpusError, match=r"no regular file|nothing named 'train'"):
+            load(tmp_path)
+
+
+def test_a_row_with_the_id_0_is_named_by_it(tmp_path: Path) -> None:
+    rows = [json.dumps({"id": i, "text": f"row {i}"}) for i in range(30)]
+    write(tmp_path / "rows.jsonl", "\n".join(rows))
+    assert names(load(tmp_path)) == {str(i) for i in range(30)}

@@ -407,3 +407,50 @@ def test_old_forms_of_identity_are_still_read() -> None:
     model.config._commit_hash = "a" * 40
     assert model_identity(model, "b" * 40)[1] == "a" * 40
     assert model_identity(model, "tensors:0")[1] == model_identity(model)[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["transformer.h.0.mlp.c_fc.weight", "transformer.ln_f.bias"])
+def test_weights_that_are_no_numbers_are_refused(
+    model_folder: Callable[[str], Path], name: str, value: float
+) -> None:
+    folder = model_folder("gpt2")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].flatten()[1] = value
+
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=f"inf or nan: {name}"):
+        load_lm(folder)
+
+
+def test_weights_that_the_model_does_not_use_are_named(
+    model_folder: Callable[[str], Path],
+) -> None:
+    folder = model_folder("gpt2")
+    edit_json(folder / "config.json", n_layer=2)  # the weights have three
+    with pytest.warns(UserWarning, match=r"does not use: transformer\.h\.2\."):
+        load_lm(folder)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"_attn_implementation": "someone/attention"},
+        {"attn_implementation": "someone/attention:run"},
+        {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}},
+    ],
+)
+def test_a_hub_model_is_looked_at_as_a_folder_is(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any]
+) -> None:
+    import transformers
+
+    found = json.loads((model_folder("gpt2") / "config.json").read_text())
+    monkeypatch.setattr(
+        transformers.PretrainedConfig,
+        "get_config_dict",
+        classmethod(lambda cls, source, **_: ({**found, **facts}, {})),
+    )
+    with pytest.raises(ValueError, match="someone/model wants to run Python code of its own"):
+        load_lm("someone/model")
