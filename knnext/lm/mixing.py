@@ -180,6 +180,7 @@ def _hooked(model: nn.Module, key: KeyModule) -> Iterator[None]:
 
 
 def _put_on(role: str, module: nn.Module) -> list[Any]:
+    _take_off_copied(module)
     if role == "input":
         return [module.register_forward_pre_hook(_before_key, with_kwargs=True)]
     if role == "output":
@@ -188,3 +189,17 @@ def _put_on(role: str, module: nn.Module) -> list[Any]:
         module.register_forward_pre_hook(_before_model, with_kwargs=True),
         module.register_forward_hook(_after_model, with_kwargs=True),
     ]
+
+
+def _take_off_copied(module: nn.Module) -> None:
+    """Hooks that a copy of a lent model, deep or pickled, has with it: they would act twice."""
+    for hooks, options in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for number in [n for n, hook in hooks.items() if hook in _OURS]:
+            del hooks[number]
+            options.pop(number, None)
+
+
+_OURS = (_before_model, _after_model, _before_key, _after_key)

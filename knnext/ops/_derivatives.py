@@ -9,6 +9,7 @@ sees a call before the transforms do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -227,11 +228,25 @@ def one_by_one(
 ) -> _VmapResult:
     """Sample after sample: where each has keys of its own, there is no common search."""
 
-    def sample(i: int) -> list[Any]:
+    def sample(take: Callable[[Tensor, int], Tensor]) -> Any:
         pairs = zip(args, in_dims, strict=True)
-        return [a if dim is None else a.select(dim, i) for a, dim in pairs]
+        return run(*(a if dim is None else take(a, dim) for a, dim in pairs))
 
-    results = [run(*sample(i)) for i in range(batch)]
+    if batch == 0:  # one that names no row tells the shapes
+        out = sample(_no_rows)
+        if isinstance(out, Tensor):
+            return out.new_empty((0, *out.shape)), 0
+        return tuple(o.new_empty((0, *o.shape)) for o in out), (0,) * len(out)
+    results = [sample(partial(_nth, i)) for i in range(batch)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _nth(i: int, batch: Tensor, dim: int) -> Tensor:
+    return batch.select(dim, i)
+
+
+def _no_rows(batch: Tensor, dim: int) -> Tensor:
+    shape = batch.movedim(dim, 0).shape[1:]
+    return batch.new_full(shape, 0.0 if batch.is_floating_point() else -1)

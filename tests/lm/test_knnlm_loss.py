@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from knnext.lm.knnlm import KNNLM
 from tests.lm.test_knnlm import greedy, index_of
-from tests.lm.tiny_models import CONFIGS, random_tokens, tiny, transformers
+from tests.lm.tiny_models import CONFIGS, num_hooks, random_tokens, tiny, transformers
 
 IDS = random_tokens(30, seed=5).view(2, 15)
 LABELS = IDS.clone()
@@ -211,3 +212,17 @@ def test_training_through_the_block_reaches_the_base() -> None:
         model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.lm_head.parameters())
     assert torch.equal(greedy(mixed, IDS), greedy(mixed, IDS))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_made_while_the_model_is_lent(copied: Any) -> None:
+    """It has the hooks with it, which must not act beside its own."""
+    model, ids = tiny("gpt2"), random_tokens(9)[None]
+    lm = KNNLM(model, index_of(model, random_tokens(60)), 4, 0.5, 0.6)
+    with lm.attached():
+        other = copied(lm)
+    output, wanted = other(ids, labels=ids), lm(ids, labels=ids)
+    assert torch.equal(output.loss, wanted.loss)
+    assert torch.equal(output.logits, wanted.logits)
+    assert isinstance(other(ids, return_dict=False), tuple)
+    assert num_hooks(other.model) == 0

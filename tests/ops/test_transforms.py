@@ -395,3 +395,18 @@ def test_merges_and_tokens_of_samples() -> None:
         assert torch.equal(tokens[i], knnext.gather_tokens(values, indices[i]))
     some = vmap(lambda v: knnext.gather_tokens(v, indices[0]))(torch.stack([values, values + 1]))
     assert torch.equal(some[1], knnext.gather_tokens(values + 1, indices[0]))
+
+
+@pytest.mark.parametrize(
+    ("run", "inner"),
+    [
+        (lambda q, x: knnext.knn_search(q, x, 2), ((3, 2), (3, 2))),
+        (lambda q, x: knnext.rescore(q, x, torch.tensor([[0, -1]] * 3)), ((3, 2),)),
+        (lambda q, x: knnext.key_sqnorms(x), ((5,),)),
+        (lambda q, x: knnext.merge_topk(q, torch.full(q.shape, -1), 1), ((3, 1), (3, 1))),
+    ],
+)
+def test_no_samples(run: Any, inner: tuple[tuple[int, ...], ...]) -> None:
+    got = vmap(run, in_dims=(0, 1))(torch.zeros(0, 3, 4), torch.zeros(5, 0, 4))
+    got = (got,) if isinstance(got, torch.Tensor) else got
+    assert [tuple(x.shape) for x in got] == [(0, *shape) for shape in inner]
