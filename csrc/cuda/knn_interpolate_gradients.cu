@@ -236,10 +236,10 @@ void knn_interpolate_gradients_launch(const KnnInterpolateGradientsParams& param
 }  // namespace knnext
 
 #ifndef KNNEXT_EMULATOR
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "boxing.h"
 #include "cuda/tensors.h"
 
 namespace knnext {
@@ -295,8 +295,8 @@ Gradients knn_interpolate_gradients_cuda(const Tensor& grad, const Tensor& lm_lo
 }  // namespace knnext
 
 STABLE_TORCH_LIBRARY_IMPL(knnext, CUDA, m) {
-  m.impl("_knn_interpolate_gradients", TORCH_BOX(&knnext::knn_interpolate_gradients_cuda<double>));
-  m.impl("_knn_interpolate_gradients.tensor",
-         TORCH_BOX(&knnext::knn_interpolate_gradients_cuda<knnext::Tensor>));
+  KNNEXT_IMPL(m, "_knn_interpolate_gradients", knnext::knn_interpolate_gradients_cuda<double>);
+  KNNEXT_IMPL(m, "_knn_interpolate_gradients.tensor",
+              knnext::knn_interpolate_gradients_cuda<knnext::Tensor>);
 }
 #endif
