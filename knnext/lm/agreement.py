@@ -42,15 +42,24 @@ def checked_numbers(
     temperature: float | Tensor, lmbda: float | Tensor
 ) -> tuple[float | Tensor, float | Tensor]:
     # Tensors may be learned, so their values are the op's concern, at the time of use.
-    if not isinstance(temperature, Tensor):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
-        temperature = float(temperature)
-    if not isinstance(lmbda, Tensor):
-        if not 0 <= lmbda <= 1:
-            raise ValueError(f"lmbda must be from 0 to 1, got {lmbda!r}")
-        lmbda = float(lmbda)
+    temperature, lmbda = _number("temperature", temperature), _number("lmbda", lmbda)
+    if not isinstance(temperature, Tensor) and not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
+    if not isinstance(lmbda, Tensor) and not 0 <= lmbda <= 1:
+        raise ValueError(f"lmbda must be from 0 to 1, got {lmbda!r}")
     return temperature, lmbda
+
+
+def _number(name: str, value: Any) -> float | Tensor:
+    if isinstance(value, Tensor):
+        return value
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    if hasattr(value, "__float__") and kind != "bool":
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
 
 
 def agreed_layer(wanted: str | None, stored: str | None) -> str:

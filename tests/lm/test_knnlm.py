@@ -295,13 +295,18 @@ def test_k_beyond_the_store() -> None:
         ({"k": 0}, "k must be an integer of at least 1, got 0"),
         ({"k": 2.0}, "k must be an integer"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"temperature": "0.5x"}, "temperature must be a number or a tensor, got '0.5x'"),
+        ({"temperature": None}, "temperature must be a number or a tensor, got None"),
+        ({"lmbda": True}, "lmbda must be a number or a tensor, got True"),
+        ({"lmbda": [0.5]}, "lmbda must be a number or a tensor"),
         ({"lmbda": 1.5}, "lmbda must be from 0 to 1, got 1.5"),
         ({"key_layer": "ffn"}, "key_layer='ffn', but the datastore's keys are of 'att'"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     index = MemoryIndex(torch.zeros(1, 32), torch.zeros(1), Store(key_layer="att"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         KNNLM(tiny("llama"), index, **options)
 
 
