@@ -32,8 +32,7 @@ class OnDevice {
 class Rows {
  public:
   explicit Rows(const Tensor& tensor)
-      : tensor_(tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor
-                                                             : contiguous_copy(tensor)) {}
+      : tensor_(tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : contiguous_copy(tensor)) {}
   const void* data() const { return tensor_.const_data_ptr(); }
   template <class T>
   const T* as() const {
