@@ -7,6 +7,9 @@
 //       (lists all of it)                                             (3k words)    |  | failed
 //   result <- merge with the earlier result <- select and sort <--------------------+<-+ fallback
 //
+// With refine=True lists hold lower bounds, and a certificate takes the place of verify, a scan by
+// the direct form that of fallback (search/refine.h).
+//
 // No step waits for the host: the same launches whatever the data, sizes from plan/cuda.h alone.
 #ifndef KNNEXT_EMULATOR
 

@@ -22,15 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* query = static_cast<const T*>(p.queries) + q * p.query_stride;
   // Lanes at padding go along with their warp, on the query itself.
   const T* key = index < 0 ? query : static_cast<const T*>(p.keys) + index * p.key_stride;
-  float distance;
-  if (p.inner_product)
-    distance = -sum_rows(query, key, p.dim, lanes,
-                         [](float s, float a, float b) { return __fmaf_rn(a, b, s); });
-  else
-    distance = sum_rows(query, key, p.dim, lanes, [](float s, float a, float b) {
-      const float step = a - b;
-      return __fmaf_rn(step, step, s);
-    });
+  const float distance = direct_distance(query, key, p.dim, lanes, p.inner_product);
   if (at < p.m && threadIdx.x % lanes == 0) p.out[q * p.m + at] = index < 0 ? INFINITY : distance;
 }
 

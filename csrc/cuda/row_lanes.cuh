@@ -42,4 +42,17 @@ __device__ __forceinline__ float sum_rows(const T* a, const T* b, int64_t dim, i
   return warp_reduce(sum, Sum{}, lanes);
 }
 
+// The direct distance, as rescore() gives it.
+template <class T>
+__device__ __forceinline__ float direct_distance(const T* query, const T* key, int64_t dim,
+                                                 int lanes, bool inner_product) {
+  if (inner_product)
+    return -sum_rows(query, key, dim, lanes,
+                     [](float s, float a, float b) { return __fmaf_rn(a, b, s); });
+  return sum_rows(query, key, dim, lanes, [](float s, float a, float b) {
+    const float step = a - b;
+    return __fmaf_rn(step, step, s);
+  });
+}
+
 }  // namespace knnext

@@ -129,6 +129,7 @@ CudaSearchBuffers plan_cuda_buffers(const CudaSearchPlan& plan, int64_t k,
   at.slots = take(queries * 4);
   at.failed = take(queries * 4);
   at.num_failed = take(4);
+  at.overflow = take(4);
   const int64_t owner_rows = plan.owners * kScanFew.query_tile;
   at.owner_lists = take(owner_rows * plan.owner_words * 8);
   at.partial = take(owner_rows * k * 8);
@@ -148,15 +149,16 @@ CudaSearchPlan plan_cuda_search(const SearchProblem& problem, const CudaSearchEx
   plan.num_chunks = std::max<int64_t>(1, divide_up(keys, kMaxKeysPerChunk));
   plan.chunk_keys = round_up(divide_up(keys, plan.num_chunks), 256);
   if (plan.num_chunks == 1) plan.chunk_keys = keys;
-  plan.num_steps = plan_scan_steps(plan.chunk_keys, problem.k, plan.steps);
+  const int64_t listed = std::max(problem.k, extras.listed);
+  plan.num_steps = plan_scan_steps(plan.chunk_keys, listed, plan.steps);
   ScanStep last[kMaxSteps];  // the last chunk is a little shorter, and its steps are its own
   const int64_t last_keys = keys - (plan.num_chunks - 1) * plan.chunk_keys;
-  const int num_last = plan_scan_steps(last_keys, problem.k, last);
+  const int num_last = plan_scan_steps(last_keys, listed, last);
   for (int i = 0; i < plan.num_steps; ++i)
     plan.list_words = std::max(plan.list_words, plan.steps[i].capacity);
   for (int i = 0; i < num_last; ++i) plan.list_words = std::max(plan.list_words, last[i].capacity);
   // The other path leaves its k winners where the list was.
-  plan.list_words = round_up(std::max(plan.list_words, std::min(problem.k, keys)), 32);
+  plan.list_words = round_up(std::max(plan.list_words, std::min(listed, keys)), 32);
   plan.sort_words = 128;  // what block_sort takes at least
   while (plan.sort_words < std::min(problem.k, kSelectRun)) plan.sort_words *= 2;
   plan_fallback(problem, plan);

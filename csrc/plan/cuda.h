@@ -74,6 +74,7 @@ struct CudaSearchExtras {
   int64_t merge_columns = 0;
   int64_t merge_words = 0;
   bool key_norms = true;
+  int64_t listed = 0;  // keys that a list is to hold where those are more than k
 };
 
 // The steps for a chunk of `num_keys`; returns how many.
@@ -88,7 +89,8 @@ size_t max_shared_bytes(int major, int minor);
 // Offsets into the one workspace of a pass; every part is aligned to 256 bytes.
 struct CudaSearchBuffers {
   int64_t lists, counts, thresholds, bounds, query_norms, key_norms, required, slots, failed,
-      num_failed, owner_lists, partial, merge_distances, merge_indices, merge_words, bytes;
+      num_failed, overflow, owner_lists, partial, merge_distances, merge_indices, merge_words,
+      bytes;
 };
 CudaSearchBuffers plan_cuda_buffers(const CudaSearchPlan& plan, int64_t k,
                                     const CudaSearchExtras& extras);

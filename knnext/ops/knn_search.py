@@ -40,9 +40,8 @@ def knn_search(
         refine: choose and order by distances computed directly, as :func:`knnext.rescore` does
             ("l2": by subtraction), so that identical rows meet at exactly 0 and keys far from the
             origin are told apart. The expanded form is good to about 1e-6 (|q|^2 + |x|^2), and
-            from float16 and bfloat16 on CUDA to 2e-5 max(1, D / 1024) of that; on the CPU every
-            key that this leaves open is computed directly. CUDA kernels recompute and reorder the
-            k that the expanded form chose: far from the origin these need not be the nearest.
+            from float16 and bfloat16 on CUDA to 2e-5 max(1, D / 1024) of that; where that leaves
+            a query's neighbors open, every key is computed directly.
 
     Returns:
         distances (Q, k) float32 and indices (Q, k) int64; +inf and -1 are padding. A key that

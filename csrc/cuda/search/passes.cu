@@ -2,6 +2,7 @@
 // picture of it stands in knn_search.cu; bytes moved are those of the kernels (scan.cuh,
 // select.cuh).
 #include "cuda/search/params.h"
+#include "cuda/search/refine.h"
 #include "cuda/sm90/filter.h"
 
 #include <algorithm>
@@ -34,20 +35,22 @@ class Search {
         plan_(params.plan),
         stream_(stream),
         at_(plan_cuda_buffers(params.plan, params.k, params.extras)),
-        bytes_(params.dtype == Dtype::kFloat ? 4 : 2) {}
+        bytes_(params.dtype == Dtype::kFloat ? 4 : 2),
+        listed_(std::max(params.k, params.extras.listed)),
+        shares_(bound_shares(params.dim, params.dtype, params.inner_product)) {}
 
   void run() {
     for (int64_t chunk = 0; chunk < plan_.num_chunks; ++chunk) {
       const int64_t first = chunk * plan_.chunk_keys;
       const int64_t keys = std::min(plan_.chunk_keys, p_.num_keys - first);
       const float* norms = p_.key_sqnorms ? p_.key_sqnorms + first : nullptr;
-      if (!p_.inner_product && !norms && keys) {
+      if (needs_norms() && !norms && keys) {
         norms = square_norms(key_row(first), p_.key_stride, keys, at_.key_norms);
       }
+      if (p_.refine) norms = bound_keys(norms, keys);
       each_pass(
           [&](int64_t query, int64_t count) { search_pass({query, count, first, keys}, norms); });
     }
-    if (p_.refine) each_pass([&](int64_t query, int64_t count) { refine_pass(query, count); });
   }
 
  private:
@@ -73,11 +76,27 @@ class Search {
     return static_cast<const unsigned char*>(p_.keys) + i * p_.key_stride * bytes_;
   }
 
-  // What the pass goes on from. With `refine` the caller's own comes in at the very end.
+  // The bounds of a refined search need norms for "ip" too.
+  bool needs_norms() const { return !p_.inner_product || p_.refine; }
+  const float* bound_keys(const float* norms, int64_t count) const {
+    auto* overflow = part<unsigned>(at_.overflow);
+    auto* terms = part<float>(at_.key_norms);
+    zero_memory(overflow, sizeof(*overflow), stream_);
+    bound_terms_launch(
+        {norms, terms, count, shares_.key_share, 0.0f, p_.dtype == Dtype::kHalf, overflow},
+        stream_);
+    return terms;
+  }
+  void bound_queries(float* norms, int64_t count) const {
+    bound_terms_launch({norms, norms, count, shares_.query_share, shares_.query_absolute,
+                        p_.dtype == Dtype::kHalf, nullptr},
+                       stream_);
+  }
+
+  // What the pass goes on from.
   Earlier prior(const Pass& pass) const {
     if (pass.first_key > 0)
       return {p_.distances + pass.first_query * p_.k, p_.indices + pass.first_query * p_.k, p_.k};
-    if (p_.refine) return {nullptr, nullptr, 0};
     return initial(pass.first_query);
   }
   Earlier initial(int64_t query) const {
@@ -88,7 +107,7 @@ class Search {
 
   int plan_steps(int64_t keys, ScanStep (&steps)[kMaxSteps]) const {
     const SearchSwitches& s = p_.switches;
-    int count = plan_scan_steps(keys, p_.k, steps);
+    int count = plan_scan_steps(keys, listed_, steps);
     if (s.stride > 1 && keys > s.stride && keys / s.stride <= plan_.list_words) {
       const int64_t sample = keys / s.stride;
       count = 0;
@@ -97,7 +116,7 @@ class Search {
         steps[count++] = {rows, std::min(rows, s.rank), rows, {s.second, s.stride}, true};
       }
       steps[count] = {sample, 1, plan_.list_words, {s.stride, 1}, count == 0};
-      steps[count + 1] = {keys, p_.k, plan_.list_words, {1, 1}, false};
+      steps[count + 1] = {keys, listed_, plan_.list_words, {1, 1}, false};
       count += 2;
     }
     if (s.rank > 0 && count > 1) steps[count - 2].wanted = s.rank;
@@ -107,13 +126,15 @@ class Search {
   void search_pass(const Pass& pass, const float* key_norms) {
     const Earlier before = prior(pass);
     const float* query_norms = nullptr;
-    if (!p_.inner_product)
+    if (needs_norms())
       query_norms = square_norms(query_row(pass.first_query), p_.query_stride, pass.num_queries,
                                  at_.query_norms);
+    if (p_.refine) bound_queries(part<float>(at_.query_norms), pass.num_queries);
     ScanParams scan = scan_params(pass, query_norms, key_norms);
     SelectParams select = select_params(pass, before);
     if (pass.num_keys == 0) {
       select.dense = true;  // of nothing: all padding
+      select.k = static_cast<int>(p_.k);
     } else {
       ScanStep steps[kMaxSteps];
       const int count = plan_steps(pass.num_keys, steps);
@@ -122,7 +143,10 @@ class Search {
         run_scan(scan, select, steps[i]);
         if (!last) run_threshold(scan, select, steps[i], i == count - 2);
       }
-      if (!select.dense) run_fallback(scan, select);
+      if (p_.refine)
+        run_refine(scan, select);
+      else if (!select.dense)
+        run_fallback(scan, select);
     }
     finish(pass, before, select);
   }
@@ -136,10 +160,10 @@ class Search {
     s.num_queries = static_cast<int>(pass.num_queries);
     s.dim_bytes = static_cast<int>(p_.dim * bytes_);
     s.row_alignment = row_alignment(p_);
-    s.scale = p_.inner_product ? -1.0f : -2.0f;
+    s.scale = needs_norms() ? -2.0f : -1.0f;  // bounds are of twice the distance for "ip"
     s.floor = p_.inner_product ? -std::numeric_limits<float>::infinity() : 0.0f;
     s.query_norms = query_norms;
-    s.key_norms = p_.inner_product ? nullptr : key_norms;
+    s.key_norms = needs_norms() ? key_norms : nullptr;
     s.lists = part<Word>(at_.lists);
     s.list_words = plan_.list_words;
     s.counts = part<unsigned>(at_.counts);
@@ -162,8 +186,9 @@ class Search {
     s.thresholds = part<Word>(at_.thresholds);
     s.bounds = part<float>(at_.bounds);
     s.required = part<unsigned>(at_.required);
-    s.k = static_cast<int>(p_.k);
-    if (before.columns >= p_.k) {
+    s.k = static_cast<int>(listed_);
+    // An earlier result says nothing about lower bounds.
+    if (before.columns >= p_.k && !p_.refine) {
       s.prior_distances = before.distances;
       s.prior_indices = before.indices;
       s.prior_columns = before.columns;
@@ -175,7 +200,7 @@ class Search {
     s.partial = part<Word>(at_.partial);
     s.owners = static_cast<int>(plan_.owners);
     s.sort_words = static_cast<int>(plan_.sort_words);
-    s.index_base = pass.first_key + (p_.refine ? 0 : p_.index_offset);
+    s.index_base = pass.first_key + p_.index_offset;
     return s;
   }
 
@@ -246,6 +271,28 @@ class Search {
     fall_back(scan, static_cast<int>(plan_.owners), plan_.fallback_shared_bytes, stream_);
   }
 
+  // Direct distances in place of bounds, and every key's for the queries that bounds leave open.
+  void run_refine(ScanParams& scan, SelectParams& select) {
+    RefineParams r{};
+    r.queries = scan.queries;
+    r.keys = scan.keys;
+    r.query_stride = scan.query_stride;
+    r.key_stride = scan.key_stride;
+    r.dim = p_.dim;
+    r.inner_product = p_.inner_product;
+    r.usable = shares_.usable;
+    r.query_terms = scan.query_norms;
+    r.overflow = part<unsigned>(at_.overflow);
+    r.kept = static_cast<unsigned>(listed_);
+    select.k = static_cast<int>(p_.k);
+    zero_memory(select.num_failed, sizeof(*select.num_failed), stream_);
+    refine_launch(select, r, p_.dtype, stream_);
+    select.dense = false;  // a list counts its words now
+    scan.failed = select.failed;
+    scan.num_failed = select.num_failed;
+    direct_scan_launch(scan, r, p_.dtype, static_cast<int>(plan_.owners), stream_);
+  }
+
   // Writes the pass's result, merged with what it went on from.
   void finish(const Pass& pass, const Earlier& before, SelectParams& select) {
     float* distances = p_.distances + pass.first_query * p_.k;
@@ -262,25 +309,6 @@ class Search {
     merge(pass.first_query, pass.num_queries, select.out_columns);
   }
 
-  // The winners' distances anew, by direct subtraction, their order by them, and then the caller's
-  // earlier result.
-  void refine_pass(int64_t query, int64_t count) {
-    float* distances = p_.distances + query * p_.k;
-    int64_t* indices = p_.indices + query * p_.k;
-    rescore_launch({query_row(query), p_.keys, p_.query_stride, p_.key_stride, count, p_.num_keys,
-                    p_.dim, p_.k, indices, p_.k, p_.dtype, p_.inner_product, distances},
-                   stream_);
-    const Earlier before = initial(query);
-    const int64_t columns = before.columns + p_.k;
-    float* merge_distances = part<float>(at_.merge_distances);
-    int64_t* merge_indices = part<int64_t>(at_.merge_indices);
-    copy_neighbors_launch(before.distances, before.indices, count, before.columns, merge_distances,
-                          merge_indices, columns, 0, 0, stream_);
-    copy_neighbors_launch(distances, indices, count, p_.k, merge_distances, merge_indices, columns,
-                          before.columns, p_.index_offset, stream_);
-    merge(query, count, columns);
-  }
-
   // The k best of the merge buffers' columns.
   void merge(int64_t query, int64_t count, int64_t columns) const {
     merge_topk_launch(
@@ -295,6 +323,8 @@ class Search {
   cudaStream_t stream_;
   CudaSearchBuffers at_;
   int64_t bytes_;
+  int64_t listed_;  // by each list: k, or with `refine` some more
+  BoundShares shares_;
 };
 
 }  // namespace
@@ -302,7 +332,7 @@ class Search {
 CudaSearchExtras search_extras(const KnnSearchParams& params) {
   CudaSearchExtras extras;
   if (params.num_keys > kMaxKeysPerChunk) extras.merge_columns = 2 * params.k;
-  if (params.num_init > 0 || params.refine)
+  if (params.num_init > 0)
     extras.merge_columns = std::max(extras.merge_columns, params.num_init + params.k);
   // Every width that a pass may merge: a narrower one may need more words than a wider.
   for (const int64_t columns : {params.num_init + params.k, 2 * params.k, params.k}) {
@@ -313,7 +343,8 @@ CudaSearchExtras search_extras(const KnnSearchParams& params) {
     merge.k = params.k;
     extras.merge_words = std::max(extras.merge_words, merge_workspace_words(merge));
   }
-  extras.key_norms = !params.inner_product && params.key_sqnorms == nullptr;
+  extras.key_norms = params.refine || (!params.inner_product && params.key_sqnorms == nullptr);
+  if (params.refine) extras.listed = params.k + params.k / 4 + 32;
   return extras;
 }
 

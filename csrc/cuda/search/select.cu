@@ -4,6 +4,7 @@
 // Bytes moved: per query and pass of the selection 8 for each word of its list (about 3,000 at
 // k = 1024: 24 KB, from L2), and 12 for each neighbor written.
 #include "cuda/search/fallback.cuh"
+#include "cuda/search/refine.h"
 #include "cuda/search/select.cuh"
 
 namespace knnext {
@@ -183,11 +184,11 @@ void copy_neighbors_launch(const float* distances, const int64_t* indices, int64
 
 unsigned long long failed_queries() {
 #ifdef KNNEXT_EMULATOR
-  return total_failed;
+  return total_failed + unrefined_queries();
 #else
   unsigned long long count = 0;
   check_cuda(cudaMemcpyFromSymbol(&count, total_failed, sizeof(count)), "failed_queries");
-  return count;
+  return count + unrefined_queries();
 #endif
 }
 
