@@ -98,7 +98,7 @@ def test_what_is_refused_is_few_and_said() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(8))
 def test_the_table_holds(part: int) -> None:
     rows = listed()

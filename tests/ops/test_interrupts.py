@@ -128,7 +128,7 @@ def while_signalled(code: str, number: int = signal.SIGINT) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_ctrl_c_ends_every_long_op() -> None:
     calls = "".join(f"run({name!r}, lambda: {call})\n" for name, call in OPS.items())
     _, *ends, last = while_signalled(COMPILED + calls + CHECK)
