@@ -21,7 +21,7 @@ import torch
 
 NEEDED = {"gpu": 1, "multi_gpu": 2}
 #: Folders whose tests share something dear, made once a worker: a laboratory, the emulator's build.
-ONE_GROUP = ("experiments",)
+ONE_GROUP = ("experiments", "emulator")
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
 
 
