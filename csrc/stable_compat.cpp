@@ -9,6 +9,24 @@
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace knnext {
+
+int64_t item_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Bool:
+      return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 4;
+  }
+}
+
 namespace {
 
 std::string torch_reason() {
@@ -39,23 +57,6 @@ std::string bytes_text(const int64_t* sizes, size_t count, int64_t item) {
   std::snprintf(scaled, sizeof scaled, "%.4g %s", bytes, kUnits[unit]);
   if (!fits) return scaled;
   return number_text(exact) + " bytes" + (unit ? " (" + std::string(scaled) + ")" : "");
-}
-
-int64_t item_bytes(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Bool:
-      return 1;
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Double:
-    case ScalarType::Long:
-      return 8;
-    default:
-      return 4;
-  }
 }
 
 [[noreturn]] void fail_tensor(const Tensor& like, const int64_t* sizes, size_t count,

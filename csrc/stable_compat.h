@@ -21,6 +21,9 @@ namespace knnext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Bytes of an element.
+int64_t item_bytes(ScalarType dtype);
+
 // For a call of torch's that failed, inside a catch block: throws what the current op and torch
 // have to say. torch keeps its reason from 2.13 on.
 [[noreturn]] void fail_torch(const std::string& what);

@@ -34,7 +34,7 @@ struct Outputs {
         lmbda(empty_on<1>(distances, {needs.lmbda ? shape.num_queries : 0},
                           distances.scalar_type())) {}
   void* logits_row(int64_t row) {
-    const int64_t bytes = logits.size(1) * item_size(logits.scalar_type());
+    const int64_t bytes = logits.size(1) * item_bytes(logits.scalar_type());
     return static_cast<char*>(logits.mutable_data_ptr()) + row * bytes;
   }
 };

@@ -52,23 +52,10 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 
 }  // namespace
 
-int64_t item_size(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Double:
-    case ScalarType::Long:
-      return 8;
-    default:
-      return 4;
-  }
-}
-
 Rows::Rows(const Tensor& tensor)
     : tensor_(tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : as_contiguous(tensor)),
       data_(static_cast<const char*>(tensor_.const_data_ptr())),
-      stride_bytes_(tensor_.stride(0) * item_size(tensor_.scalar_type())) {}
+      stride_bytes_(tensor_.stride(0) * item_bytes(tensor_.scalar_type())) {}
 
 RowParameter::RowParameter(const Tensor& tensor) {
   const int64_t rows = tensor.dim() ? tensor.size(0) : 1;
@@ -129,7 +116,7 @@ int logits_kind(const Tensor& logits) {
 
 Tensor new_output(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
   Tensor out = empty_on<2>(like, {rows, columns}, dtype);
-  ask_for_huge_pages(out.mutable_data_ptr(), rows * columns * item_size(dtype));
+  ask_for_huge_pages(out.mutable_data_ptr(), rows * columns * item_bytes(dtype));
   return out;
 }
 

@@ -96,8 +96,6 @@ int logits_kind(const Tensor& logits);  // 0 to 3: half, bfloat16, float, double
 // 4 KB page costs more than to write it.
 Tensor new_output(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype);
 
-int64_t item_size(ScalarType dtype);
-
 // f(first row, last row), with rows enough for a thread to be worth waking.
 template <class F>
 void for_rows(int64_t rows, int64_t entries_per_row, const F& f) {
