@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,59 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from knnext.corpus import Document
-from knnext.lm.identity import model_identity
-from knnext.lm.load import load_lm, save_lm
-from knnext.lm.train import train_tokenizer
-from tests.lm.every_model import every
-from tests.lm.tiny_models import tiny
+from knnext.lm.load import load_lm
+from tests.lm.folders import drop, edit_json, edit_weights
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model with a tokenizer; not to be written to."""
-    tokenizer = train_tokenizer([Document("a", "the quick brown fox " * 40)], 258)
-    folders: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name.replace(",", "_"))
-            model = tiny(name) if name in ("gpt2", "llama", "gpt_neox") else every(name)
-            save_lm(folders[name], model, tokenizer)
-        return folders[name]
-
-    return folder
-
-
-@pytest.fixture
-def model_folder(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    def copied(name: str) -> Path:
-        return Path(shutil.copytree(saved(name), tmp_path / "model"))
-
-    return copied
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    found = json.loads(path.read_text())
-    path.write_text(json.dumps({**found, **values}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    path = folder / "model.safetensors"
-    tensors = safetensors_torch.load_file(path)
-    change(tensors)
-    safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
-
-
-def drop(*endings: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if n.endswith(endings)]:
-            del tensors[name]
-
-    return change
-
 
 # Code that a model brings
 
@@ -256,157 +205,6 @@ def test_tied_weights_are_no_loss(model_folder: Callable[[str], Path]) -> None:
     assert "lm_head.weight" not in safetensors_torch.load_file(folder / "model.safetensors")
     model, _ = load_lm(folder)
     assert model.lm_head.weight is model.transformer.wte.weight
-
-
-# Folders that are no whole model
-
-
-def empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def cut_short(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def cut_in_head(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def no_safetensors(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"notajson")
-
-
-def lfs_pointer(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 0")
-
-
-def missing_shard(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    index = {"metadata": {}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("*token*"):
-        path.unlink()
-
-
-def adapter(folder: Path) -> None:
-    empty(folder)
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "big/base"}')
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-
-
-def bad_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{'a': 1}")
-
-
-def t5(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
-
-
-def marian(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "marian"}')
-
-
-def vision(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "vit"}')
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        (empty, FileNotFoundError, "the folder is empty"),
-        (cut_short, ValueError, r"model\.safetensors is damaged or cut short"),
-        (cut_in_head, ValueError, r"model\.safetensors is damaged or cut short"),
-        (no_safetensors, ValueError, r"model\.safetensors is no safetensors file"),
-        (lfs_pointer, ValueError, r"model\.safetensors is a Git LFS pointer"),
-        (missing_shard, FileNotFoundError, r"model-00002-of-00002\.safetensors \(1 of 2 files"),
-        (
-            lambda f: (f / "model.safetensors").unlink(),
-            FileNotFoundError,
-            "no weights in .*there: ",
-        ),
-        (lambda f: (f / "config.json").unlink(), FileNotFoundError, r"config\.json is missing"),
-        (no_tokenizer, FileNotFoundError, r"no tokenizer in .*tokenizer\.json is missing"),
-        (adapter, ValueError, "an adapter .*'big/base'.*merge_and_unload"),
-        (bad_config, ValueError, r"config\.json is not JSON"),
-        (t5, ValueError, "t5 is an encoder-decoder.*causal"),
-        (marian, ValueError, "marian is an encoder-decoder.*causal"),
-        (vision, ValueError, "type 'vit'.*not know as a causal"),
-    ],
-)
-def test_a_folder_that_is_no_model_says_why(
-    change: Callable[[Path], None],
-    kind: type[Exception],
-    message: str,
-    model_folder: Callable[[str], Path],
-) -> None:
-    folder = model_folder("llama")
-    change(folder)
-    with pytest.raises(kind, match=message) as error:
-        load_lm(folder)
-    assert str(folder) in str(error.value) or "encoder-decoder" in str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
-
-
-# What a model is known by
-
-
-@pytest.mark.parametrize("what", ["one value", "a row", "last layer", "buffer", "dtype", "names"])
-def test_a_changed_copy_is_another_model(what: str) -> None:
-    model = copy.deepcopy(tiny("llama"))
-    model.config._commit_hash = "0" * 40
-    model.register_buffer("shift", torch.zeros(3))
-    was = model_identity(model)
-    with torch.no_grad():
-        if what == "one value":
-            model.model.embed_tokens.weight[3, 5] += 1e-3
-        elif what == "a row":
-            model.model.embed_tokens.weight[[3, 4]] = model.model.embed_tokens.weight[[4, 3]]
-        elif what == "last layer":
-            model.model.layers[-1].mlp.down_proj.weight.mul_(1.001)
-        elif what == "buffer":
-            model.shift[0] = 1
-        elif what == "dtype":
-            model.bfloat16()
-        else:
-            model.other = model._modules.pop("lm_head")
-    assert model_identity(model)[1] != was[1]
-    assert model_identity(copy.deepcopy(model)) == model_identity(model)
-
-
-def test_identity_of_large_and_odd_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("knnext.lm.identity._PIECE", 100)
-    module = torch.nn.ParameterDict(
-        {
-            "a": torch.nn.Parameter(torch.randn(7, 33)),
-            "b": torch.nn.Parameter(torch.randn(5, 40).t(), requires_grad=False),
-            "c": torch.nn.Parameter(torch.randn(0, 3)),
-            "d": torch.nn.Parameter(torch.randn(9, dtype=torch.float64)),
-            "e": torch.nn.Parameter(torch.randn(9).to(torch.float8_e4m3fn), requires_grad=False),
-            "f": torch.nn.Parameter(torch.randn(())),
-        }
-    )
-    seen = {model_identity(module)[1]}
-    for name in "abdf":
-        module[name].data[(-1,) * module[name].ndim] += 1
-        seen.add(model_identity(module)[1])
-    assert len(seen) == 5
-
-
-def test_old_forms_of_identity_are_still_read() -> None:
-    model = copy.deepcopy(tiny("llama"))
-    old = model_identity(model, "weights:0123456789abcdef")[1]
-    assert old.startswith("weights:") and len(old) == 24
-    model.config._commit_hash = "a" * 40
-    assert model_identity(model, "b" * 40)[1] == "a" * 40
-    assert model_identity(model, "tensors:0")[1] == model_identity(model)[1]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
