@@ -7,8 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+_numbers = count()
 
 
 def check_writable(path: str | Path) -> Path:
@@ -47,10 +50,14 @@ def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
 
     After an exception nothing of it stays. An OSError that names no file (a full disk) is raised
     again with the name, and so is whatever else a library says where the disk is what is wrong.
-    Without `commit` the file is made and removed.
+    Without `commit` the file is made and removed. Whoever writes the same file at the same time
+    has a part of its own, and the last one to end has the name. A link is written through.
     """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
+    place = Path(path)
+    if place.exists() and not place.is_file() and not place.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file; nothing can take its place", str(path))
+    path = place.resolve() if place.is_symlink() else place
+    part = path.with_name(f"{path.name}.{os.getpid():x}-{next(_numbers):x}.part")
     try:
         part.open("wb").close()
         yield part

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -25,6 +27,63 @@ def test_whole_or_absent(tmp_path: Path) -> None:
         part.write_text("half")
         raise ZeroDivisionError
     assert path.read_bytes() == before and names(tmp_path) == ["a.json"]
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """Each has a part of its own; what is there in the end is whole, of the last to end."""
+    path = tmp_path / "a.json"
+    with whole_file(path) as one:
+        one.write_text("one")
+        with whole_file(path) as other:
+            other.write_text("other")
+            assert one != other and one.read_text() == "one"
+        assert path.read_text() == "other"
+    assert path.read_text() == "one" and names(tmp_path) == ["a.json"]
+
+
+WRITE = """
+import sys
+from knnext.output import check_writable, write_json
+for i in range(200):
+    check_writable(sys.argv[1])
+    write_json(sys.argv[1], [i] * 1000)
+"""
+
+
+def test_two_processes_that_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    command = [sys.executable, "-c", WRITE, str(path)]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        ends = [writer.communicate(timeout=120) for writer in writers]
+    finally:
+        for writer in writers:
+            writer.kill()
+    assert [writer.returncode for writer in writers] == [0, 0], ends
+    assert json.loads(path.read_text()) == [199] * 1000 and names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("where", ["pipe", "/dev/null", "/dev/full"])
+def test_what_is_no_file_is_left_alone(tmp_path: Path, where: str) -> None:
+    path = tmp_path / where  # an absolute path stays as it is
+    if where == "pipe":
+        os.mkfifo(path)
+    before = path.stat().st_mode
+    with pytest.raises(OSError, match=f"not a regular file.*{path}"):
+        check_writable(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        write_json(path, 1)
+    assert path.stat().st_mode == before
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "link.json", tmp_path / "real" / "a.json"
+    link.symlink_to(target)  # of which nothing is there yet
+    for content in (1, 2):
+        write_json(link, content)
+        assert link.is_symlink() and json.loads(target.read_text()) == content
+    assert names(tmp_path / "real") == ["a.json"]
 
 
 def test_what_cannot_be_written_is_named_before(tmp_path: Path) -> None:

@@ -65,24 +65,26 @@ def _keep(path: Path, content: dict[str, Any]) -> Replaced | None:
         old = {}
     if {**old, "seconds": 0} == json.loads(json.dumps({**content, "seconds": 0})):
         return None
-    kept = next(
-        new
-        for number in count(1)
-        if not (new := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists()
-    )
-    # A link and not a rename: at no moment is there no fit.
-    _link(path, kept)
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    kept = next(name for name in names if _link(path, name))
+    picture = picture_path(kept)
+    picture.unlink(missing_ok=True)
     if picture_path(path).exists():
-        _link(picture_path(path), picture_path(kept))
+        _link(picture_path(path), picture)
     return Replaced(kept, _better(old, content), _words(old))
 
 
-def _link(path: Path, name: Path) -> None:
-    name.unlink(missing_ok=True)
+def _link(path: Path, name: Path) -> bool:
+    """Give the file a second name, if that is free; at no moment is there no fit."""
+    if name.exists():
+        return False
     try:
         name.hardlink_to(path)
+    except FileExistsError:  # of another fit that ended at the same time
+        return False
     except OSError:  # a file system without links
         name.write_bytes(path.read_bytes())
+    return True
 
 
 def _better(old: dict[str, Any], new: dict[str, Any]) -> bool:

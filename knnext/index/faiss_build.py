@@ -150,6 +150,8 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
+        for part in folder.glob("*.faiss.*.part"):  # of a build that was killed
+            part.unlink()
         if overwrite:
             discard(folder)
         if sidecar.exists():  # finished by another build a moment ago
@@ -199,7 +201,6 @@ def discard(folder: Path) -> None:
     """Remove the files of a build, finished or not, and nothing else."""
     for name in (SIDECAR_FILE, INDEX_FILE, TRAINED_FILE, RECIPE_FILE):
         (folder / name).unlink(missing_ok=True)
-        (folder / f"{name}.part").unlink(missing_ok=True)
     for segment in folder.glob("segment-*.faiss*"):
         segment.unlink()
 
