@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from knnext.index.faiss_build import default_factory, sample_rows
 from tests.index.stores import ROWS, clustered, make_datastore
 
 faiss = pytest.importorskip("faiss")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Every kind of index that the search treats in its own way.
 FACTORIES = [
@@ -29,21 +29,6 @@ FACTORIES = [
     "IVF16,PQ16x4,RFlat",
     "IVF16,PQ8",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """FAISS's threads wait by spinning: on a busy machine two take many times as long as one."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Datastore]:
-    folder = tmp_path_factory.mktemp("stores")
-    return {m: make_datastore(folder / m, clustered(ROWS), m) for m in ("l2", "ip")}
 
 
 @pytest.fixture(scope="module")

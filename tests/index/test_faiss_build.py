@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,21 +20,7 @@ from knnext.index.faiss_build import make_recipe
 from tests.index.stores import ROWS, clustered, make_datastore
 
 faiss = pytest.importorskip("faiss")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """FAISS's threads wait by spinning: on a busy machine two take many times as long as one."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Datastore]:
-    folder = tmp_path_factory.mktemp("stores")
-    return {m: make_datastore(folder / m, clustered(ROWS), m) for m in ("l2", "ip")}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
