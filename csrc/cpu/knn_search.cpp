@@ -1,7 +1,6 @@
 // knn_search on the CPU: exact, without the (Q, N) matrix. See search/pass.h for the picture.
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -12,48 +11,13 @@
 #include "cpu/parallel.h"
 #include "cpu/search/pass.h"
 #include "cpu/search/refine.h"
+#include "cpu/search/results.h"
 #include "stable_compat.h"
 
 namespace knnext::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-// A result to go on from, and to write to: m or k neighbors a query.
-template <class Float, class Index>
-struct Neighbors {
-  Float* distances = nullptr;
-  Index* indices = nullptr;
-  int64_t width = 0;
-};
-using Given = Neighbors<const float, const int64_t>;
-using Result = Neighbors<float, int64_t>;
-
-struct Finish {
-  int64_t index_offset;
-  Given given;
-  Result result;
-};
-
-// Distances above which no key can enter the result, where the given neighbors already say so.
-std::vector<float> start_thresholds(const Given& given, int64_t num_queries, int64_t k) {
-  std::vector<float> thresholds(num_queries, kInf);
-  if (given.width < k) return thresholds;
-  for_pieces(0, num_queries, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> row;
-    for (int64_t q = begin; q < end; ++q) {
-      row.clear();
-      for (int64_t i = q * given.width; i < (q + 1) * given.width; ++i)
-        if (given.indices[i] >= 0 && !std::isnan(given.distances[i]))
-          row.push_back(given.distances[i]);
-      if (static_cast<int64_t>(row.size()) < k) continue;
-      std::nth_element(row.begin(), row.begin() + (k - 1), row.end());
-      // One step up: a key at just this distance enters where its index is lower.
-      thresholds[q] = std::nextafter(row[k - 1], kInf);
-    }
-  });
-  return thresholds;
-}
 
 // All candidates of one query, in one array.
 Listed gather_lists(SearchWorkspace& workspace, int64_t q, std::vector<uint64_t>& scratch) {
@@ -71,53 +35,10 @@ Listed gather_lists(SearchWorkspace& workspace, int64_t q, std::vector<uint64_t>
   return listed;
 }
 
-// Merges the pass's sorted candidates with the given neighbors and writes one row of the result.
-class RowWriter {
- public:
-  RowWriter(const Finish& finish, const SearchPass& pass) : finish_(finish), pass_(pass) {}
-
-  void write(int64_t row, const uint64_t* entries, int64_t found) {
-    read_given(row);
-    const Result& result = finish_.result;
-    float* distances = result.distances + row * result.width;
-    int64_t* indices = result.indices + row * result.width;
-    const uint64_t* end = entries + found;
-    auto given = given_.begin();
-    for (int64_t i = 0; i < result.width; ++i) {
-      Neighbor best{kInf, -1};
-      if (entries != end && (given == given_.end() || neighbor(*entries) < *given))
-        best = neighbor(*entries++);
-      else if (given != given_.end())
-        best = *given++;
-      distances[i] = best.distance;
-      indices[i] = best.index;
-    }
-  }
-
- private:
-  Neighbor neighbor(uint64_t entry) const {
-    return {candidate_distance(entry),
-            pass_.first_key + candidate_row(entry) + finish_.index_offset};
-  }
-
-  void read_given(int64_t row) {
-    const Given& given = finish_.given;
-    given_.clear();
-    for (int64_t i = row * given.width; i < (row + 1) * given.width; ++i)
-      if (given.indices[i] >= 0 && !std::isnan(given.distances[i]))
-        given_.push_back({given.distances[i], given.indices[i]});
-    if (!std::is_sorted(given_.begin(), given_.end())) std::sort(given_.begin(), given_.end());
-  }
-
-  const Finish& finish_;
-  const SearchPass& pass_;
-  std::vector<Neighbor> given_;
-};
-
 void finish_pass(const Finish& finish, const SearchPass& pass, SearchWorkspace& workspace) {
   for_pieces(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> scratch;
-    RowWriter writer(finish, pass);
+    RowWriter writer(finish, pass.first_key);
     for (int64_t q = begin; q < end; ++q) {
       const Listed listed = gather_lists(workspace, q, scratch);
       const int64_t found = select_sorted(listed.entries, listed.size, pass.k);
@@ -132,7 +53,7 @@ void finish_refined(const Finish& finish, const SearchPass& pass, SearchWorkspac
   for_pieces(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> scratch, scored;
     DirectQuery query(pass.queries, pass.metric);
-    RowWriter writer(finish, pass);
+    RowWriter writer(finish, pass.first_key);
     for (int64_t q = begin; q < end; ++q) {
       const int64_t row = pass.first_query + q;
       query.read(row);
@@ -149,7 +70,7 @@ void finish_refined(const Finish& finish, const SearchPass& pass, SearchWorkspac
   const DirectScan scan{pass.queries, pass.keys,      pass.metric,
                         pass.k,       pass.first_key, pass.num_keys};
   const int64_t step = direct_scan_queries(scan), size = static_cast<int64_t>(open.size());
-  RowWriter writer(finish, pass);
+  RowWriter writer(finish, pass.first_key);
   for (int64_t first = 0; first < size; first += step) {
     const auto found = direct_scan(scan, open.data() + first, std::min(step, size - first));
     for (size_t i = 0; i < found.size(); ++i)
