@@ -33,12 +33,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 TARGET = "0x020a000000000000"  # the oldest torch whose stable ABI is used: 2.10
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 #: By processor, as the compiler's own macro names it: the endings of files that are compiled for it
 #: alone, and the flags that they need. Files with no such ending are for every processor.
 VECTOR_PATHS = {
     "__x86_64__": {
-        "_avx2": "-mavx2 -mfma -mf16c",
-        "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+        "_avx2": AVX2,
+        "_avx2_vnni": f"{AVX2} -mavxvnni",
+        "_avx512": AVX512,
+        "_avx512_vnni": f"{AVX512} -mavx512vnni",
     },
     "__aarch64__": {"_neon": ""},
 }

@@ -16,13 +16,17 @@ using namespace pybind11::literals;
 
 namespace {
 
+py::list names(const std::vector<knnext::cpu::Isa>& paths) {
+  py::list list;
+  for (const auto isa : paths) list.append(knnext::cpu::name(isa));
+  return list;
+}
+
 py::dict build_info() {
-  py::list paths;
-  for (const auto isa : knnext::cpu::built_paths()) paths.append(knnext::cpu::name(isa));
   return py::dict("version"_a = KNNEXT_VERSION, "torch_version"_a = KNNEXT_TORCH_VERSION,
                   "torch_target"_a = "2.10", "cuda_version"_a = KNNEXT_CUDA_VERSION,
                   "cuda_archs"_a = KNNEXT_CUDA_ARCHS, "compiler"_a = __VERSION__,
-                  "vector_paths"_a = paths);
+                  "vector_paths"_a = names(knnext::cpu::built_paths()));
 }
 
 std::string plan_text(const knnext::SearchPlan& plan) {
@@ -133,6 +137,9 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "best_cpu_isa", [] { return knnext::cpu::name(knnext::cpu::best_isa()); },
       "The widest vector path of this processor.");
+  m.def(
+      "usable_cpu_isas", [] { return names(knnext::cpu::usable_paths()); },
+      "Those of build_info()'s vector_paths that this processor has, the narrowest first.");
   m.def(
       "caller", [] { return reinterpret_cast<uintptr_t>(knnext::python_caller()); },
       "Address of what a library of ops is given by its knnext_set_caller.");

@@ -26,8 +26,10 @@ struct RegisterTile {
 RegisterTile register_tile(cpu::Isa isa) {
   switch (isa) {
     case cpu::Isa::kAvx512:
+    case cpu::Isa::kAvx512Vnni:
       return {8, 48};
     case cpu::Isa::kAvx2:
+    case cpu::Isa::kAvx2Vnni:
       return {6, 16};
     case cpu::Isa::kNeon:
       return {8, 12};

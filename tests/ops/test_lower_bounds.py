@@ -72,7 +72,7 @@ def bounds_of(
 
 
 def own_paths() -> list[str]:
-    return PATHS[: PATHS.index(_host.best_cpu_isa()) + 1]
+    return [path for path in PATHS if path in _host.usable_cpu_isas()]
 
 
 def largest_half(rows: int, dim: int) -> Tensor:

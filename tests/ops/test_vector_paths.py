@@ -51,7 +51,7 @@ def accuracy_of_exp_and_log() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("path", PATHS)
 def test_path(path: str, tmp_path: Path) -> None:
-    if PATHS.index(path) > PATHS.index(knnext._host.best_cpu_isa()):
+    if path not in knnext._host.usable_cpu_isas():
         pytest.skip(f"this processor has no {path}")
     distances, tokens, x = accuracy_of_exp_and_log()
     zero = torch.zeros(len(x), dtype=torch.int64)

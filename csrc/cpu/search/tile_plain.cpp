@@ -80,10 +80,10 @@ const SearchKernels kPlainKernels = make_kernels<V, 4, 8>();
 
 const SearchKernels& search_kernels() {
 #if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) return kAvx512Kernels;
-  if (isa() == Isa::kAvx2) return kAvx2Kernels;
+  if (float_isa() == Isa::kAvx512) return kAvx512Kernels;
+  if (float_isa() == Isa::kAvx2) return kAvx2Kernels;
 #elif defined(__aarch64__)
-  if (isa() == Isa::kNeon) return kNeonKernels;
+  if (float_isa() == Isa::kNeon) return kNeonKernels;
 #endif
   return kPlainKernels;
 }

@@ -140,20 +140,20 @@ const RowLoops<double>& row_loops<double>() {
 template <>
 const RowLoops<float>& row_loops<float>() {
 #if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) return kRowLoopsAvx512;
-  if (isa() == Isa::kAvx2) return kRowLoopsAvx2;
+  if (float_isa() == Isa::kAvx512) return kRowLoopsAvx512;
+  if (float_isa() == Isa::kAvx2) return kRowLoopsAvx2;
 #elif defined(__aarch64__)
-  if (isa() == Isa::kNeon) return kRowLoopsNeon;
+  if (float_isa() == Isa::kNeon) return kRowLoopsNeon;
 #endif
   return kRowLoopsPlain;
 }
 
 const SumLoops& sum_loops() {
 #if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) return kSumLoopsAvx512;
-  if (isa() == Isa::kAvx2) return kSumLoopsAvx2;
+  if (float_isa() == Isa::kAvx512) return kSumLoopsAvx512;
+  if (float_isa() == Isa::kAvx2) return kSumLoopsAvx2;
 #elif defined(__aarch64__)
-  if (isa() == Isa::kNeon) return kSumLoopsNeon;
+  if (float_isa() == Isa::kNeon) return kSumLoopsNeon;
 #endif
   return kSumLoopsPlain;
 }
