@@ -7,8 +7,9 @@ on adjacent lines.
     pytest benchmarks -k 'knn_search and cpu' --benchmark-json=benchmarks/out/cpu.json
     python -m benchmarks.report benchmarks/out/cpu.json
 
-Real keys come from `benchmarks/data/real_keys.py` or from any datastore (--datastore). Each result
-is checked once before it is timed; a rival that is not installed is skipped, and says so.
+Real keys come from `benchmarks/data/real_keys.py` or from any datastore (--datastore), those of
+D = 576 from `benchmarks/data/smollm2.py` (--real-keys-smollm2). Each result is checked once before
+it is timed; a rival that is not installed is skipped, and says so.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.data import real_keys
+from benchmarks.data import real_keys, smollm2
 from benchmarks.data.cases import available_devices, cases
 from benchmarks.report.targets import names_shape
 from benchmarks.timing.budget import Budget
@@ -36,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("knnext")
     group.addoption("--full", action="store_true", help="also the shapes that take long")
     group.addoption("--datastore", type=Path, help="a datastore's folder, for real keys")
+    group.addoption(
+        "--real-keys-smollm2",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where real keys of D = 576 lie, if not at {smollm2.FOLDER}",
+    )
     group.addoption("--only", default="", help="implementations to run, by name, with commas")
     group.addoption("--budget", type=float, help="seconds after which further rivals are left out")
 
@@ -45,6 +52,9 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("--datastore")
     if folder is not None:
         real_keys.use(folder)
+    folder = config.getoption("--real-keys-smollm2")
+    if folder is not None:
+        smollm2.use(folder)
     if torch.cuda.is_available():
         # Not the default stream: libraries take its handle, zero, for "none given".
         torch.cuda.set_stream(torch.cuda.Stream())

@@ -23,6 +23,8 @@ class Implementation:
     """`prepare(data)` returns what is timed, or skips with the reason.
 
     exact: the result is held to float64; if not, only its recall is reported.
+    least_recall: below it the run fails, for rivals that are exact by their own account.
+    approximate: it trades recall for time on purpose, and every table and picture says so.
     capturable: only enqueues work, so a CUDA graph can hold it.
     own_memory: allocates past torch, so that its memory is read from the device.
     late: is compiled or built for each shape anew, for seconds: on a GPU it comes at the end.
@@ -33,6 +35,8 @@ class Implementation:
 
     prepare: Callable[[Any], Callable[[], Any]]
     exact: bool = True
+    least_recall: float = 0.0
+    approximate: bool = False
     capturable: bool = False
     own_memory: bool = False
     late: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 import knnext
-from benchmarks.data import real_keys
+from benchmarks.data import real_keys, smollm2
 from benchmarks.data.buffers import l2_bytes, rotations
 from benchmarks.data.search_shapes import Shape
 from knnext.testing import tensor_core_tolerance
 
 Result = tuple[Tensor, Tensor]
-SAMPLED_QUERIES = 4
+SAMPLED_QUERIES = 16
 _CHUNK_VALUES = 1 << 26
+#: What is built over more bytes of keys than this is not kept: several such would not fit.
+_KEPT_BYTES = 1 << 29
+#: Where real keys come from, by their name in a shape.
+_SOURCES = {"lm": real_keys, "smollm2": smollm2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,14 @@ class Keys:
     keys: Tensor
     sqnorms: Tensor
     derived: dict[str, Any] = field(default_factory=dict)
+
+    def kept(self, name: str, build: Callable[[], Any]) -> Any:
+        """What `build` gives, once for all shapes over these keys where these are few."""
+        if self.keys.nbytes > _KEPT_BYTES:
+            return build()
+        if name not in self.derived:
+            self.derived[name] = build()
+        return self.derived[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +88,8 @@ def make_keys(
     size = entries * dim * dtype.itemsize
     sets = rotations(size, l2_bytes(device), most=64) if device == "cuda" else 1
     require_memory(int(size * sets / 0.8), device, "the keys")
-    if kind == "lm":
-        first = real_keys.load_keys(entries).to(device, dtype)
+    if kind in _SOURCES:
+        first = _SOURCES[kind].load_keys(entries).to(device, dtype)
         made = [first, *(first.clone() for _ in range(sets - 1))]
     else:
         generator = torch.Generator(device).manual_seed(0)
@@ -89,8 +101,9 @@ def _queries(shape: Shape, device: str) -> Iterator[Tensor]:
     """One set after the other, without end."""
     generator = torch.Generator(device).manual_seed(1)
     while True:
-        if shape.keys == "lm":
-            yield real_keys.load_queries(shape.queries).to(device, shape.dtype)
+        if shape.keys in _SOURCES:
+            found = _SOURCES[shape.keys].load_queries(shape.queries)
+            yield found.to(device, shape.dtype)
         else:
             yield _gaussian(shape.queries, shape.dim, shape.dtype, generator)
 

@@ -23,9 +23,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Shape:
-    """`keys` is "gaussian" or "lm": the hidden states of a language model (`real_keys`), at most
-    `entries` of them and of whatever dim they are. `approximate`: an approximate index is measured
-    too; it takes longer to build than all other rivals take to run."""
+    """`keys` is "gaussian", or "lm" or "smollm2": the hidden states of a language model
+    (`real_keys`, `smollm2`), at most `entries` of them and of whatever dim they are.
+    `approximate`: an approximate index is measured too; it takes longer to build than all other
+    rivals take to run."""
 
     queries: int
     entries: int
@@ -90,13 +91,37 @@ SMOKE = [
 
 _CPU = Shape(256, 65536, 1024, 1024)
 _NARROW = Shape(64, 100_000, 128, 1024, approximate=False)
+#: A step of decoding is one query, of a small batch a few.
+FEW_QUERIES = (1, 2, 4, 8, 16)
+
+
+def _few_queries(entries: int, dims: Iterable[int], ks: Iterable[int]) -> list[Shape]:
+    """Shapes over the same keys next to each other."""
+    # The index is built once for all of its keys' shapes.
+    base = Shape(1, entries, 128, 1024)
+    shapes = sweep(base, "dim", dims)
+    shapes = [at_k for shape in shapes for at_k in sweep(shape, "k", ks)]
+    return [at_q for shape in shapes for at_q in sweep(shape, "queries", FEW_QUERIES)]
+
+
+_REAL = [
+    *sweep(Shape(1, 1_000_000, 128, 1024, keys="lm"), "queries", (1, 16, 256)),
+    *sweep(Shape(1, 200_000, 576, 1024, keys="smollm2"), "queries", (1, 16, 1024)),
+]
 CPU = unique(
     sweep(_CPU, "queries", (1, 16, 256, 1024)),
     sweep(_NARROW, "k", (16, 256, 1024, 4096)),
     sweep(_NARROW, "entries", (25_000, 100_000, 400_000)),
-    [Shape(256, 1_000_000, 128, 1024, keys="lm")],
+    _few_queries(200_000, (128, 576, 1024), (16, 1024)),
+    _REAL,
 )
-FULL_CPU = unique(CPU, _stars(replace(_CPU, queries=16), _CPU, (16384, 65536, 262_144)))
+FULL_CPU = unique(
+    CPU,
+    _few_queries(1_000_000, (128, 576, 1024), (16, 1024)),
+    *[sweep(Shape(q, 1_000_000, 576, 1024), "dim", (128, 576, 1024)) for q in (1024, 4096)],
+    sweep(_REAL[-1], "queries", FEW_QUERIES),
+    _stars(replace(_CPU, queries=16), _CPU, (16384, 65536, 262_144)),
+)
 
 # The order is that of importance: a run that is cut short has the targets' shapes.
 _GPU = Shape(4096, 1_000_000, 1024, 1024)

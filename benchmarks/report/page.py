@@ -28,8 +28,9 @@ python -m benchmarks.report FILE.json       # this page, from --benchmark-json=F
 
 How to read the tables:
 
-- *time / knnext* is a ratio within one run; above 1, knnext is faster. `knnext_sqnorms` is the
-  same search with the keys' norms given, as a datastore has them.
+- *time / knnext* is a ratio within one run; above 1, knnext is faster. On a CPU a search is timed
+  in turns with knnext's, at the same number of threads. `knnext_sqnorms` is the same search with
+  the keys' norms given, as a datastore has them; `knnext_codes` with eight-bit codes beside them.
 - *GB/s* and *FLOP/s* count the least that the op must do: each input read once, each output
   written once, 2 Q N D operations for a search.
 - *of the limit* sets the time against the nearer of two limits measured in the same run: memory
@@ -38,10 +39,13 @@ How to read the tables:
 - *of the bare product*: the time of the same matrix product without selection, over the row's time.
   On a CPU the product counts the conversion of half-precision keys to float32.
 - *recall* is the share of the true k nearest, by float64 on sampled queries, near-ties allowed for.
+  What is marked as approximate trades it for time.
 - *memory* is what a call takes beyond its inputs, results counted (GPU only).
 
-A rival that was not installed has no row. Real keys are hidden states of the demo's language model
-(D = 128): there is no offline source of real keys with D = 1024.
+A rival that was not installed has no row: `knnext[bench]` names SVS, usearch and ScaNN,
+`knnext[faiss]` FAISS. Real keys are hidden states of the demo's language model (D = 128) and, where
+they were made, of SmolLM2-135M (D = 576; `python -m benchmarks.data.smollm2`): there is no offline
+source of real keys with D = 1024.
 """
 
 

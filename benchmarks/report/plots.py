@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.rows import Row
-from benchmarks.report.tables import baseline, count, grouped
+from benchmarks.report.tables import KEYS, baseline, count, full_name, grouped, relative
 
 _INK, _MUTED, _GRID = "#1f2933", "#52606d", "#e4e7eb"
 #: Colors that stay apart for color-blind eyes; one for each family, which its name's start tells.
@@ -26,6 +26,9 @@ _FAMILIES = {
     "faiss_knn": "#56b4e9",
     "faiss": "#3b6fb6",
     "cuvs": "#6a9a1f",
+    "svs": "#e69f00",
+    "usearch": "#009e73",
+    "scann": "#8c564b",
 }
 _HOPPER, _OTHER = "#5f3dc4", _MUTED
 _MARKS = "osD^vP"
@@ -53,7 +56,14 @@ _WORDS = {
     "torch_masked": "torch, masked",
     "compiled_masked": "torch.compile, masked",
     "faiss_flat": "FAISS flat",
+    "knnext_codes": "knnext, eight-bit codes",
     "faiss_ivfpq": "FAISS IVF-PQ",
+    "faiss_sq_fp16": "FAISS scalar quantizer, float16",
+    "faiss_sq8": "FAISS scalar quantizer, 8 bits",
+    "svs_flat": "SVS flat",
+    "usearch_exact": "usearch, exhaustive",
+    "usearch_i8": "usearch, exhaustive, int8",
+    "scann_brute_force": "ScaNN brute force",
     "cuvs_brute_force": "cuVS brute force",
     **{f"faiss_gpu_flat_{t}": f"FAISS GPU flat, {t}" for t in ("float16", "float32")},
     **{f"faiss_knn_gpu_{t}": f"FAISS kNN, {t}" for t in ("float16", "bfloat16", "float32")},
@@ -88,7 +98,7 @@ class Picture:
     @property
     def title(self) -> str:
         fixed = dict(self.fixed)
-        kind = {"lm": "real keys"}.get(fixed.pop("keys", ""), "")
+        kind = KEYS.get(fixed.pop("keys", ""), "")
         dtype = fixed.pop("dtype", "")
         parts = [f"{axis} = {count(value)}" for axis, value in fixed.items()]
         return f"{self.op}: " + ", ".join([*parts, *filter(None, (dtype, kind))])
@@ -119,15 +129,13 @@ def _lines(rows: Sequence[Row], axis: str, device: str) -> list[Line]:
         if unit is None:
             continue
         for row in group:
-            points.setdefault(_line_name(row), []).append((row[axis], row.seconds / unit))
+            ratio = None if device == "cuda" else relative(row, group)
+            y = row.seconds / unit if ratio is None else ratio
+            points.setdefault(full_name(row), []).append((row[axis], y))
         least = _limit_seconds(group)
         if least is not None:
             points.setdefault(LIMIT, []).append((group[0][axis], least / unit))
     return [Line(name, *map(list, zip(*sorted(p), strict=True))) for name, p in points.items()]
-
-
-def _line_name(row: Row) -> str:
-    return f"{row.implementation} (approximate)" if row.approximate else row.implementation
 
 
 def _limit_seconds(group: Sequence[Row]) -> float | None:

@@ -40,8 +40,8 @@ class Row:
 
     @property
     def approximate(self) -> bool:
-        """Finds neighbors without looking at all keys: the search's bytes and work are not its."""
-        return "ivf" in self.implementation
+        """Trades recall for time: the search's bytes and work are not its."""
+        return bool(self.facts.get("approximate", "ivf" in self.implementation))
 
     def __getitem__(self, name: str) -> Any:
         return self.facts.get(name)

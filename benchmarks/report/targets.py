@@ -66,15 +66,17 @@ def over_limit(row: Row, _: Sequence[Row]) -> float | None:
     return 1.0 / share if share else None
 
 
-def against(*prefixes: str, leave_out: tuple[str, ...] = ()) -> Value:
-    """How many times the fastest rival's time is ours; None without a rival."""
+def against(*prefixes: str) -> Value:
+    """How many times the fastest rival's time is ours; None without a rival. What is approximate
+    is no rival of an exact search."""
 
     def value(row: Row, group: Sequence[Row]) -> float | None:
         times = [
             r.seconds
             for r in group
             if r.implementation.startswith(prefixes)
-            and not r.implementation.startswith((*leave_out, "knnext", "bare"))
+            and not r.implementation.startswith(("knnext", "bare"))
+            and not r.approximate
         ]
         return min(times) / row.seconds if times else None
 
@@ -124,10 +126,8 @@ def _any(row: Row) -> bool:
     return True
 
 
-# Approximate: no rival of an exact search.
-_NOT_EXACT = ("faiss_ivfpq",)
 _FAISS = against("faiss_gpu_flat", "faiss_knn_gpu")
-_EVERY = against("faiss", "cuvs", "torch", leave_out=_NOT_EXACT)
+_EVERY = against("faiss", "cuvs", "torch")
 _PYTORCH = against("torch_eager")
 
 _READ, _COPY = fact("share_of_read"), fact("share_of_copy")

@@ -1,9 +1,10 @@
-"""FAISS: flat and IVF-PQ, on the CPU and on the GPU.
+"""FAISS: flat and IVF-PQ, on the CPU and on the GPU; scalar quantizers on the CPU.
 
 On the GPU flat search goes both ways that users take: `knn_gpu` on tensors as they are, and
 `GpuIndexFlat`, which holds a copy of the keys and their norms. Each in every dtype that it has:
 FAISS's float16 product runs without tensor cores on some versions, so the best of its dtypes is the
-rival. IVF-PQ is approximate; beside its time stands its recall.
+rival. Approximate are IVF-PQ and the quantizer of eight bits; beside their time stands their
+recall. The quantizer of float16 is exact on float16 keys, which it keeps as they are.
 """
 
 from __future__ import annotations
@@ -67,13 +68,40 @@ def _refuse_large_k(data: Data) -> None:
 
 def flat(data: Data) -> Run:
     """IndexFlatL2 on the same vectors in float32: twice the memory of half-precision keys."""
+    return _on_cpu(data, "faiss_flat", 4, lambda faiss, dim: faiss.IndexFlatL2(dim))
+
+
+def quantizer(name: str, bytes_a_value: int) -> Callable[[Data], Run]:
+    """IndexScalarQuantizer: QT_fp16, or QT_8bit with a range for each dimension."""
+
+    def make(faiss: ModuleType, dim: int) -> Any:
+        kind = getattr(faiss.ScalarQuantizer, name)
+        return faiss.IndexScalarQuantizer(dim, kind, faiss.METRIC_L2)
+
+    return lambda data: _on_cpu(data, f"faiss_{name}", bytes_a_value, make)
+
+
+def _on_cpu(data: Data, name: str, size: int, make: Callable[[ModuleType, int], Any]) -> Run:
     faiss = load("cpu")
     faiss.omp_set_num_threads(torch.get_num_threads())
-    require_memory(4 * data.keys.numel(), "cpu", "the index")
-    index = faiss.IndexFlatL2(data.shape.dim)
-    index.add(data.keys.float().numpy())
+
+    def build() -> Any:
+        require_memory(size * data.keys.numel(), "cpu", "the index")
+        index = make(faiss, data.shape.dim)
+        if not index.is_trained:
+            index.train(_spread_rows(data.keys).numpy())
+        _add(index, data.keys)
+        return index
+
+    index = data.key_set.kept(name, build)
     queries = data.queries.float().numpy()
     return lambda: _as_tensors(index.search(queries, data.k))
+
+
+def _spread_rows(keys: Tensor) -> Tensor:
+    """Rows to train on, in float32."""
+    step = max(1, len(keys) // TRAINED_ROWS)
+    return keys[::step][:TRAINED_ROWS].float().contiguous()
 
 
 def _as_tensors(result: tuple[Any, Any]) -> Result:
@@ -150,7 +178,7 @@ def _train(keys: Tensor, device: str) -> Any:
     index.do_polysemous_training = False  # for Hamming filters, unused; takes most of the time
     if device == "cuda":
         index = _to_gpu(faiss, index)
-    picked = keys[:: max(1, len(keys) // TRAINED_ROWS)][:TRAINED_ROWS].float().contiguous()
+    picked = _spread_rows(keys)
     index.train(picked if device == "cuda" else picked.numpy())
     _add(index, keys)
     index.nprobe = NPROBE

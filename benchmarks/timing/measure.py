@@ -16,9 +16,13 @@ import torch
 from benchmarks.data.cases import Implementation
 from benchmarks.timing import limits
 from benchmarks.timing.gpu import GpuSampler
+from benchmarks.timing.turns import Turns
 
 Run = Callable[[], Any]
-PACKAGES = ("torch", "knnext", "faiss-gpu", "faiss-cpu", "cuvs-cu12", "cuvs-cu13")
+PACKAGES = (
+    *("torch", "knnext", "faiss-gpu", "faiss-cpu", "cuvs-cu12", "cuvs-cu13"),
+    *("scalable-vs", "usearch", "scann"),
+)
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,14 @@ class Measure:
         work: Work,
         group: str,
         rounds: int = 7,
+        beside: Run | None = None,
         **facts: Any,
     ) -> float | None:
-        """Median seconds of a call; None where nothing is timed."""
+        """Median seconds of a call; None where nothing is timed.
+
+        `beside` is knnext's own call at this shape: on a CPU the two take turns, and the row keeps
+        how many times knnext's time it took.
+        """
         self.benchmark.group = f"{group} {self.device}"
         if not self.enabled:
             self.benchmark.pedantic(runs[0])
@@ -140,8 +149,9 @@ class Measure:
             self.benchmark.pedantic(sampler.round, rounds=sampler.rounds)
             facts |= {"timing": sampler.timing, "rotations": len(runs), "calls": sampler.calls}
         else:
-            self.benchmark.pedantic(runs[0], rounds=rounds, warmup_rounds=1)
-            facts |= {"timing": "host", "threads": torch.get_num_threads()}
+            facts |= self._on_host(runs[0], rounds, beside)
+        if implementation.approximate:
+            facts["approximate"] = True
         seconds = float(self.benchmark.stats.stats.median)
         self.benchmark.extra_info.update(
             facts,
@@ -153,3 +163,13 @@ class Measure:
             **limits.as_facts(self.device, work.dtype),
         )
         return seconds
+
+    def _on_host(self, run: Run, rounds: int, beside: Run | None) -> dict[str, Any]:
+        facts = {"timing": "host", "threads": torch.get_num_threads()}
+        if beside is None:
+            self.benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
+            return facts
+        turns = Turns(beside)
+        rounds = turns.rounds(rounds)
+        self.benchmark.pedantic(run, setup=turns, rounds=rounds, warmup_rounds=1)
+        return facts | {"times_knnext": turns.ratio(self.benchmark.stats.stats.data)}

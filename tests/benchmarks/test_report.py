@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,61 @@ def test_a_gpu_run_has_times_memory_recall_and_targets(run: Path, tmp_path: Path
     assert "| at least 35 % of the bare product | portable | 1 | yes | 50.0 % |" in text
     assert "| at least 3x the speed of FAISS GPU flat | portable | 1 | yes | 3.75x |" in text
     assert "a-host" not in text
+
+
+def turns(implementation: str, milliseconds: float, **facts: Any) -> dict[str, Any]:
+    """A row on a CPU."""
+    made = entry(implementation, 1, milliseconds, **facts)
+    made["params"]["device"] = "cpu"
+    return made | {"group": "knn_search Q1 cpu"}
+
+
+def test_a_row_timed_in_turns_is_set_beside_those_turns(tmp_path: Path) -> None:
+    """And not beside knnext's own row, of another minute of a loaded machine."""
+    entries = [
+        turns("knnext", 10.0),
+        turns("svs_flat", 8.0, times_knnext=1.25),
+        turns("usearch_i8", 5.0, times_knnext=0.75, recall=0.97, approximate=True),
+        turns("torch_chunked", 30.0),
+    ]
+    run = write_run(tmp_path / "run.json", entries)
+    page, *_ = write([run], tmp_path / "README.md", tmp_path)
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| Q = 1")]
+    lines += [line for line in page.read_text().splitlines() if line.startswith("|  |")]
+    cells = [[cell.strip() for cell in line.split("|")[2:4]] for line in lines]
+    assert cells == [
+        ["**knnext**", "1.00"],
+        ["usearch_i8 (approximate)", "0.75"],
+        ["svs_flat", "1.25"],
+        ["torch_chunked", "3.00"],
+    ]
+    approximate = next(line for line in lines if "usearch_i8" in line)
+    assert "0.9700" in approximate and " G |" not in approximate, "it does not do that work"
+
+
+def test_pictures_hold_the_turns_too(tmp_path: Path) -> None:
+    entries = []
+    for queries in (1, 4, 16):
+        ours, theirs = turns("knnext", 10.0), turns("svs_flat", 8.0, times_knnext=1.25)
+        for made in (ours, theirs):
+            made["extra_info"] |= {"Q": queries}
+            entries.append(made | {"group": f"knn_search Q{queries} cpu"})
+    _, rows = gather([write_run(tmp_path / "run.json", entries)])
+    (picture,) = pictures(rows)
+    lines = {line.name: line.y for line in picture.lines}
+    assert lines["svs_flat"] == [1.25] * 3 and lines["knnext"] == [1.0] * 3
+
+
+def test_the_approximate_are_no_rivals_of_an_exact_search(tmp_path: Path) -> None:
+    entries = [
+        entry("knnext_sqnorms", 4096, 10.0),
+        entry("torch_chunked", 4096, 30.0),
+        entry("faiss_sq8", 4096, 1.0, recall=0.9, approximate=True),
+        entry("faiss_ivfpq", 4096, 1.0, recall=0.6),  # of before rows said so themselves
+    ]
+    _, rows = gather([write_run(tmp_path / "run.json", entries)])
+    found = {v.target.what: v.value for v in verdicts(rows)}
+    assert found["the speed of the fastest flat rival"] == pytest.approx(3.0)
 
 
 def test_targets_are_missed_where_they_are_missed(tmp_path: Path) -> None:

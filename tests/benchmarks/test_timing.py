@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from benchmarks.timing.gpu import (
     gpu_clock,
     rounds_for,
 )
+from benchmarks.timing.turns import Turns
 from knnext import Datastore
 from tests.benchmarks.children import ROOT, run_child
 
@@ -155,6 +156,74 @@ def test_sets_of_buffers_take_turns_and_results_live_for_one(
     assert len(seen) == sampler.calls and set(seen) == set(range(4))
     assert all((b - a) % 4 == 1 for a, b in pairwise(seen))
     assert sorted(sampler._results) == [0, 1, 2, 3]
+
+
+class Clock:
+    """Time that only moves by what is run and slept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.events = 0.0, []  # type: float, list[str]
+        monkeypatch.setattr("benchmarks.timing.turns.time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.events.append("pause")
+
+    def call(self, name: str, *seconds: float) -> Callable[[], None]:
+        left = list(seconds)
+
+        def run() -> None:
+            self.now += left.pop(0)
+            self.events.append(name)
+
+        return run
+
+
+def test_two_calls_take_turns_with_pauses_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    turns = Turns(clock.call("ours", 9.0, 9.0, 1.0, 2.0, 4.0))
+    theirs = clock.call("theirs", 9.0, 3.0, 5.0, 16.0)
+    clock.events.clear()
+    times = []
+    for _ in range(4):  # the first is a warm-up
+        turns()
+        start = clock.now
+        theirs()
+        times.append(clock.now - start)
+    assert clock.events == ["pause", "ours", "pause", "theirs"] * 4
+    assert turns.ratio(times[1:]) == 3.0, "the median of 3, 2.5 and 4"
+
+
+@pytest.mark.parametrize("seconds, rounds", [(1e-3, 11), (0.12, 8), (0.5, 5), (40.0, 5)])
+def test_short_calls_have_more_turns(
+    seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Turns(Clock(monkeypatch).call("ours", seconds)).rounds(5) == rounds
+
+
+@pytest.mark.slow
+def test_a_search_is_timed_in_turns_with_ours(tmp_path: Path) -> None:
+    """With the suite's own fixtures, on its smallest shape."""
+    target = tmp_path / "bench.json"
+    names = "knnext,torch_chunked,usearch_i8,faiss_sq8"
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *("-p", "tests.benchmarks.smallest", "benchmarks/bench_knn_search.py"),
+        *(f"--only={names}", f"--benchmark-json={target}"),
+    ]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = run_child(command, cwd=ROOT, scratch=tmp_path / "own", env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    entries = json.loads(target.read_text())["benchmarks"]
+    rows = {entry["params"]["implementation"]: entry["extra_info"] for entry in entries}
+    assert {"knnext", "torch_chunked"} <= set(rows) <= set(names.split(","))
+    assert "times_knnext" not in rows["knnext"]
+    for name in set(rows) - {"knnext"}:
+        assert rows[name]["times_knnext"] > 0 and rows[name]["threads"] == 1
+        assert rows[name].get("approximate", False) == (name != "torch_chunked")
 
 
 def test_only_knnext_and_the_limits_run_once_the_budget_is_spent() -> None:
