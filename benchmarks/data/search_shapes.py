@@ -91,17 +91,14 @@ SMOKE = [
 
 _CPU = Shape(256, 65536, 1024, 1024)
 _NARROW = Shape(64, 100_000, 128, 1024, approximate=False)
-#: A step of decoding is one query, of a small batch a few.
+#: A step of decoding is one query, or a few where sequences are decoded together.
 FEW_QUERIES = (1, 2, 4, 8, 16)
 
 
-def _few_queries(entries: int, dims: Iterable[int], ks: Iterable[int]) -> list[Shape]:
-    """Shapes over the same keys next to each other."""
-    # The index is built once for all of its keys' shapes.
-    base = Shape(1, entries, 128, 1024)
-    shapes = sweep(base, "dim", dims)
-    shapes = [at_k for shape in shapes for at_k in sweep(shape, "k", ks)]
-    return [at_q for shape in shapes for at_q in sweep(shape, "queries", FEW_QUERIES)]
+def _few_queries(entries: int, dim: int, queries: Iterable[int] = FEW_QUERIES) -> list[Shape]:
+    """Of few neighbors and of many. IVF-PQ, slow to build, stands beside one of the widths."""
+    base = Shape(1, entries, dim, 1, approximate=dim == 576)
+    return [s for k in (16, 1024) for s in sweep(replace(base, k=k), "queries", queries)]
 
 
 _REAL = [
@@ -112,13 +109,15 @@ CPU = unique(
     sweep(_CPU, "queries", (1, 16, 256, 1024)),
     sweep(_NARROW, "k", (16, 256, 1024, 4096)),
     sweep(_NARROW, "entries", (25_000, 100_000, 400_000)),
-    _few_queries(200_000, (128, 576, 1024), (16, 1024)),
+    _few_queries(200_000, 576),
+    *[_few_queries(200_000, dim, (1, 4, 16)) for dim in (128, 1024)],
     _REAL,
 )
 FULL_CPU = unique(
     CPU,
-    _few_queries(1_000_000, (128, 576, 1024), (16, 1024)),
-    *[sweep(Shape(q, 1_000_000, 576, 1024), "dim", (128, 576, 1024)) for q in (1024, 4096)],
+    *[_few_queries(n, dim) for n in (200_000, 1_000_000) for dim in (128, 576, 1024)],
+    *[sweep(Shape(1024, 1_000_000, dim, 1024), "queries", (1024, 4096)) for dim in (128, 576)],
+    *[sweep(Shape(q, 200_000, 576, 1024), "dtype", DTYPES) for q in (1, 16)],
     sweep(_REAL[-1], "queries", FEW_QUERIES),
     _stars(replace(_CPU, queries=16), _CPU, (16384, 65536, 262_144)),
 )

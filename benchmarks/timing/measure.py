@@ -170,6 +170,5 @@ class Measure:
             self.benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
             return facts
         turns = Turns(beside)
-        rounds = turns.rounds(rounds)
-        self.benchmark.pedantic(run, setup=turns, rounds=rounds, warmup_rounds=1)
+        self.benchmark.pedantic(run, setup=turns, rounds=turns.rounds(run, rounds))
         return facts | {"times_knnext": turns.ratio(self.benchmark.stats.stats.data)}

@@ -10,7 +10,7 @@ from typing import Any
 #: Threads of one library spin for some milliseconds after their work, on the cores that the next
 #: one's want; this outlasts it.
 PAUSE = 0.02
-MOST_ROUNDS, SECONDS = 11, 1.0
+MOST_ROUNDS, SECONDS = 11, 1.5
 
 
 class Turns:
@@ -19,20 +19,26 @@ class Turns:
     def __init__(self, run: Callable[[], Any]) -> None:
         self.run = run
         self.seconds: list[float] = []
-        self()
 
     def __call__(self) -> None:
-        time.sleep(PAUSE)
-        start = time.perf_counter()
-        self.run()
-        self.seconds.append(time.perf_counter() - start)
-        time.sleep(PAUSE)
+        self.seconds.append(_timed(self.run))
 
-    def rounds(self, least: int) -> int:
-        """More of a call that is short, since its time varies more."""
-        return max(least, min(MOST_ROUNDS, round(SECONDS / self.seconds[0])))
+    def rounds(self, other: Callable[[], Any], least: int) -> int:
+        """More where both are short, whose time varies more. Each is called once, to warm up."""
+        once = _timed(self.run) + _timed(other)
+        return max(least, min(MOST_ROUNDS, round(SECONDS / once)))
 
     def ratio(self, times: Sequence[float]) -> float:
         """The median, over the rounds, of the other call's seconds over those just before."""
         ours = self.seconds[-len(times) :]
         return statistics.median(b / a for a, b in zip(ours, times, strict=True))
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    """Seconds, with pauses around them."""
+    time.sleep(PAUSE)
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    time.sleep(PAUSE)
+    return seconds

