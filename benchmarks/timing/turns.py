@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: Threads of one library spin for some milliseconds after their work, on the cores that the next
-#: one's want; this outlasts it.
-PAUSE = 0.02
+#: Seconds between looks at whether threads still spin, how much of them counts as none, and looks.
+STEP, QUIET, LOOKS = 0.01, 5e-4, 20
 MOST_ROUNDS, SECONDS = 11, 1.5
 
 
@@ -34,11 +33,24 @@ class Turns:
         return statistics.median(b / a for a, b in zip(ours, times, strict=True))
 
 
+def settle() -> None:
+    """Waits until no thread of this process works.
+
+    Threads of one library spin after its call, on the cores that the next one's want: GCC's OpenMP
+    for some milliseconds, SVS's pool for tens of them.
+    """
+    for _ in range(LOOKS):
+        before = time.process_time()
+        time.sleep(STEP)
+        if time.process_time() - before < QUIET:
+            return
+
+
 def _timed(run: Callable[[], Any]) -> float:
-    """Seconds, with pauses around them."""
-    time.sleep(PAUSE)
+    """Seconds, with quiet before and after them."""
+    settle()
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
-    time.sleep(PAUSE)
+    settle()
     return seconds

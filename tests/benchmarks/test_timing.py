@@ -24,7 +24,7 @@ from benchmarks.timing.gpu import (
     gpu_clock,
     rounds_for,
 )
-from benchmarks.timing.turns import Turns
+from benchmarks.timing.turns import Turns, settle
 from knnext import Datastore
 from tests.benchmarks.children import ROOT, run_child
 
@@ -159,24 +159,31 @@ def test_sets_of_buffers_take_turns_and_results_live_for_one(
 
 
 class Clock:
-    """Time that only moves by what is run and slept."""
+    """Time that only moves by what is run and slept; after a call its threads spin for a while."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.events = 0.0, []  # type: float, list[str]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, spin: float = 0.0) -> None:
+        self.now, self.worked, self.left, self.spin = 0.0, 0.0, 0.0, spin
+        self.events: list[str] = []
         monkeypatch.setattr("benchmarks.timing.turns.time", self)
 
     def perf_counter(self) -> float:
         return self.now
 
+    def process_time(self) -> float:
+        return self.worked
+
     def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        spun = min(seconds, self.left)
+        self.now, self.worked, self.left = self.now + seconds, self.worked + spun, self.left - spun
         self.events.append("pause")
 
     def call(self, name: str, *seconds: float) -> Callable[[], None]:
-        left = list(seconds)
+        times = list(seconds)
 
         def run() -> None:
-            self.now += left.pop(0)
+            assert self.left == 0.0, "threads of the call before still spin"
+            self.now += times.pop(0)
+            self.left = self.spin
             self.events.append(name)
 
         return run
@@ -193,6 +200,19 @@ def test_two_calls_take_turns_with_pauses_between(monkeypatch: pytest.MonkeyPatc
         times.append(clock.now - start)
     assert clock.events == ["pause", "ours", "pause", "theirs"] * 3
     assert turns.ratio(times) == pytest.approx(3.0), "the median of 3, 2.5 and 4"
+
+
+@pytest.mark.parametrize("spin", [0.004, 0.035, 0.15])
+def test_a_turn_waits_for_threads_that_spin(spin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, spin)
+    turns, theirs = Turns(clock.call("ours", 1.0, 1.0)), clock.call("theirs", 3.0, 3.0)
+    for _ in range(2):
+        turns()
+        theirs()
+    assert turns.seconds == pytest.approx([1.0, 1.0])
+    clock.left = 60.0
+    settle()
+    assert clock.left > 50, "what works on for ever is not waited for"
 
 
 @pytest.mark.parametrize(
