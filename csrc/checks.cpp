@@ -46,8 +46,7 @@ Metric parse_metric(const char* op, const std::string& metric) {
 SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t k,
                              const std::string& metric, const std::optional<Tensor>& key_sqnorms,
                              int64_t index_offset, const std::optional<Tensor>& init_distances,
-                             const std::optional<Tensor>& init_indices) {
-  const char* op = "knn_search";
+                             const std::optional<Tensor>& init_indices, const char* op) {
   check_queries_keys(op, queries, keys);
   check_k(op, k);
   SearchShape shape{queries.size(0), keys.size(0), queries.size(1), k, 0, parse_metric(op, metric)};
@@ -76,6 +75,35 @@ SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t 
     check_device(op, "init_indices", *init_indices, "queries", queries);
   }
   return shape;
+}
+
+SearchShape check_knn_search_codes(const Tensor& queries, const Tensor& keys, const Tensor& codes,
+                                   const Tensor& code_stats, const Tensor& center, int64_t k,
+                                   const std::string& metric,
+                                   const std::optional<Tensor>& key_sqnorms, int64_t index_offset,
+                                   const std::optional<Tensor>& init_distances,
+                                   const std::optional<Tensor>& init_indices) {
+  const char* op = "knn_search_codes";
+  const SearchShape shape = check_knn_search(queries, keys, k, metric, key_sqnorms, index_offset,
+                                             init_distances, init_indices, op);
+  const std::string rows = "(" + number_text(shape.num_keys) + ", ", dim = number_text(shape.dim);
+  check_tensor(op, "codes", codes, {ScalarType::Char}, {shape.num_keys, shape.dim},
+               rows + dim + ")");
+  check_tensor(op, "code_stats", code_stats, {ScalarType::Float}, {shape.num_keys, 3}, rows + "3)");
+  check_tensor(op, "center", center, {ScalarType::Float}, {shape.dim}, "(" + dim + ",)");
+  check_device(op, "codes", codes, "queries", queries);
+  check_device(op, "code_stats", code_stats, "queries", queries);
+  check_device(op, "center", center, "queries", queries);
+  return shape;
+}
+
+void check_encode_keys(const Tensor& keys, const Tensor& center) {
+  const char* op = "encode_keys";
+  check_tensor(op, "keys", keys, kFloats, {-1, -1}, "(N, D)");
+  if (keys.size(1) < 1) fail(op, "keys must have D >= 1, got " + describe(keys));
+  check_tensor(op, "center", center, {ScalarType::Float}, {keys.size(1)},
+               "(" + number_text(keys.size(1)) + ",)");
+  check_device(op, "center", center, "keys", keys);
 }
 
 void check_key_sqnorms(const Tensor& keys) {

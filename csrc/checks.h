@@ -26,7 +26,16 @@ Metric parse_metric(const char* op, const std::string& metric);
 SearchShape check_knn_search(const Tensor& queries, const Tensor& keys, int64_t k,
                              const std::string& metric, const std::optional<Tensor>& key_sqnorms,
                              int64_t index_offset, const std::optional<Tensor>& init_distances,
-                             const std::optional<Tensor>& init_indices);
+                             const std::optional<Tensor>& init_indices,
+                             const char* op = "knn_search");
+// The same, and codes of the keys; `keys` may lie on the CPU while all else is on CUDA.
+SearchShape check_knn_search_codes(const Tensor& queries, const Tensor& keys, const Tensor& codes,
+                                   const Tensor& code_stats, const Tensor& center, int64_t k,
+                                   const std::string& metric,
+                                   const std::optional<Tensor>& key_sqnorms, int64_t index_offset,
+                                   const std::optional<Tensor>& init_distances,
+                                   const std::optional<Tensor>& init_indices);
+void check_encode_keys(const Tensor& keys, const Tensor& center);
 void check_key_sqnorms(const Tensor& keys);
 Metric check_rescore(const Tensor& queries, const Tensor& keys, const Tensor& indices,
                      const std::string& metric);

@@ -14,6 +14,14 @@ STABLE_TORCH_LIBRARY(knnext, m) {
   m.def("rescore(Tensor queries, Tensor keys, Tensor indices, str metric=\"l2\") -> Tensor");
   m.def("merge_topk(Tensor distances, Tensor indices, int k) -> (Tensor, Tensor)");
 
+  // Search by eight-bit codes
+  m.def("encode_keys(Tensor keys, Tensor center) -> (Tensor codes, Tensor code_stats)");
+  m.def(
+      "knn_search_codes(Tensor queries, Tensor keys, Tensor codes, Tensor code_stats, "
+      "Tensor center, int k, str metric=\"l2\", *, Tensor? key_sqnorms=None, "
+      "int index_offset=0, Tensor? init_distances=None, Tensor? init_indices=None, "
+      "bool refine=False) -> (Tensor distances, Tensor indices)");
+
   // Mixing
   m.def(
       "knn_softmax.tensor(Tensor distances, Tensor tokens, Tensor temperature, "

@@ -12,6 +12,8 @@ from importlib.metadata import version as _version
 from typing import Any
 
 from knnext.ops import (
+    KeyCodes,
+    encode_keys,
     failed_queries,
     gather_tokens,
     key_sqnorms,
@@ -43,6 +45,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "KeyCodes",
+    "encode_keys",
     "failed_queries",
     "gather_tokens",
     "key_sqnorms",

@@ -7,14 +7,17 @@ what runs where no compiled library could be loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 INF = float("inf")
 NAN = float("nan")
+CODE_LIMIT = 127  # of encode_keys: codes lie in [-127, 127]
 BLOCK_BYTES = 128 << 20  # of scores held at once by knn_search
 
 
@@ -124,6 +127,102 @@ def knn_search(
         distances = torch.cat([init_distances.to(compute_dtype), distances], 1)
         indices = torch.cat([init_indices, indices], 1)
     return merge_topk(distances, indices, k)
+
+
+def rotate(rows: Tensor) -> Tensor:
+    """(N, D) rows under the rotation of :func:`encode_keys`, the same for every D.
+
+    Random signs, a Walsh-Hadamard transform of the first W dimensions, other signs, one of the
+    last W; W is the largest power of two up to D. In the dtype of ``rows``.
+    """
+    dim = rows.shape[1]
+    width = 1 << (dim.bit_length() - 1)
+    for window, signs in zip((slice(0, width), slice(dim - width, dim)), _signs(dim), strict=True):
+        rows = rows * signs.to(rows)
+        mixed = rows[:, window]
+        span = 1
+        while span < width:
+            pairs = mixed.reshape(len(rows), -1, 2, span)
+            a, b = pairs[:, :, 0], pairs[:, :, 1]
+            mixed = torch.stack([a + b, a - b], 2).reshape(len(rows), width)
+            span *= 2
+        rows = rows.clone()
+        rows[:, window] = mixed / math.sqrt(width)
+    return rows
+
+
+def _signs(dim: int) -> Tensor:
+    """(2, D) float64 of 1 and -1: the highest bits of SplitMix64 (Steele, Lea, Flood, 2014)."""
+    state = np.arange(2 * dim, dtype=np.uint64) + np.uint64(dim << 32)
+    z = (state + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return torch.from_numpy(1.0 - 2.0 * (z >> np.uint64(63)).astype(np.float64)).view(2, dim)
+
+
+def encode_keys(keys: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, D) int8 codes of rotate(keys - center), and (N, 3) float32: each row's scale s, an upper
+    bound of |rotate(key - center) - s code|, and |s code|; see :func:`knnext.encode_keys`.
+    """
+    step = max(1, BLOCK_BYTES // (64 * max(1, keys.shape[1])))
+    parts = [_encode(keys[i : i + step], center) for i in range(0, max(1, len(keys)), step)]
+    codes, stats = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(stats)
+
+
+def _encode(keys: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    rows = keys.to(torch.float64)
+    held = rows.isfinite().all(1)
+    rotated = rotate(torch.where(held[:, None], rows - center.to(rows), 0.0))
+    largest = rotated.abs().amax(1)
+    scale = (largest / CODE_LIMIT).to(torch.float32)
+    # A row too small to scale, or too large for float32, is its whole error.
+    coded = (largest >= 2.0**-100) & (largest <= 2.0**50)
+    scale = torch.where(coded, scale, 0.0)
+    steps = rotated / torch.where(coded, scale, 1.0).to(rows)[:, None]
+    codes = torch.where(coded[:, None], steps.round().clamp(-CODE_LIMIT, CODE_LIMIT), 0.0)
+    restored = codes * scale.to(rows)[:, None]
+    norm = restored.square().sum(1).sqrt()
+    error = (rotated - restored).square().sum(1).sqrt()
+    # Rounding of float64 and of the answer to float32: far below both.
+    error = (error + 2.0**-40 * rotated.square().sum(1).sqrt()) * (1 + 2.0**-20) + 2.0**-125
+    error = torch.where(largest <= 2.0**50, error, INF)
+    stats = torch.stack([scale.to(rows), error, norm], 1).to(torch.float32)
+    # A row with NaN or infinity is never found: nothing needs to bound it.
+    never = torch.tensor([0.0, 0.0, INF], dtype=torch.float32, device=keys.device)
+    return codes.to(torch.int8), torch.where(held[:, None], stats, never)
+
+
+def knn_search_codes(
+    queries: Tensor,
+    keys: Tensor,
+    codes: Tensor,
+    code_stats: Tensor,
+    center: Tensor,
+    k: int,
+    metric: str = "l2",
+    *,
+    key_sqnorms: Tensor | None = None,
+    index_offset: int = 0,
+    init_distances: Tensor | None = None,
+    init_indices: Tensor | None = None,
+    refine: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """:func:`knn_search`, whatever the codes: they only save work. ``keys`` may be elsewhere."""
+    return knn_search(
+        queries,
+        keys.to(queries.device),
+        k,
+        metric,
+        key_sqnorms=key_sqnorms,
+        index_offset=index_offset,
+        init_distances=init_distances,
+        init_indices=init_indices,
+        refine=refine,
+        compute_dtype=compute_dtype,
+    )
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:

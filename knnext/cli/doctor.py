@@ -16,7 +16,7 @@ import torch
 import knnext
 from knnext.ops import REPORT
 from knnext.ops._cards import can_run, cuda_driver_version, visible_cards
-from knnext.ops._library import built_for, cuda_symbols
+from knnext.ops._library import COMPOSED, built_for, cuda_symbols
 from knnext.ops._schemas import NAMES
 from knnext.say import Say, binary_size
 
@@ -103,7 +103,7 @@ def render(facts: dict[str, Any]) -> str:
         *(("gpu", f"cannot run the CUDA kernels: {why}") for why in _unable(facts)),
         ("cpu", f"{cpu['processor']}, {cpu['threads']} threads, path {cpu['isa']}"),
         ("cpu ops", loaded["cpu"] or "compiled"),
-        ("cuda ops", loaded["cuda"] or f"{len(on_cuda)} of {len(NAMES)} compiled and registered"),
+        ("cuda ops", loaded["cuda"] or _cuda_ops(on_cuda)),
         ("stand-ins", ", ".join(loaded["fallbacks"]) or "none"),
         ("faiss", facts["faiss"]["text"]),
         *((name, text or "not installed") for name, text in facts["packages"].items()),
@@ -119,6 +119,12 @@ def render(facts: dict[str, Any]) -> str:
         lines += [_render_plan(plan) for plan in facts["plans"]]
     lines += ["", *(f"note: {text}" for text in facts["advice"])] if facts["advice"] else []
     return "\n".join(lines)
+
+
+def _cuda_ops(compiled: list[str]) -> str:
+    composed = (f"{name} by {of}" for name, (of, _) in COMPOSED.items())
+    kernels = f"{len(compiled)} of {len(NAMES) - len(COMPOSED)} compiled and registered"
+    return "; ".join([kernels, *composed])
 
 
 def _unable(facts: dict[str, Any]) -> list[str]:

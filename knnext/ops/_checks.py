@@ -69,14 +69,20 @@ def _device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> No
 
 
 def _queries_keys(
-    op: str, queries: Tensor, keys: Tensor, dtypes: Sequence[torch.dtype] = FLOATS
+    op: str,
+    queries: Tensor,
+    keys: Tensor,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    *,
+    on_cpu_too: bool = False,
 ) -> None:
     _tensor(op, "queries", queries, dtypes, (None, None), "(Q, D)")
     if queries.shape[1] < 1:
         fail(op, f"queries must have D >= 1, got {_describe(queries)}")
     dim = queries.shape[1]
     _tensor(op, "keys", keys, (queries.dtype,), (None, dim), f"(N, {dim})")
-    _device(op, "keys", keys, "queries", queries)
+    if not (on_cpu_too and keys.device.type == "cpu"):
+        _device(op, "keys", keys, "queries", queries)
 
 
 def _k(op: str, k: int, like: Tensor) -> None:
@@ -102,9 +108,10 @@ def knn_search(
     init_distances: Tensor | None = None,
     init_indices: Tensor | None = None,
     refine: bool = False,
+    op: str = "knn_search",
 ) -> None:
-    op = "knn_search"
-    _queries_keys(op, queries, keys)
+    # By codes on a GPU, the winners alone are read of keys on the CPU.
+    _queries_keys(op, queries, keys, on_cpu_too=op == "knn_search_codes")
     _k(op, k, queries)
     _metric(op, metric)
     num_queries, num_keys = queries.shape[0], keys.shape[0]
@@ -127,6 +134,36 @@ def knn_search(
         _tensor(op, "init_indices", init_indices, (torch.int64,), same, m)
         _device(op, "init_distances", init_distances, "queries", queries)
         _device(op, "init_indices", init_indices, "queries", queries)
+
+
+def knn_search_codes(
+    queries: Tensor,
+    keys: Tensor,
+    codes: Tensor,
+    code_stats: Tensor,
+    center: Tensor,
+    k: int,
+    metric: str = "l2",
+    **options: Any,
+) -> None:
+    op = "knn_search_codes"
+    knn_search(queries, keys, k, metric, op=op, **options)
+    rows, dim = keys.shape
+    _tensor(op, "codes", codes, (torch.int8,), (rows, dim), f"({rows}, {dim})")
+    _tensor(op, "code_stats", code_stats, (torch.float32,), (rows, 3), f"({rows}, 3)")
+    _tensor(op, "center", center, (torch.float32,), (dim,), f"({dim},)")
+    for name, t in (("codes", codes), ("code_stats", code_stats), ("center", center)):
+        _device(op, name, t, "queries", queries)
+
+
+def encode_keys(keys: Tensor, center: Tensor) -> None:
+    op = "encode_keys"
+    _tensor(op, "keys", keys, FLOATS, (None, None), "(N, D)")
+    if keys.shape[1] < 1:
+        fail(op, f"keys must have D >= 1, got {_describe(keys)}")
+    dim = keys.shape[1]
+    _tensor(op, "center", center, (torch.float32,), (dim,), f"({dim},)")
+    _device(op, "center", center, "keys", keys)
 
 
 def key_sqnorms(keys: Tensor) -> None:
@@ -291,6 +328,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "key_sqnorms": key_sqnorms,
     "rescore": rescore,
     "merge_topk": merge_topk,
+    "encode_keys": encode_keys,
+    "knn_search_codes": knn_search_codes,
     "knn_softmax": knn_softmax,
     "knn_interpolate": knn_interpolate,
     "knn_target_log_prob": knn_target_log_prob,

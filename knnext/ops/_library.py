@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from knnext import reference
 from knnext.ops._cards import can_run, cuda_driver_version
@@ -22,8 +23,16 @@ from knnext.ops._checks import CHECKS, VALUE_CHECKS
 from knnext.ops._gradients import GRADIENTS
 from knnext.ops._schemas import GRADIENT_NAMES, GRADIENT_SCHEMAS, NAMES, SCHEMAS
 
-__all__ = ["LIBRARIES", "REPORT", "FallbackWarning", "cuda_driver_version", "cuda_symbols"]
+__all__ = [
+    "COMPOSED",
+    "LIBRARIES",
+    "REPORT",
+    "FallbackWarning",
+    "cuda_driver_version",
+    "cuda_symbols",
+]
 
+_CHUNK_BYTES = 256 << 20  # of keys on their way to a GPU
 LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
 
 
@@ -130,6 +139,54 @@ def _fallback(name: str, key: str) -> Any:
     return run
 
 
+def _search_codes_on_cuda(
+    queries: Tensor,
+    keys: Tensor,
+    codes: Tensor,
+    code_stats: Tensor,
+    center: Tensor,
+    k: int,
+    metric: str = "l2",
+    *,
+    key_sqnorms: Tensor | None = None,
+    index_offset: int = 0,
+    init_distances: Tensor | None = None,
+    init_indices: Tensor | None = None,
+    refine: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The search without codes, which gives the same bits; keys on the CPU come in chunks."""
+    options = {"key_sqnorms": key_sqnorms, "refine": refine, "index_offset": index_offset}
+    found = {"init_distances": init_distances, "init_indices": init_indices}
+    CHECKS["knn_search_codes"](
+        queries, keys, codes, code_stats, center, k, metric, **options, **found
+    )
+    search = torch.ops.knnext.knn_search.default
+    if keys.device == queries.device:
+        return search(queries, keys, k, metric, **options, **found)
+    step = max(1, _CHUNK_BYTES // (keys.shape[1] * keys.element_size()))
+    for start in range(0, max(1, len(keys)), step):
+        rows = slice(start, start + step)
+        options["index_offset"] = index_offset + start
+        if key_sqnorms is not None:
+            options["key_sqnorms"] = key_sqnorms[rows]
+        chunk = keys[rows].to(queries.device, non_blocking=True)
+        result = search(queries, chunk, k, metric, **options, **found)
+        found = {"init_distances": result[0], "init_indices": result[1]}
+    return result
+
+
+def _encode_on_cuda(keys: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    CHECKS["encode_keys"](keys, center)
+    return reference.encode_keys(keys, center)
+
+
+#: Ops that on CUDA are made of others, until they have kernels there; what they are made of.
+COMPOSED: dict[str, tuple[str, Any]] = {
+    "encode_keys": ("PyTorch's own ops", _encode_on_cuda),
+    "knn_search_codes": ("knn_search", _search_codes_on_cuda),
+}
+
+
 def _gradient_fallback(name: str) -> Any:
     compute = GRADIENTS[name.split(".")[0]]
 
@@ -163,6 +220,8 @@ def load() -> LoadReport:
     if report.cpu:
         for schema in (*SCHEMAS, *GRADIENT_SCHEMAS):
             _KEEP.define(schema)
+    for name, (_, run) in COMPOSED.items():
+        _KEEP.impl(name, run, "CUDA")
     missing = _install_fallbacks("CPU")
     report._fallbacks += [f"CPU {name}" for name in missing]
     if missing:
@@ -178,7 +237,8 @@ def cuda_symbols() -> list[str]:
     """The ops that the loaded libraries run on CUDA, as the dispatcher knows them."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     fallbacks = {f.removeprefix("CUDA ") for f in REPORT.fallbacks if f.startswith("CUDA ")}
-    return [n for n in NAMES if has(f"knnext::{n}", "CUDA") and n not in fallbacks]
+    others = {*fallbacks, *COMPOSED}
+    return [n for n in NAMES if has(f"knnext::{n}", "CUDA") and n not in others]
 
 
 # What the first call of a stand-in says, by dispatch key.

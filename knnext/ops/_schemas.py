@@ -12,6 +12,11 @@ SCHEMAS = (
     "key_sqnorms(Tensor keys) -> Tensor",
     'rescore(Tensor queries, Tensor keys, Tensor indices, str metric="l2") -> Tensor',
     "merge_topk(Tensor distances, Tensor indices, int k) -> (Tensor, Tensor)",
+    "encode_keys(Tensor keys, Tensor center) -> (Tensor codes, Tensor code_stats)",
+    "knn_search_codes(Tensor queries, Tensor keys, Tensor codes, Tensor code_stats, "
+    'Tensor center, int k, str metric="l2", *, Tensor? key_sqnorms=None, int index_offset=0, '
+    "Tensor? init_distances=None, Tensor? init_indices=None, bool refine=False) "
+    "-> (Tensor distances, Tensor indices)",
     "knn_softmax.tensor(Tensor distances, Tensor tokens, Tensor temperature, "
     "int vocab_size) -> Tensor",
     "knn_softmax(Tensor distances, Tensor tokens, float temperature, int vocab_size) -> Tensor",

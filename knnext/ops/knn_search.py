@@ -9,6 +9,7 @@ from torch import Tensor
 
 from knnext.ops import _checks, _numbers
 from knnext.ops._derivatives import as_rows, call, one_by_one, register_no_derivative
+from knnext.ops.encode_keys import KeyCodes
 
 
 def knn_search(
@@ -22,6 +23,7 @@ def knn_search(
     init_distances: Tensor | None = None,
     init_indices: Tensor | None = None,
     refine: bool = False,
+    codes: KeyCodes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest keys of each query, exactly, without ever making the (Q, N) matrix.
 
@@ -42,6 +44,10 @@ def knn_search(
             origin are told apart. The expanded form is good to about 1e-6 (|q|^2 + |x|^2), and
             from float16 and bfloat16 on CUDA to 2e-5 max(1, D / 1024) of that; where that leaves
             a query's neighbors open, every key is computed directly.
+        codes: of these very keys, from :func:`knnext.encode_keys`. All are scored by their codes,
+            with a bound that holds always, and those that could be among the k nearest again
+            from ``keys``: less work, and the same bits. Beside queries and codes on a GPU, keys
+            may then lie on the CPU. Codes of other keys give wrong neighbors.
 
     Returns:
         distances (Q, k) float32 and indices (Q, k) int64; +inf and -1 are padding. A key that
@@ -56,6 +62,22 @@ def knn_search(
         k = _numbers.integer("knn_search", "k", k)
     if type(index_offset) is not int:
         index_offset = _numbers.integer("knn_search", "index_offset", index_offset)
+    if codes is not None:
+        return call(
+            _BY_CODES,
+            queries,
+            keys,
+            codes.codes,
+            codes.stats,
+            codes.center,
+            k,
+            metric,
+            key_sqnorms=key_sqnorms,
+            index_offset=index_offset,
+            init_distances=init_distances,
+            init_indices=init_indices,
+            refine=refine,
+        )
     usual = key_sqnorms is None and init_distances is None and init_indices is None
     if usual and not refine and not index_offset:  # what is not passed costs no time
         return call(_OP, queries, keys, k, metric)
@@ -74,6 +96,7 @@ def knn_search(
 
 
 _OP = torch.ops.knnext.knn_search.default
+_BY_CODES = torch.ops.knnext.knn_search_codes.default
 
 
 @torch.library.register_fake("knnext::knn_search")
