@@ -65,10 +65,15 @@ float first_too_far(const std::vector<uint64_t>& scored, int64_t k, float start)
   return std::min(start, std::nextafter(kth, kInf));
 }
 
-// Replaces `scored` by the k best of the list, sorted, or fewer; false where a key that was left
-// out might be among them.
-bool settle(Listed& listed, int64_t k, float start, Rescoring& rescoring,
-            std::vector<uint64_t>& scored) {
+// What became of a query.
+struct Outcome {
+  bool open = false;       // a key that its list left out might be among the k nearest
+  int64_t candidates = 0;  // of its list, that had to be scored again
+};
+
+// Replaces `scored` by the k best of the list, sorted, or fewer.
+Outcome settle(Listed& listed, int64_t k, float start, Rescoring& rescoring,
+               std::vector<uint64_t>& scored) {
   scored.clear();
   std::vector<uint64_t>& entries = listed.entries;
   const int64_t size = static_cast<int64_t>(entries.size()), likely = std::min(size, k);
@@ -78,16 +83,26 @@ bool settle(Listed& listed, int64_t k, float start, Rescoring& rescoring,
   const auto end = std::partition(entries.begin() + likely, entries.end(), [&](uint64_t entry) {
     return candidate_distance(entry) < limit;
   });
-  rescoring.score(entries.data() + likely, end - entries.begin() - likely, scored);
+  const int64_t candidates = end - entries.begin();
+  rescoring.score(entries.data() + likely, candidates - likely, scored);
   scored.resize(select_sorted(scored.data(), static_cast<int64_t>(scored.size()), k));
-  return first_too_far(scored, k, start) <= listed.complete_below;
+  return {first_too_far(scored, k, start) > listed.complete_below, candidates};
 }
 
-// Queries [first, first + count); marks those that stay open.
+using Outcomes = std::vector<Outcome>;
+
+int64_t count_open(Outcomes::const_iterator begin, Outcomes::const_iterator end) {
+  return std::count_if(begin, end, [](const Outcome& outcome) { return outcome.open; });
+}
+int64_t count_open(const Outcomes& outcomes) {
+  return count_open(outcomes.begin(), outcomes.end());
+}
+
+// Queries [first, first + count), with lists that keep `kept` keys.
 void search_queries(const Search& search, const Finish& finish, int64_t first, int64_t count,
-                    const std::vector<float>& thresholds, std::vector<char>& open,
-                    const Tensor& like) {
-  const int64_t kept = coded_list_size(search.k), num_keys = search.keys.num_rows();
+                    int64_t kept, bool sampled, const std::vector<float>& thresholds,
+                    Outcomes& outcomes, const Tensor& like) {
+  const int64_t num_keys = search.keys.num_rows();
   const CpuSearchPlan plan = plan_code_pass(count, num_keys, search.keys.dim(), kept);
   Tensor memory = empty_on<1>(like, {plan.workspace_bytes}, ScalarType::Byte);
   CodeWorkspace workspace(plan, search.keys.dim(), memory.mutable_data_ptr());
@@ -99,7 +114,8 @@ void search_queries(const Search& search, const Finish& finish, int64_t first, i
                 0,
                 0,
                 num_keys,
-                thresholds.empty() ? nullptr : thresholds.data()};
+                thresholds.empty() ? nullptr : thresholds.data(),
+                sampled};
   for (int64_t at = first; at < first + count; at += plan.queries_per_pass) {
     pass.first_query = at;
     pass.num_queries = std::min(plan.queries_per_pass, first + count - at);
@@ -113,39 +129,65 @@ void search_queries(const Search& search, const Finish& finish, int64_t first, i
       for (int64_t q = begin; q < end; ++q) {
         const int64_t row = at + q;
         gather(workspace, q, listed);
-        const float start = thresholds.empty() ? kInf : thresholds[row];
-        // A query that is not finite has no finite distance.
-        if (!rescoring.read(row) || settle(listed, search.k, start, rescoring, scored))
-          writer.write(row, scored.data(), static_cast<int64_t>(scored.size()));
-        else
-          open[row] = 1;
         scored.clear();
+        // A query that is not finite has no finite distance.
+        if (rescoring.read(row))
+          outcomes[row] = settle(listed, search.k, thresholds.empty() ? kInf : thresholds[row],
+                                 rescoring, scored);
+        if (!outcomes[row].open)
+          writer.write(row, scored.data(), static_cast<int64_t>(scored.size()));
       }
     });
+    // Keys in an order of their own may defeat the sample.
+    const auto done = outcomes.begin() + at;
+    const int64_t open = count_open(done, done + pass.num_queries);
+    pass.sampled = pass.sampled && open <= pass.num_queries / 64;
   }
 }
 
-// The rows of a contiguous tensor that are marked, as a tensor of their own.
-Tensor marked_rows(const Tensor& from, const std::vector<char>& marked) {
-  const int64_t count = std::count(marked.begin(), marked.end(), 1);
+// All queries. The first of many tell whether codes are of use at all, and how long a list must be.
+Outcomes search_by_codes(const Search& search, const Finish& finish, int64_t num_queries,
+                         const std::vector<float>& thresholds, const Tensor& like) {
+  Outcomes outcomes(num_queries);
+  const int64_t most = coded_list_size(search.k);
+  const bool pilot = num_queries >= 4 * kPilotQueries;
+  const int64_t first = pilot ? kPilotQueries : num_queries;
+  search_queries(search, finish, 0, first, most, false, thresholds, outcomes, like);
+  if (!pilot) return outcomes;
+  const int64_t open = count_open(outcomes);
+  if (open > first / 2) {
+    for (int64_t row = first; row < num_queries; ++row) outcomes[row].open = true;
+    return outcomes;
+  }
+  int64_t kept = 0;
+  for (const Outcome& outcome : outcomes) kept = std::max(kept, outcome.candidates);
+  kept = open ? most : std::min(most, kept + kept / 4 + 64);
+  search_queries(search, finish, first, num_queries - first, kept, true, thresholds, outcomes,
+                 like);
+  return outcomes;
+}
+
+// Rows of a contiguous tensor, of the queries that stay open, as a tensor of their own.
+Tensor open_rows(const Tensor& from, const Outcomes& outcomes) {
+  const int64_t count = count_open(outcomes);
   const int64_t bytes = from.size(1) * item_bytes(from.scalar_type());
   Tensor out = empty_on<2>(from, {count, from.size(1)}, from.scalar_type());
   const char* rows = static_cast<const char*>(from.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  for (size_t row = 0; row < marked.size(); ++row) {
-    if (!marked[row]) continue;
+  for (size_t row = 0; row < outcomes.size(); ++row) {
+    if (!outcomes[row].open) continue;
     std::memcpy(to, rows + static_cast<int64_t>(row) * bytes, bytes);
     to += bytes;
   }
   return out;
 }
 
-void put_marked_rows(const Tensor& rows, const std::vector<char>& marked, Tensor& into) {
+void put_open_rows(const Tensor& rows, const Outcomes& outcomes, Tensor& into) {
   const int64_t bytes = into.size(1) * item_bytes(into.scalar_type());
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   char* to = static_cast<char*>(into.mutable_data_ptr());
-  for (size_t row = 0; row < marked.size(); ++row) {
-    if (!marked[row]) continue;
+  for (size_t row = 0; row < outcomes.size(); ++row) {
+    if (!outcomes[row].open) continue;
     std::memcpy(to + static_cast<int64_t>(row) * bytes, from, bytes);
     from += bytes;
   }
@@ -197,24 +239,16 @@ std::tuple<Tensor, Tensor> knn_search_codes_cpu(
     thresholds = start_thresholds(finish.given, shape.num_queries, k);
   }
 
-  std::vector<char> open(shape.num_queries, 0);
-  const bool pilot = shape.num_queries > 4 * kPilotQueries;
-  const int64_t first = pilot ? kPilotQueries : shape.num_queries;
-  search_queries(search, finish, 0, first, thresholds, open, queries);
-  if (pilot && std::count(open.begin(), open.begin() + first, 1) > first / 2)
-    std::fill(open.begin() + first, open.end(), 1);
-  else if (pilot)
-    search_queries(search, finish, first, shape.num_queries - first, thresholds, open, queries);
-
-  if (std::find(open.begin(), open.end(), 1) != open.end()) {
+  const Outcomes outcomes = search_by_codes(search, finish, shape.num_queries, thresholds, queries);
+  if (count_open(outcomes)) {
     const auto chosen = [&](const std::optional<Tensor>& t) {
-      return t ? std::optional<Tensor>(marked_rows(*t, open)) : std::nullopt;
+      return t ? std::optional<Tensor>(open_rows(*t, outcomes)) : std::nullopt;
     };
     const auto [d, i] =
-        knn_search_cpu(marked_rows(as_contiguous(queries), open), keys, k, metric, norms,
+        knn_search_cpu(open_rows(as_contiguous(queries), outcomes), keys, k, metric, norms,
                        index_offset, chosen(given_d), chosen(given_i), refine);
-    put_marked_rows(d, open, distances);
-    put_marked_rows(i, open, indices);
+    put_open_rows(d, outcomes, distances);
+    put_open_rows(i, outcomes, indices);
   }
   return {distances, indices};
 }

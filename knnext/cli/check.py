@@ -73,6 +73,8 @@ def checks(device: torch.device) -> Iterator[tuple[str, Check]]:
             yield f"knn_search {name} {metric}", _with(_search, dtype, metric)
             yield f"rescore {name} {metric}", _with(_rescore, dtype, metric)
             yield f"rescore gradients {name} {metric}", _with(_rescore_gradients, dtype, metric)
+            yield f"knn_search_codes {name} {metric}", _with(_search_codes, dtype, metric)
+        yield f"encode_keys {name}", _with(_encode_keys, dtype)
         yield f"key_sqnorms {name}", _with(_key_sqnorms, dtype)
         yield f"knn_interpolate {name}", _with(_interpolate, dtype)
     yield "merge_topk", _merge
@@ -118,6 +120,30 @@ def _search(device: torch.device, dtype: torch.dtype, metric: str) -> None:
     few = torch.randint(-3, 4, (2000, 16), device="cpu").to(device, dtype)  # many ties, all exact
     want = reference.knn_search(few[:30].cpu(), few.cpu(), 50, metric)
     assert_equal_results(knnext.knn_search(few[:30], few, 50, metric), want)
+
+
+def _encode_keys(device: torch.device, dtype: torch.dtype) -> None:
+    for dim in (1, 7, 64, 300):
+        keys = _rows(device, 60, dim, dtype)
+        keys[3] = 0
+        codes = knnext.encode_keys(keys)
+        scale, error, norm = codes.stats.double().cpu().unbind(1)
+        restored = scale[:, None] * codes.codes.double().cpu()
+        exact = reference.rotate(keys.double().cpu() - codes.center.double().cpu())
+        assert ((exact - restored).norm(dim=1) <= error).all(), "a bound is too small"
+        assert (error <= 0.03 * exact.norm(dim=1) + 1e-30).all(), "a bound is far too large"
+        torch.testing.assert_close(norm, restored.norm(dim=1), rtol=1e-6, atol=0.0)
+
+
+def _search_codes(device: torch.device, dtype: torch.dtype, metric: str) -> None:
+    for num_queries, num_keys, dim, k in ((1, 900, 20, 10), (30, 4000, 65, 64)):
+        queries, keys = (_rows(device, n, dim, dtype) + 3 for n in (num_queries, num_keys))
+        keys[num_keys // 2] = keys[3]
+        codes = knnext.encode_keys(keys)
+        for refine in (False, True):
+            want = knnext.knn_search(queries, keys, k, metric, refine=refine)
+            got = knnext.knn_search(queries, keys, k, metric, refine=refine, codes=codes)
+            assert_equal_results(got, want)
 
 
 def _indices(device: torch.device, rows: int, m: int, num_keys: int) -> Tensor:
@@ -266,6 +292,7 @@ def _forward_derivatives(device: torch.device) -> None:
 def _calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     """A call of each op, and one of all gradients."""
     queries, keys = (_rows(device, n, 64, torch.float16) for n in (40, 5000))
+    codes = knnext.encode_keys(keys)
     d, tokens = _neighbors(device)
     x, indices = _rows(device, 6, VOCAB, torch.float32), _indices(device, 40, 30, 5000)
 
@@ -278,6 +305,8 @@ def _calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     return {
         "knn_search": lambda: knnext.knn_search(queries, keys, 100),
         "key_sqnorms": lambda: knnext.key_sqnorms(keys),
+        "encode_keys": lambda: torch.ops.knnext.encode_keys(keys, codes.center),
+        "knn_search_codes": lambda: knnext.knn_search(queries, keys, 100, codes=codes),
         "rescore": lambda: knnext.rescore(queries, keys, indices),
         "merge_topk": lambda: knnext.merge_topk(d, tokens, 20),
         "knn_softmax": lambda: knnext.knn_softmax(d, tokens, 2.0, VOCAB),

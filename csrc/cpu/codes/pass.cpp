@@ -1,15 +1,18 @@
 #include "cpu/codes/pass.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "cpu/parallel.h"
+#include "cpu/search/candidates.h"
 
 namespace knnext::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int kTerms = 3;  // floats of a key, beside its words
+constexpr int64_t kSampleStep = 16;  // one panel in so many is of the sample
+constexpr int kTerms = 3;            // floats of a key, beside its words
 
 // The sum of <key codes + shift, query codes> is off by shift times the sum of the query's; whole
 // products must stay within 31 bits whatever the keys are.
@@ -24,6 +27,20 @@ void put_code(uint32_t* word, int word_codes, int64_t place, int16_t code) {
     *word |= static_cast<uint32_t>(static_cast<uint8_t>(code)) << (8 * place);
   else
     *word |= static_cast<uint32_t>(static_cast<uint16_t>(code)) << (16 * place);
+}
+
+int64_t divide_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit;
+}
+
+// All panels: every step-th, then the others.
+std::vector<int64_t> in_order(int64_t panels, int64_t step) {
+  std::vector<int64_t> order;
+  order.reserve(panels);
+  for (int64_t panel = 0; panel < panels; panel += step) order.push_back(panel);
+  for (int64_t panel = 0; panel < panels; ++panel)
+    if (panel % step) order.push_back(panel);
+  return order;
 }
 
 }  // namespace
@@ -69,7 +86,7 @@ CodeWorkspace::Block CodeWorkspace::block(int64_t i) {
 }
 
 void CodeWorkspace::pack_queries(const CodePass& pass) {
-  const int64_t tiles = (pass.num_queries + plan_.tile_rows - 1) / plan_.tile_rows;
+  const int64_t tiles = divide_up(pass.num_queries, plan_.tile_rows);
   for_pieces(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(pass, tile);
   });
@@ -121,8 +138,9 @@ void CodeWorkspace::pack_panel(const CodePass& pass, int64_t panel, int64_t slot
 }
 
 void CodeWorkspace::by_keys(const CodePass& pass) {
-  const int64_t panels = (pass.num_keys + plan_.panel_keys - 1) / plan_.panel_keys;
-  const int64_t tiles = (pass.num_queries + plan_.tile_rows - 1) / plan_.tile_rows;
+  const int64_t tiles = divide_up(pass.num_queries, plan_.tile_rows);
+  const std::vector<int64_t> order = in_order(divide_up(pass.num_keys, plan_.panel_keys), 1);
+  const int64_t panels = static_cast<int64_t>(order.size());
   for_shares(0, plan_.slices, 1, [&](int64_t begin, int64_t end, Watch& watch) {
     for (int64_t slice = begin; slice < end; ++slice) {
       const Block own = block(slice);
@@ -130,30 +148,53 @@ void CodeWorkspace::by_keys(const CodePass& pass) {
       for (int64_t panel = panels * slice / plan_.slices; panel < stop && watch.go_on();
            panel += plan_.block_panels) {
         const int64_t count = std::min(plan_.block_panels, stop - panel);
-        for (int64_t i = 0; i < count; ++i) pack_panel(pass, panel + i, i, own);
-        multiply(pass, own, panel, count, 0, tiles, slice, watch);
+        for (int64_t i = 0; i < count; ++i) pack_panel(pass, order[panel + i], i, own);
+        multiply(pass, own, &order[panel], count, 0, tiles, slice, watch);
       }
     }
   });
 }
 
 void CodeWorkspace::by_queries(const CodePass& pass) {
-  const int64_t panels = (pass.num_keys + plan_.panel_keys - 1) / plan_.panel_keys;
-  const int64_t tiles = (pass.num_queries + plan_.tile_rows - 1) / plan_.tile_rows;
+  const int64_t panels = divide_up(pass.num_keys, plan_.panel_keys);
+  const bool sampled = pass.sampled && pass.kept >= kSampleStep && panels >= 4 * kSampleStep;
+  const std::vector<int64_t> order = in_order(panels, sampled ? kSampleStep : 1);
+  const int64_t first = sampled ? divide_up(panels, kSampleStep) : 0;
+  run_panels(pass, order, 0, first);
+  if (sampled) use_sample(pass, first * plan_.panel_keys);
+  run_panels(pass, order, first, panels);
+}
+
+void CodeWorkspace::run_panels(const CodePass& pass, const std::vector<int64_t>& order,
+                               int64_t begin, int64_t end) {
+  const int64_t tiles = divide_up(pass.num_queries, plan_.tile_rows);
   const Block shared = block(0);
-  for (int64_t panel = 0; panel < panels; panel += plan_.block_panels) {
-    const int64_t count = std::min(plan_.block_panels, panels - panel);
-    for_pieces(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) pack_panel(pass, panel + i, i, shared);
+  for (int64_t panel = begin; panel < end; panel += plan_.block_panels) {
+    const int64_t count = std::min(plan_.block_panels, end - panel);
+    for_pieces(0, count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) pack_panel(pass, order[panel + i], i, shared);
     });
-    for_shares(0, tiles, 1, [&](int64_t begin, int64_t end, Watch& watch) {
-      multiply(pass, shared, panel, count, begin, end, 0, watch);
+    for_shares(0, tiles, 1, [&](int64_t from, int64_t to, Watch& watch) {
+      multiply(pass, shared, &order[panel], count, from, to, 0, watch);
     });
   }
 }
 
-void CodeWorkspace::multiply(const CodePass& pass, const Block& block, int64_t panel, int64_t count,
-                             int64_t begin, int64_t end, int64_t slice, Watch& watch) {
+// The threshold is the rank-th best of the sample, with the rank that plan_threshold() has for
+// keys in no order: fewer than `kept` of all then lie below it once in 10^8.
+void CodeWorkspace::use_sample(const CodePass& pass, int64_t sampled_keys) {
+  const double expected = static_cast<double>(pass.kept) * static_cast<double>(sampled_keys) /
+                          static_cast<double>(pass.num_keys);
+  const auto rank = static_cast<int64_t>(expected + 5.6 * std::sqrt(expected) + 8);
+  for (int64_t q = 0; q < pass.num_queries; ++q) {
+    keep_best(lists_[q], rank);
+    queries_[q].reach = -1;  // its terms are those of another threshold
+  }
+}
+
+void CodeWorkspace::multiply(const CodePass& pass, const Block& block, const int64_t* panels,
+                             int64_t count, int64_t begin, int64_t end, int64_t slice,
+                             Watch& watch) {
   alignas(64) int32_t products[kMaxTileRows * kMaxPanelKeys];
   const int64_t width = plan_.panel_keys;
   const Selection selection{pass.kept, plan_.capacity};
@@ -171,7 +212,7 @@ void CodeWorkspace::multiply(const CodePass& pass, const Block& block, int64_t p
         kernels_.multiply(tiles_ + t * plan_.kernel_rows * words_,
                           starts_.data() + t * plan_.kernel_rows, block.panels + i * width * words_,
                           words_, rows, products);
-        filter({products, keys, rows, static_cast<uint32_t>((panel + i) * width)}, pass.form,
+        filter({products, keys, rows, static_cast<uint32_t>(panels[i] * width)}, pass.form,
                selection, &queries_[at], &lists_[at]);
       }
     }

@@ -34,6 +34,9 @@ struct CodePass {
   int64_t first_query, num_queries;
   int64_t num_keys;
   const float* start_thresholds;  // (Q,), or null: of all queries, not of the pass
+  // Whether a sample of the keys may set thresholds for the rest. A list is then complete below a
+  // threshold that is lower than need be, and seldom too low.
+  bool sampled;
 };
 
 // How the pass divides its work: a plan for words in place of floats.
@@ -62,7 +65,12 @@ class CodeWorkspace {
   void pack_panel(const CodePass& pass, int64_t panel, int64_t slot, const Block& block) const;
   void by_keys(const CodePass& pass);
   void by_queries(const CodePass& pass);
-  void multiply(const CodePass& pass, const Block& block, int64_t panel, int64_t count,
+  // Panels order[begin], ..., order[end - 1] under all queries.
+  void run_panels(const CodePass& pass, const std::vector<int64_t>& order, int64_t begin,
+                  int64_t end);
+  void use_sample(const CodePass& pass, int64_t sampled_keys);
+  // Packed panels, by their numbers, under tiles [begin, end).
+  void multiply(const CodePass& pass, const Block& block, const int64_t* panels, int64_t count,
                 int64_t begin, int64_t end, int64_t slice, Watch& watch);
 
   const CpuSearchPlan plan_;
