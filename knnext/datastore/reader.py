@@ -187,10 +187,15 @@ class DatastoreReader:
 
         An index notes it, to know its datastore again.
         """
-        digest = hashlib.blake2b(to_json(self.meta), digest_size=8)
+        digest = _digest(self.meta)
         if self.num_entries != self.meta.num_entries:
             digest.update(self._keys.identity())
         return digest.hexdigest()
+
+    @property
+    def stored_fingerprint(self) -> str:
+        """Of the whole datastore that a view is a part of; of any other, its fingerprint."""
+        return str(_digest(self.meta).hexdigest())
 
     def describe(self) -> str:
         """What is stored, in lines of text."""
@@ -221,6 +226,10 @@ class DatastoreReader:
 
     def _reading(self, what: str) -> None:
         """Raise where ``what`` cannot be read yet."""
+
+
+def _digest(meta: DatastoreMeta) -> Any:
+    return hashlib.blake2b(to_json(meta), digest_size=8)
 
 
 def _reopen(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +23,17 @@ _MAPPED_SHARDS = 128
 
 Place: TypeAlias = tuple[int, int, Tensor | None]
 RowIndex: TypeAlias = int | slice | Tensor | NDArray[np.int64] | Sequence[int]
+
+
+# How the kernel reads what is touched first: with much of what lies around it, or that alone.
+_USUAL, _SCATTERED = mmap.MADV_NORMAL, mmap.MADV_RANDOM
+
+
+class _Mapped(NamedTuple):
+    """A shard's file in memory."""
+
+    buffer: mmap.mmap
+    rows: Tensor
 
 
 class ShardFiles:
@@ -36,13 +50,14 @@ class ShardFiles:
         row_bytes = math.prod(row_shape) * dtype.itemsize
 
         @functools.lru_cache(maxsize=_MAPPED_SHARDS)
-        def mapped(shard: int) -> Tensor:
+        def mapped(shard: int) -> _Mapped:
             path, rows = known[shard]
             buffer = map_file(path, rows * row_bytes)
-            return torch.frombuffer(buffer, dtype=dtype).view(rows, *row_shape)
+            return _Mapped(buffer, torch.frombuffer(buffer, dtype=dtype).view(rows, *row_shape))
 
-        self._mapped = mapped
+        self._map = mapped
         self._known = known
+        self._advised: dict[int, _Mapped] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds the files' places; they are mapped again where rows are read."""
@@ -50,7 +65,28 @@ class ShardFiles:
         return ShardFiles, (known, self.row_shape, self.dtype)
 
     def unmap(self) -> None:
-        self._mapped.cache_clear()
+        self._map.cache_clear()
+
+    def _mapped(self, shard: int) -> Tensor:
+        found = self._map(shard)
+        if self._advised is not None and id(found) not in self._advised:
+            self._advised[id(found)] = found
+            found.buffer.madvise(_SCATTERED)
+        return found.rows
+
+    @contextmanager
+    def scattered(self) -> Iterator[None]:
+        """See :meth:`LazyRows.scattered`."""
+        if self._advised is not None:
+            yield
+            return
+        self._advised = {}
+        try:
+            yield
+        finally:
+            advised, self._advised = self._advised, None
+            for mapped in advised.values():
+                mapped.buffer.madvise(_USUAL)
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows [first, last): a view of the file where they lie in one shard, else a copy."""
@@ -127,6 +163,25 @@ class LazyRows:
     def select(self, rows: Tensor) -> LazyRows:
         """The ascending ``rows`` (n,) int64 as an array of their own, still lazy."""
         return LazyRows(self._files, 0, len(rows), self.stored_rows(rows))
+
+    @property
+    def selected(self) -> bool:
+        """Whether these are a selection, which is copied when it is read."""
+        return self._selection is not None
+
+    def pieces(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Ranges [first, last) of at most ``rows`` rows, in order, each a view of one file."""
+        cuts = [0, self._count]
+        if self._selection is None:
+            bounds = torch.from_numpy(self._files.bounds)
+            cuts = [0, *self.local(bounds).unique_consecutive().tolist(), self._count]
+        for start, stop in itertools.pairwise(cuts):
+            for first in range(start, stop, rows):
+                yield first, min(first + rows, stop)
+
+    def scattered(self) -> AbstractContextManager[None]:
+        """Within, what is touched is read from disk without what lies around it."""
+        return self._files.scattered()
 
     def stored_rows(self, rows: Tensor) -> Tensor:
         """Row numbers in the stored datastore of ``rows`` of this view."""

@@ -1,12 +1,14 @@
 """Indexes: where the k nearest keys of a query are found.
 
-`ExactIndex` reads every key; `FaissIndex` asks an approximate index built with FAISS. A caller
-need not know which of the two it holds: both are an `Index`.
+`ExactIndex` finds what comparing with every key would, by `StoredCodes` where there are some;
+`FaissIndex` asks an approximate index built with FAISS. A caller need not know which of the two it
+holds: both are an `Index`.
 """
 
 from __future__ import annotations
 
 from knnext.index.base import Index
+from knnext.index.codes import StoredCodes
 from knnext.index.exact import ExactIndex
 from knnext.index.exactness import ExactnessReport, check_exactness
 from knnext.index.faiss import FaissIndex
@@ -18,5 +20,6 @@ __all__ = [
     "FaissIndex",
     "Index",
     "IndexMismatchError",
+    "StoredCodes",
     "check_exactness",
 ]

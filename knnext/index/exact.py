@@ -1,19 +1,25 @@
-"""Exact search over a datastore of any size: every key is read, in chunks.
+"""Exact search over a datastore of any size, in chunks.
 
 `knn_search` goes on from a previous result, so a chunk is searched, its winners are carried into
-the next chunk, and what comes out is what one search over all keys would give, ties included. The
-datastore is read once per call: give it many queries at a time.
+the next chunk, and what comes out is what one search over all keys would give, ties included.
+
+Where there are codes of the keys (knnext/index/codes.py), every code is read, and of the keys only
+the rows that could be found; else every key. That is done once per call: give it many queries at
+a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from knnext.index.base import TokenTable
+from knnext.index.code_choice import Codes, choose_codes, describe_choice
+from knnext.index.codes_meta import STATS_BYTES
 from knnext.index.queries import (
     QueryGroup,
     check_count,
@@ -21,20 +27,27 @@ from knnext.index.queries import (
     group_queries,
     prepare_queries,
 )
-from knnext.ops import key_sqnorms, knn_search
+from knnext.ops import KeyCodes, key_sqnorms, knn_search
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
+    from knnext.index.codes import StoredCodes
 
 METRICS = ("l2", "ip")
 
 
+# Rows that few queries look for are read one by one, those of many with all that lies between: a
+# disk reads about so many rows on end while it finds one.
+_ROWS_ON_END = 32
+
+
 class Chunk(NamedTuple):
-    """Keys of the rows from `start` on, with their squared norms where the metric wants them."""
+    """Keys of the rows from `start` on, with their codes, or the squared norms that "l2" wants."""
 
     start: int
     keys: Tensor
     sqnorms: Tensor | None
+    codes: KeyCodes | None = None
 
     @property
     def stop(self) -> int:
@@ -48,13 +61,22 @@ class ExactIndex(TokenTable):
         datastore: an open `Datastore`; its rows must not change while the index is in use.
         metric: `"l2"` or `"ip"`; the datastore's own by default. Exact search can use either.
         device: where to search. Keys travel there chunk by chunk.
-        chunk_bytes: bytes of keys handled at once. On a GPU two such chunks are in flight.
-        resident_bytes: a datastore of at most this many bytes of keys is kept on the device
-            between calls. By default 2 GiB on the CPU and half of the free memory on a GPU.
+        chunk_bytes: bytes of keys (with codes: of codes) handled at once. On a GPU two such chunks
+            are in flight.
+        resident_bytes: codes, else keys, of at most this many bytes are kept on the device between
+            calls. By default 2 GiB on the CPU and half of the free memory on a GPU.
         query_batch: queries per call of `knn_search`, whose workspace grows with them.
         refine: distances by direct subtraction (see `knn_search`), so that keys far from the
             origin are told apart and a key that is searched for lies at 0. False saves the second
             look at the winners, which many queries hide and a single one feels.
+        codes: search by eight-bit codes of the keys, which finds the same to the last bit and
+            reads of the keys only what could be found: `"auto"`, those that `knnext index S
+            --kind codes` has put beside the datastore, where they are there and of it as it is now
+            (other ones are passed over with a warning); True, the same or an error; False, none;
+            or `StoredCodes`, or `KeyCodes` of these very keys. On the CPU only.
+
+    Raises:
+        FileNotFoundError, IndexMismatchError: codes were insisted on and cannot be had.
     """
 
     def __init__(
@@ -67,6 +89,7 @@ class ExactIndex(TokenTable):
         resident_bytes: int | None = None,
         query_batch: int = 4096,
         refine: bool = True,
+        codes: Codes = "auto",
     ) -> None:
         self.datastore = datastore
         self.metric = datastore.metric if metric is None else metric
@@ -75,13 +98,23 @@ class ExactIndex(TokenTable):
         self.device = torch.device("cpu" if device is None else device)
         self.query_batch = check_count("query_batch", query_batch)
         self.refine = bool(refine)
-        row_bytes = datastore.dim * datastore.dtype.itemsize
-        self.chunk_rows = max(1, check_count("chunk_bytes", chunk_bytes) // row_bytes)
+        self._choice = choose_codes(datastore, codes, self.device)
+        self.chunk_rows = max(1, check_count("chunk_bytes", chunk_bytes) // self._row_bytes())
         if resident_bytes is None:
             resident_bytes = _default_resident_bytes(self.device)
-        self._keep = datastore.num_entries * row_bytes <= resident_bytes
+        self.resident_bytes = resident_bytes
+        self._keep = datastore.num_entries * self._row_bytes() <= resident_bytes
         self._resident: list[Chunk] | None = None
         self._sqnorms: dict[int, Tensor] = {}
+
+    @property
+    def codes(self) -> KeyCodes | StoredCodes | None:
+        """What is searched by, if not the keys themselves."""
+        return self._choice.codes
+
+    def describe(self) -> str:
+        """One line: what a search goes through, how many bytes of it, where they are kept."""
+        return describe_choice(self.datastore, self._choice, self.resident_bytes)
 
     def search(
         self,
@@ -111,8 +144,9 @@ class ExactIndex(TokenTable):
         indices = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
         groups = group_queries(exclude_documents, self.datastore.document_offsets, count)
         if groups:
-            for chunk in self._chunks():
-                self._search_chunk(rounded, chunk, groups, distances, indices)
+            with self._reading(count * k):
+                for chunk in self._chunks():
+                    self._search_chunk(rounded, chunk, groups, distances, indices)
         return distances.to(queries.device), indices.to(queries.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,22 +197,48 @@ class ExactIndex(TokenTable):
                 init_distances=distances[batch],
                 init_indices=indices[batch],
                 refine=self.refine,
+                codes=chunk.codes,
             )
+
+    def _row_bytes(self) -> int:
+        """Bytes of a row of what is searched through; keys beside codes are mapped, or copied."""
+        keys = self.datastore.meta.row_bytes
+        if self.codes is None:
+            return keys
+        return self.codes.dim + STATS_BYTES + (keys if self.datastore.keys.selected else 0)
+
+    def _reading(self, wanted: int) -> AbstractContextManager[Any]:
+        """How rows of keys are to be read from a disk, where so many are looked for."""
+        keys = self.datastore.keys
+        few = self.codes is not None and wanted * _ROWS_ON_END < len(keys)
+        stored = len(keys) * self.datastore.meta.row_bytes > self.resident_bytes
+        return keys.scattered() if few and stored else nullcontext()
 
     def _chunks(self) -> Iterator[Chunk]:
         """Chunks in row order: from memory where they are kept, else from the datastore."""
         if self._resident is not None:
             yield from self._resident
             return
+        if self.codes is not None and not self.datastore.keys.selected:
+            yield from self._coded_chunks(self.codes)
+            return
         kept: list[Chunk] = []
         for start, keys in self._read():
-            chunk = Chunk(start, keys, self._norms(start, keys))
+            chunk = Chunk(start, keys, self._norms(start, keys), self._codes_of(start, keys))
             if self._keep:
                 kept.append(chunk)
             yield chunk
         # Only a pass that went to its end has seen every chunk.
         if self._keep:
             self._resident = kept
+
+    def _coded_chunks(self, codes: KeyCodes | StoredCodes) -> Iterator[Chunk]:
+        """Chunks that hold no copy of anything: keys and codes are mapped, or given."""
+        for first, last in self.datastore.keys.pieces(self.chunk_rows):
+            yield Chunk(first, self.datastore.keys[first:last], None, codes[first:last])
+
+    def _codes_of(self, start: int, keys: Tensor) -> KeyCodes | None:
+        return None if self.codes is None else self.codes[start : start + len(keys)]
 
     def _read(self) -> Iterator[tuple[int, Tensor]]:
         chunks = ((a, keys) for a, keys, _ in self.datastore.iter_chunks(self.chunk_rows))
@@ -191,7 +251,7 @@ class ExactIndex(TokenTable):
 
     def _norms(self, start: int, keys: Tensor) -> Tensor | None:
         """Squared norms of a chunk: N float32 in all, computed once and kept."""
-        if self.metric != "l2":
+        if self.metric != "l2" or self.codes is not None:
             return None
         if start not in self._sqnorms:
             self._sqnorms[start] = key_sqnorms(keys)
@@ -206,7 +266,10 @@ def _concatenate(groups: list[QueryGroup], everyone: bool) -> Tensor | None:
 
 def _slice(chunk: Chunk, start: int, stop: int) -> Chunk:
     part = slice(start - chunk.start, stop - chunk.start)
-    return Chunk(start, chunk.keys[part], None if chunk.sqnorms is None else chunk.sqnorms[part])
+    sqnorms = None if chunk.sqnorms is None else chunk.sqnorms[part]
+    return Chunk(
+        start, chunk.keys[part], sqnorms, None if chunk.codes is None else chunk.codes[part]
+    )
 
 
 def _default_resident_bytes(device: torch.device) -> int:
