@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from knnext.cli.session import open_datastore, open_model
 from knnext.cli.text import text_to_store
-from knnext.say import Say
+from knnext.say import Say, binary_size
 
 if TYPE_CHECKING:
     from knnext.corpus import SplitFacts
     from knnext.datastore import Datastore
+    from knnext.index import StoredCodes
+
+_OF_FAISS = ("index_path", "factory", "train_size", "nprobe", "seed")
 
 
 def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         bos_each_window=args.bos_each_window,
     )
     say(store.describe())
-    return _facts(store)
+    return _facts(store) | (_encode_as_built(store, say) if args.codes else {})
 
 
 def _as_before(datastore: str, facts: SplitFacts) -> SplitFacts | str:
@@ -56,6 +59,8 @@ def _as_before(datastore: str, facts: SplitFacts) -> SplitFacts | str:
 
 
 def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    if args.kind == "codes":
+        return _encode(args, say)
     from knnext.index import FaissIndex
 
     built = FaissIndex.build(
@@ -64,7 +69,7 @@ def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         args.factory,
         train_size=args.train_size,
         nprobe=args.nprobe,
-        seed=args.seed,
+        seed=1 if args.seed is None else args.seed,
         overwrite=args.overwrite,
     )
     facts = {
@@ -76,6 +81,32 @@ def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
     _say_facts(facts, say)
     return facts
+
+
+def _encode(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    from knnext.index import StoredCodes
+
+    given = [name for name in _OF_FAISS if getattr(args, name) is not None]
+    if given:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"--{option} is for --kind faiss: codes leave nothing to choose")
+    codes = StoredCodes.build(open_datastore(args), overwrite=args.overwrite)
+    facts = _code_facts(codes)
+    _say_facts(facts, say)
+    return facts
+
+
+def _encode_as_built(store: Datastore, say: Say) -> dict[str, Any]:
+    """Codes of what was built; those of a datastore that was here before it are of no use."""
+    from knnext.index import StoredCodes
+
+    codes = StoredCodes.renew(store)
+    say(f"{'codes':<12}{codes.path}, {binary_size(codes.nbytes)}")
+    return {"codes": _code_facts(codes)}
+
+
+def _code_facts(codes: StoredCodes) -> dict[str, Any]:
+    return {"path": str(codes.path), "num_entries": len(codes), "num_bytes": codes.nbytes}
 
 
 def import_legacy(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -119,6 +150,9 @@ def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     for name in ("index", "tuning"):
         if name in facts:
             say(f"{name:<12}{facts[name]['path']}")
+    codes, facts["search"] = _search_way(store, say)
+    if codes is not None:
+        facts["codes"] = _code_facts(codes)
     if args.verify:
         with Progress(None, "verify", "bytes") as bar:
 
@@ -127,6 +161,8 @@ def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
                 bar.update(done - bar.done)
 
             store.verify(advance)
+        if codes is not None:
+            codes.verify()
         facts["verified"] = True
         say("verified    every checksum agrees")
     return facts
@@ -158,6 +194,19 @@ def _beside(datastore: str) -> dict[str, Any]:
             content.pop("nll", None)  # the surface
             found[name] = {"path": str(path), **content}
     return found
+
+
+def _search_way(store: Datastore, say: Say) -> tuple[StoredCodes | None, str]:
+    """The codes that an exact search uses, and a line on what it goes through."""
+    import torch
+
+    from knnext.index import StoredCodes
+    from knnext.index.exact import describe_exact
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codes, line = describe_exact(store, device)
+    say(f"{'search':<12}{line}")
+    return codes if isinstance(codes, StoredCodes) else None, line
 
 
 def _say_facts(facts: dict[str, Any], say: Say) -> None:

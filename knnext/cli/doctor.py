@@ -74,6 +74,7 @@ def doctor(search: Search | None = None) -> dict[str, Any]:
         "packages": {name: _version(name) for name in ("transformers", "tokenizers", "datasets")},
         "loaded": {"cpu": REPORT.cpu, "cuda": REPORT.cuda, "fallbacks": REPORT.fallbacks},
         "cuda_kernels": cuda_symbols(),
+        "exact_search": _exact_search(),
         "cards": _cards(),
         "environment": _environment(),
     }
@@ -104,6 +105,7 @@ def render(facts: dict[str, Any]) -> str:
         ("cpu", f"{cpu['processor']}, {cpu['threads']} threads, path {cpu['isa']}"),
         ("cpu ops", loaded["cpu"] or "compiled"),
         ("cuda ops", loaded["cuda"] or _cuda_ops(on_cuda)),
+        ("exact search", facts["exact_search"]),
         ("stand-ins", ", ".join(loaded["fallbacks"]) or "none"),
         ("faiss", facts["faiss"]["text"]),
         *((name, text or "not installed") for name, text in facts["packages"].items()),
@@ -117,6 +119,8 @@ def render(facts: dict[str, Any]) -> str:
             f"k {s['k']:,}, {s['dtype']}:",
         ]
         lines += [_render_plan(plan) for plan in facts["plans"]]
+        codes = s["entries"] * (s["dim"] + 12)
+        lines.append(f"  by codes, on the CPU: reads {binary_size(codes)}, and of keys likely rows")
     lines += ["", *(f"note: {text}" for text in facts["advice"])] if facts["advice"] else []
     return "\n".join(lines)
 
@@ -125,6 +129,14 @@ def _cuda_ops(compiled: list[str]) -> str:
     composed = (f"{name} by {of}" for name, (of, _) in COMPOSED.items())
     kernels = f"{len(compiled)} of {len(NAMES) - len(COMPOSED)} compiled and registered"
     return "; ".join([kernels, *composed])
+
+
+def _exact_search() -> str:
+    """Which way an `ExactIndex` goes on the CPU and on CUDA."""
+    if "CPU knn_search_codes" in REPORT.fallbacks:
+        return "over all keys: codes are of use to the compiled CPU ops alone"
+    cpu = "on the CPU by eight-bit codes where a datastore has them (knnext index S --kind codes)"
+    return f"{cpu}, else over all keys; on CUDA over all keys"
 
 
 def _unable(facts: dict[str, Any]) -> list[str]:

@@ -141,7 +141,7 @@ def _scores(
     say(f"{args.split}: {len(text) - 1:,} tokens of {text.num_documents:,} documents")
     scores = search_stream(
         model,
-        open_index(args, store, settings),
+        open_index(args, store, settings, say),
         text,
         k=settings.k,
         block_size=args.block_size,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knnext.say import Say
+
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
     from knnext.index.base import Index
@@ -115,9 +117,15 @@ def check_model(store: Datastore, model: Any, tokenizer: Any) -> None:
     store.check_compatible(model_revision=revision, tokenizer_hash=tokenizer_hash(tokenizer))
 
 
-def open_index(args: argparse.Namespace, store: Datastore, settings: Settings) -> Index:
+def open_index(
+    args: argparse.Namespace, store: Datastore, settings: Settings, say: Say | None = None
+) -> Index:
+    """Says what an exact search goes through, where there is somebody to say it to."""
     from knnext.index import ExactIndex, FaissIndex
 
     if settings.index == "exact":
-        return ExactIndex(store, device=device_of(args))
+        exact = ExactIndex(store, device=device_of(args))
+        if say is not None:
+            say(exact.describe())
+        return exact
     return FaissIndex.open(args.index_path, store, nprobe=settings.nprobe, rescore=settings.rescore)

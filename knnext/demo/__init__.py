@@ -82,8 +82,12 @@ class Demo:
         return results
 
     def _work(self, corpus: Corpus) -> tuple[Any, ...]:
+        from knnext.index import StoredCodes
+
         model, tokenizer = self._model(corpus)
         store = self._datastore(model, tokenizer, corpus)
+        with self.step("encode the keys, eight bits a number, for the exact search"):
+            StoredCodes.renew(store)
         index = self._index(store)
         config = self.config
         valid = self._text("valid", corpus.valid, tokenizer, config.valid_tokens)
@@ -228,7 +232,7 @@ class Demo:
             self.say(f"        {format_duration(self.seconds[name])}")
 
 
-NUM_STEPS = 7
+NUM_STEPS = 8
 
 
 def _device() -> str:

@@ -67,7 +67,7 @@ SHORT: dict[str, Any] = {
 
 _CONTENTS = (
     *("training.json", "results.json", "tuning.png", "report.html"),
-    *("model", "datastore", "datastore.index", "datastore.tuning.json"),
+    *("model", "datastore", "datastore.index", "datastore.codes", "datastore.tuning.json"),
 )
 
 

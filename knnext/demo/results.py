@@ -233,12 +233,15 @@ def _write_picture(out: Path, tuned: TuneResult) -> list[str]:
 
 def _sizes(out: Path, store: Datastore, index: FaissIndex) -> dict[str, int]:
     """Bytes on disk that each system reads."""
+    from knnext.index import StoredCodes
+
     keys = sum(shard.keys.num_bytes for shard in store.meta.shards)
     values = sum(shard.values.num_bytes for shard in store.meta.shards)
     weights = sum(f.stat().st_size for f in (out / "model").glob("*.safetensors"))
+    codes = StoredCodes.open(store, verify=False).nbytes
     return {
         "base LM": weights,
-        EXACT: keys + values,
+        EXACT: keys + codes + values,
         FAISS: index.num_bytes + values,
         RESCORED: index.num_bytes + keys + values,
     }

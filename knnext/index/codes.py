@@ -26,6 +26,7 @@ from knnext.index.codes_meta import (
     check_sizes,
     read_meta,
 )
+from knnext.index.sidecar import IndexMismatchError
 from knnext.ops import KeyCodes
 
 if TYPE_CHECKING:
@@ -81,6 +82,14 @@ class StoredCodes:
         folder = default_path(datastore) if path is None else Path(path)
         codes_build.build(datastore, folder, overwrite=overwrite)
         return cls.open(datastore, folder, verify=False)
+
+    @classmethod
+    def renew(cls, datastore: Datastore) -> StoredCodes:
+        """`build`, in place of damaged codes or those of a datastore that was there before."""
+        try:
+            return cls.build(datastore)
+        except IndexMismatchError:
+            return cls.build(datastore, overwrite=True)
 
     @classmethod
     def open(

@@ -258,6 +258,15 @@ class ExactIndex(TokenTable):
         return self._sqnorms[start]
 
 
+def describe_exact(
+    datastore: Datastore, device: torch.device, codes: Codes = "auto"
+) -> tuple[KeyCodes | StoredCodes | None, str]:
+    """What an `ExactIndex` there would use and say of itself; no checksums are compared."""
+    choice = choose_codes(datastore, codes, device, verify=False)
+    line = describe_choice(datastore, choice, _default_resident_bytes(device))
+    return choice.codes, line
+
+
 def _concatenate(groups: list[QueryGroup], everyone: bool) -> Tensor | None:
     """Rows of all the groups' queries, or None where that is every query."""
     rows = [g.queries for g in groups if g.queries is not None]

@@ -112,6 +112,7 @@ class Lab(ModelLab):
     def _build(self, folder: Path, key_layer: str, lm: LM) -> None:
         from knnext.datastore.build import build_datastore
         from knnext.datastore.overlap import check_overlap
+        from knnext.index import StoredCodes
 
         with self.step(f"write the datastore of {key_layer} states"):
             store = build_datastore(
@@ -125,6 +126,7 @@ class Lab(ModelLab):
                 batch_size=self.preset.batch_size,
                 corpus=self.corpus.facts("train"),
             )
+            StoredCodes.renew(store)
         for split in EVALUATED:
             check_overlap(store, self.text(split))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from knnext.experiments.lab.family import Setting
-from knnext.index import ExactIndex, FaissIndex
+from knnext.index import ExactIndex, FaissIndex, StoredCodes
 from knnext.ops import gather_tokens, merge_topk, rescore
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def copy_store(
             target.append(
                 keys, torch.full((count,), padding_token, dtype=torch.int64, device="cpu")
             )
-    return Datastore.open(path)
+    copy = Datastore.open(path)
+    StoredCodes.renew(copy)
+    return copy
 
 
 def _copy_rows(store: Datastore, target: Datastore) -> None:
