@@ -195,9 +195,10 @@ def test_options_reach_the_preset(fake, tmp_path, capsys, monkeypatch):
 
 
 def test_the_options_named_are_those_that_are_read():
-    """By the source: `option("NAME.OPTION", ...)`, or `_option(lab, "OPTION", ...)` in NAME.py."""
+    """By the source, of the laboratory too: `option("NAME.OPTION", ...)`, or in NAME.py
+    `_option(lab, "OPTION", ...)`."""
     read = set()
-    for path in Path(catalog.__file__).parent.glob("*.py"):
+    for path in Path(catalog.__file__).parent.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         read |= set(re.findall(r'option\(\s*"([a-z-]+\.\w+)"', source))
         own = re.findall(r'_option\(lab, "(\w+)"', source)
