@@ -1,10 +1,12 @@
-"""Devices that must be there, and workers that do not get into each other's way.
+"""Devices that must be there, and tests that do not get into each other's way.
 
 Markers `gpu` and `multi_gpu`: skipped without the devices. KNNEXT_REQUIRE_GPU says how many there
 must be: with 1, no test of one device is skipped, and with 2, none of two.
 
 With ``-n N --dist loadgroup`` the tests of one file run in one worker, since they share what they
-build; a test that must not share a worker's time with others names a group of its own.
+build; a test that must not share a worker's time with others names a group of its own. Which files
+a worker runs, and in which order, is chance: a file that leaves the process other than it found it
+fails in its last test.
 
 Caches of libraries lie in one folder for the session and go with it: nothing is left in HOME.
 """
@@ -12,16 +14,19 @@ Caches of libraries lie in one folder for the session and go with it: nothing is
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import tempfile
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
 
 NEEDED = {"gpu": 1, "multi_gpu": 2}
-#: Folders whose tests share something dear, made once a worker: a laboratory, the emulator's build.
-ONE_GROUP = ("experiments", "emulator")
+#: Folders whose tests share something dear, made once a worker: a laboratory.
+ONE_GROUP = ("experiments",)
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
 
 
@@ -33,6 +38,7 @@ CACHES = {
     "XDG_CACHE_HOME": "cache",
 }
 _OWN = "KNNEXT_TEST_CACHES"
+_FOUND: dict[str, object] = {}
 
 
 def restore_signals() -> None:
@@ -75,6 +81,48 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if found < min(needed, required):
         pytest.fail(f"{reason}, and KNNEXT_REQUIRE_GPU={required}", pytrace=False)
     pytest.skip(reason)
+
+
+def pytest_collection_finish() -> None:
+    _FOUND.update(surroundings())
+
+
+def surroundings() -> dict[str, object]:
+    """What all tests of a process share and one may change for the others."""
+    variables = {
+        f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"
+    }
+    return {
+        **variables,
+        "the current folder": str(Path.cwd()),
+        "torch's threads": torch.get_num_threads(),
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "torch's gradients": torch.is_grad_enabled(),
+        "SIGINT": signal.getsignal(signal.SIGINT),
+        "the largest file": resource.getrlimit(resource.RLIMIT_FSIZE),
+    }
+
+
+def changed() -> dict[str, object]:
+    """What is not as it was found. Variables that libraries and commands set where there were none
+    harm nobody; ours would."""
+    left = surroundings()
+    names = {*_FOUND, *(name for name in left if name.startswith("$KNNEXT_"))}
+    return {name: left.get(name) for name in names if left.get(name) != _FOUND.get(name)}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """After the last test of a file, and what its fixtures take back."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        left = changed()
+        _FOUND.update(surroundings())  # the next file is not to blame
+        assert not left, f"{item.path.name} leaves {left}"
 
 
 @pytest.fixture(autouse=True)

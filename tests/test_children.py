@@ -1,4 +1,4 @@
-"""What a test run leaves to the programs that it starts, and to the machine."""
+"""What a test run leaves to the programs that it starts, to the machine, and to other tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import CACHES
+from tests.conftest import CACHES, changed
 
 SHOW = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
 UNDER_NOHUP = f"""
@@ -46,3 +47,21 @@ def test_libraries_keep_nothing_in_home(name: str) -> None:
     place = Path(os.environ[name])
     assert place.parent.name.startswith("knnext-tests-")
     assert Path(tempfile.gettempdir()) in place.parents
+
+
+def test_what_a_file_would_leave_to_others_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not changed()
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
+    monkeypatch.setenv("KNNEXT_CPU_ISA", "plain")
+    monkeypatch.setenv("SET_BY_A_LIBRARY", "1")
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.chdir(tmp_path)
+    with torch.inference_mode(), torch.device("meta"):
+        assert changed().keys() == {
+            "$MPLCONFIGDIR", "$KNNEXT_CPU_ISA", "$HF_HOME", "the current folder",
+            "torch's default device", "torch's gradients",
+        }  # fmt: skip
+    monkeypatch.undo()
+    assert not changed()
