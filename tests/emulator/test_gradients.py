@@ -158,6 +158,7 @@ def test_rows_and_bits_longer_than_shared_memory() -> None:
         assert all(torch.equal(g, w) for g, w in zip(got, whole[0], strict=True))
 
 
+@pytest.mark.slow
 def test_many_rows_take_smaller_blocks() -> None:
     distances, tokens = neighbors(256, 5, 19)
     logits, grad = torch.randn(256, 19), torch.randn(256, 19)

@@ -117,6 +117,7 @@ def test_words_of_64_bits(k: int, vocab_size: int) -> None:
     torch.testing.assert_close(got, softmax_64(distances, tokens, 4.0, vocab_size), **CLOSE)
 
 
+@pytest.mark.slow
 def test_words_of_64_bits_without_room(small_shared_memory: object) -> None:
     k, vocab_size = 16_384, 300_000
     distances, tokens = neighbors(1, k, vocab_size)
@@ -126,6 +127,7 @@ def test_words_of_64_bits_without_room(small_shared_memory: object) -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_row_longer_than_shared_memory(small_shared_memory: object) -> None:
     call(load().emulate_set_shared_limit, 16 * 1024)
     distances, tokens = neighbors(65, 100, 8003)  # more rows than are split
@@ -152,6 +154,7 @@ def test_few_long_rows_are_split(skew: int) -> None:
     assert runs[0][2].isnan().all()
 
 
+@pytest.mark.slow
 def test_many_long_rows_are_not_split() -> None:
     """One row more than are split, each of more logits than may be kept."""
     rows, vocab_size = 65, 25_700  # 201 KB of float64
@@ -175,6 +178,7 @@ def test_a_split_row_with_many_neighbors() -> None:
     assert got.isnan().all()
 
 
+@pytest.mark.slow
 def test_many_rows_take_smaller_blocks() -> None:
     distances, tokens = neighbors(512, 5, 19)
     got = ops.knn_softmax(distances, tokens, 4.0, 19)
@@ -200,6 +204,7 @@ def test_rows_that_begin_anywhere(vocab_size: int, skew: int) -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_any_order_of_threads_gives_the_same_bits() -> None:
     distances, tokens = neighbors(2, 700, 3001, distinct=40)
     logits = torch.randn(2, 3001).half()

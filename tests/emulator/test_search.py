@@ -114,6 +114,7 @@ def test_real_numbers_come_close(dtype: torch.dtype):
         assert (distances.diff(dim=1) >= 0).all()
 
 
+@pytest.mark.slow
 def test_identical_keys_get_identical_scores_in_every_tile_and_shape():
     queries, key = torch.randn(70, 90).half(), torch.randn(1, 90).half()
     keys = torch.randn(600, 90).half()
@@ -131,6 +132,7 @@ def test_identical_keys_get_identical_scores_in_every_tile_and_shape():
 # Thresholds and lists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_keys_whose_squares_have_few_bits(dtype: torch.dtype):
     """Squares of about 2^-146, below all normal numbers; their sums are still exact."""
@@ -175,6 +177,7 @@ def test_the_plans_own_sample():
     assert failures == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "forced",

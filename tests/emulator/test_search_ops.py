@@ -69,6 +69,7 @@ def test_merge_of_long_rows_selects_first(m: int, k: int, kind: str) -> None:
         check_merge(*candidates(2, m, kind), k, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "equal", "gaps"])
 def test_merge_of_the_largest_k(kind: str) -> None:
     check_merge(*candidates(1, 20_000, kind), 16_384)

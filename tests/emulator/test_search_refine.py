@@ -47,6 +47,7 @@ def cloud(count: int, dim: int, far: float, dtype: torch.dtype, spread: float = 
 # Where the certificate does not hold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_far_from_the_origin(dtype: torch.dtype, metric: str):
@@ -62,6 +63,7 @@ def test_keys_far_from_the_origin(dtype: torch.dtype, metric: str):
         assert not torch.equal(plain[1], direct(queries, keys, 5)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_change_no_bit_far_from_the_origin(dtype: torch.dtype):
     keys = cloud(560, 24, 300.0, dtype)
@@ -73,6 +75,7 @@ def test_chunks_change_no_bit_far_from_the_origin(dtype: torch.dtype):
         check(queries, keys, 30, metric, chunk_keys=300, **sampled(rank=40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["few", "small", "large", "filter", "owner"])
 def test_every_kernel_that_lists(shape: str):
     for far in (0.0, 200.0):
@@ -83,6 +86,7 @@ def test_every_kernel_that_lists(shape: str):
             check(queries, keys, 9, metric, shape=shape, **sampled(rank=60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_the_units_cut_is_within_the_bound(sm: int, dtype: torch.dtype):
@@ -125,6 +129,7 @@ def test_identical_rows_meet_at_zero_where_squares_overflow(dtype: torch.dtype):
         check(queries, torch.cat([usual, keys]), 9, metric, chunk_keys=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_are_never_found(metric: str, dtype: torch.dtype):
@@ -149,6 +154,7 @@ def test_nan_and_infinity_are_never_found(metric: str, dtype: torch.dtype):
 # Where it does, and where it is forced not to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ordinary_keys_leave_no_query_open(dtype: torch.dtype, metric: str):
@@ -159,6 +165,7 @@ def test_ordinary_keys_leave_no_query_open(dtype: torch.dtype, metric: str):
         assert check(queries[:3], keys[:300].contiguous(), k, metric) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forced",
     [{"rank": 1}, {"rank": 40, "capacity": 8}, {"rank": 40, "fail_all": 1}, {"fail_all": 1}],
@@ -183,6 +190,7 @@ def test_any_dimension_and_alignment(dim: int):
             assert torch.equal(got[1], wanted[1]) and torch.equal(got[0], wanted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail_all", [0, 1])
 def test_ties_go_by_row(fail_all: int):
     keys = integers(60, 12).repeat(10, 1)
@@ -200,6 +208,7 @@ def test_many_neighbors(k: int):
     assert check(queries, keys, k, fail_all=1) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("fail_all", [0, 1])
 def test_an_earlier_result_is_gone_on_from(metric: str, fail_all: int):

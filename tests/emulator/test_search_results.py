@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to
 # Order, ties, padding
 
 
+@pytest.mark.slow
 def test_duplicates_across_tiles_and_across_the_kth_place():
     base = integers(60, 12)
     keys = base.repeat(10, 1)
@@ -85,6 +86,7 @@ def test_a_distance_is_never_below_zero():
 # Chunks, passes, earlier results, refinement
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, sampled(rank=40)], ids=["all", "sampled"])
 def test_chunks_and_passes_change_nothing(how: dict[str, int]):
     queries, keys = torch.randn(40, 12).half(), torch.randn(900, 12).half()

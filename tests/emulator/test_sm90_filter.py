@@ -31,6 +31,7 @@ def check(queries: Tensor, keys: Tensor, k: int, metric: str = "l2", **how: int)
 # Tiles and tails
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "cluster"), [(200, 1), (255, 2), (257, 1), (512, 2), (513, 2)])
 def test_sizes_around_a_tile_of_keys(n: int, cluster: int):
     for metric in ("l2", "ip"):
@@ -51,6 +52,7 @@ def test_every_tail_of_the_rows(dim: int, dtype: torch.dtype):
     assert check(queries, keys, 12, "l2" if dim % 16 else "ip", cluster=1 + dim // 8 % 2) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_every_ring_goes_round(cluster: int):
     # One block (or two) for ten tiles of keys: three times as many as there are stages.
@@ -58,6 +60,7 @@ def test_every_ring_goes_round(cluster: int):
     assert check(queries, keys, 30, cluster=cluster, num_units=cluster) == 0
 
 
+@pytest.mark.slow
 def test_each_key_is_scored_once_by_each_query():
     # Key i is one-hot at i % D, times a number of its own; so is the query's. Lists hold them all.
     dim, n, q = 72, 520, 129
@@ -88,6 +91,7 @@ def test_rows_with_space_between_them():
 # Thresholds and lists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_a_sample_by_the_copy_engine(cluster: int):
     # Half of the sample's 300 rows settle a threshold; the sample's own scan takes one row of each
@@ -117,6 +121,7 @@ def test_orders_that_fill_lists(order: str):
     assert check(queries, keys, 80, rank=50, capacity=400, cluster=2) == 0
 
 
+@pytest.mark.slow
 def test_what_is_not_a_number():
     queries, keys = integers(70, 16), integers(600, 16)
     keys[::3, 4] = float("nan")
@@ -140,6 +145,7 @@ def portable_twin(queries: Tensor, keys: Tensor, k: int, metric: str, **how: int
     assert failures[0] == failures[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 60.0])
 def test_the_quick_test_loses_no_one_to_rounding(scale: float):
     # Far from the origin and close to each other: distances are all rounding error, and many lie
@@ -159,6 +165,7 @@ def test_distances_that_round_to_the_bound_pass():
     portable_twin(queries.half(), keys.half(), 5, "l2", **sampled(rank=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_the_order_of_threads_and_copies_changes_nothing(seed: int):
     queries, keys = torch.randn(130, 72).half(), torch.randn(600, 72).half()

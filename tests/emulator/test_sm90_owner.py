@@ -58,6 +58,7 @@ def test_the_widest_queries_that_stay_fill_shared_memory(q: int, dim: int):
     assert check(integers(q, dim, high=2), integers(200, dim, high=2), 20, num_units=2) == 0
 
 
+@pytest.mark.slow
 def test_each_key_is_scored_once_by_each_query():
     # Key i is one-hot at i % D, times a number of its own; so is the query's. The threshold lets
     # about a third of the keys pass.
@@ -108,6 +109,7 @@ def test_what_goes_wrong_is_seen_and_made_good(metric: str, forced: dict[str, in
     assert check(queries, keys, 32, metric, owners=2, owner_words=512, **forced) == 37
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [900, 1533, 1540])
 @pytest.mark.parametrize("stages", [2, 5])
 def test_its_sample_is_its_own(n: int, stages: int):
@@ -131,6 +133,7 @@ def test_only_the_failed_queries_take_the_other_path():
     assert 0 < check(queries, keys, 20, rank=30, capacity=120) < 12
 
 
+@pytest.mark.slow
 def test_lists_are_those_of_the_portable_scan():
     # Lists with just enough room for every candidate: one word more or fewer and a query fails,
     # so both scans meet the same queries' ends at every capacity.
@@ -187,6 +190,7 @@ def test_distances_of_identical_rows_end_at_zero():
         assert (distances[:, 0] == 0).all() == zero
 
 
+@pytest.mark.slow
 def test_chunks_and_passes_and_what_went_before():
     queries, keys = integers(50, 24), integers(1500, 24)
     assert check(queries, keys, 40, chunk_keys=700, queries_per_pass=20, rank=90) == 0
@@ -197,6 +201,7 @@ def test_chunks_and_passes_and_what_went_before():
     expect(result, queries, keys, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_the_order_of_threads_and_blocks_changes_nothing(seed: int):
     queries, keys = torch.randn(18, 136).half(), torch.randn(700, 136).half()
