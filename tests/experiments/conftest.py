@@ -1,4 +1,7 @@
-"""One laboratory of the tiny preset for all tests of a session: its artifacts are made once."""
+"""One laboratory of the tiny preset for all tests of a session: its artifacts are made once.
+
+A whole run of an experiment in it, which tests take as `result`, is slow.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ import pytest
 
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.presets import TINY
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tiny_lab" in (names := getattr(item, "fixturenames", ())) and "result" in names:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,7 @@ def test_agreement_asks_whether_the_datastore_leads_by_half() -> None:
     assert clustering.agreement(gain(-0.2, -0.1), 1.2) == "disagrees"
 
 
+@pytest.mark.slow
 def test_the_experiment_tries_every_set_and_a_rerun_computes_nothing(tiny_lab: Lab) -> None:
     options = {"clustering.rows_per_word": 0.5, "clustering.sample": 0.2}
     lab = Lab(replace(tiny_lab.preset, options=options), tiny_lab.folder, tiny_lab.say)

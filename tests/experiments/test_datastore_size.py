@@ -104,6 +104,7 @@ def test_one_size_is_refused(tmp_path):
         datastore_size.run(lab)
 
 
+@pytest.mark.slow
 def test_tiny_run(tiny_lab, tmp_path, monkeypatch):
     options = {"datastore-size.fractions": (0.25, 0.5, 1.0)}
     monkeypatch.setattr(tiny_lab, "preset", tiny_lab.preset.with_options(options=options))

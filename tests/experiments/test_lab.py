@@ -88,6 +88,7 @@ def test_a_second_lab_finds_everything(tiny_lab, monkeypatch):
     assert said == []
 
 
+@pytest.mark.slow
 def test_a_given_model_is_used_as_it_is(tiny_lab, tmp_path):
     from knnext.lm.load import save_lm
 

@@ -80,6 +80,7 @@ def test_the_best_variant_is_chosen_without_the_test_split():
     assert said["headline"].startswith("at best 50 %") and "k = 2" in said["words"]
 
 
+@pytest.mark.slow
 def test_it_runs_and_what_it_says_is_consistent(tiny_lab):
     result = run_experiment(
         "mixture-of-softmaxes",

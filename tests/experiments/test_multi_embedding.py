@@ -86,6 +86,7 @@ def test_the_lms_loss_on_the_store_is_its_own(tiny_lab):
     assert float((weights["by loss"] - 1).sum()) == pytest.approx(-float(log_p_lm.sum()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_runs_and_what_it_says_is_consistent(tiny_lab):
     result = run_experiment(
         "multi-embedding", tiny_lab.preset, tiny_lab.folder, lab=tiny_lab, say=lambda _line: None

@@ -81,6 +81,7 @@ def test_wins_compare_the_kNN_without_the_row_with_the_lm(tiny_lab):
     assert 0.05 < float(wins.double().mean()) < 0.95
 
 
+@pytest.mark.slow
 def test_it_runs_and_what_it_says_is_consistent(tiny_lab):
     result = run_experiment(
         "objectives", tiny_lab.preset, tiny_lab.folder, lab=tiny_lab, say=lambda _line: None

@@ -98,6 +98,7 @@ def test_searches_are_shared_by_both_ways_of_choosing_t(tmp_path):
     assert len(lab.searched) == len(set(lab.searched)) == 24  # 12 members, valid and test
 
 
+@pytest.mark.slow
 def test_tiny_run(tiny_lab, tmp_path, monkeypatch):
     result = run_experiment("representation", tiny_lab.preset, tmp_path, lab=tiny_lab, say=_quiet)
     rows = result["rows"]

@@ -154,6 +154,7 @@ def test_less_harm_is_not_an_advantage(tmp_path):
     assert findings.details["parts"]["more so at the smallest size"] == "disagrees"
 
 
+@pytest.mark.slow
 def test_tiny_run(tiny_lab, tmp_path, monkeypatch):
     options = {"temperature.wide": (4.0, 10.0, 100.0)}
     monkeypatch.setattr(tiny_lab, "preset", tiny_lab.preset.with_options(options=options))
