@@ -1,6 +1,6 @@
 """A process that builds datastores in forked children and kills them at every file operation.
 
-Run by test_datastore_kill.py. It forks because importing torch anew for each of hundreds of kills
+Run by test_kill.py. It forks because importing torch anew for each of hundreds of kills
 would take minutes; it is a process of its own because forking is safe only while torch has started
 no threads. The last line of output is JSON: one record for each kill.
 """
@@ -231,9 +231,9 @@ def main() -> None:
     records = []
     for mode, step in (mode.split(":") for mode in modes):
         if mode == "twice":
-            points = [[n, (n * 7) % 23] for n in range(0, count, int(step))]
-        else:
-            points = [[n] for n in range(0, count, int(step))]
+            points = [[n, (n * 7) % 23] for n in range(count - 1, -1, -int(step))]
+        else:  # from the last, which finishes
+            points = [[n] for n in range(count - 1, -1, -int(step))]
         records += [trial.run(point, mode) for point in points]
     print(json.dumps(records))
 
