@@ -8,10 +8,15 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from knnext import output
+from knnext.evaluation import StreamScores, write_token_log
 from knnext.output import check_outputs, check_writable, whole_file, write_json, write_text
 
 
@@ -41,9 +46,11 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
     assert path.read_text() == "one" and names(tmp_path) == ["a.json"]
 
 
+# The module alone, for which nobody needs torch.
 WRITE = """
 import sys
-from knnext.output import check_writable, write_json
+sys.path.insert(0, sys.argv[2])
+from output import check_writable, write_json
 for i in range(200):
     check_writable(sys.argv[1])
     write_json(sys.argv[1], [i] * 1000)
@@ -52,7 +59,7 @@ for i in range(200):
 
 def test_two_processes_that_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    command = [sys.executable, "-c", WRITE, str(path)]
+    command = [sys.executable, "-c", WRITE, str(path), str(Path(output.__file__).parent)]
     writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         ends = [writer.communicate(timeout=120) for writer in writers]
@@ -104,85 +111,84 @@ def test_two_outputs_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names(tmp_path) == []
 
 
-# A file may grow to 200,000 bytes here, which a full disk does not differ from.
-FULL = """
-import resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-out = Path(sys.argv[1])
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A file may grow to so many bytes here, which a full disk does not differ from."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-def text():
-    from knnext.output import write_text
-    write_text(out, "x" * 500_000)
 
-def scores():
-    from knnext.evaluation import StreamScores
+def text(path: Path) -> Callable[[], None]:
+    return lambda: write_text(path, "x" * 500_000)
+
+
+def scores(path: Path) -> Callable[[], None]:
     n = torch.zeros(30_000, dtype=torch.int64)
     wide = n[:, None]
-    StreamScores(n.float(), n, n, n.bool(), wide.float(), wide.int()).save(out)
+    return lambda: StreamScores(n.float(), n, n, n.bool(), wide.float(), wide.int()).save(path)
 
-def log():
-    from knnext.evaluation import StreamScores, write_token_log
+
+def log(path: Path) -> Callable[[], None]:
     n = torch.arange(90_000)
     wide = n[:, None]
-    s = StreamScores(n.sin(), n, n % 7, n < 0, wide.float(), wide.int())
-    write_token_log(s, out, 1.0, 0.5)
+    made = StreamScores(n.sin(), n, n % 7, n < 0, wide.float(), wide.int())
+    return lambda: write_token_log(made, path, 1.0, 0.5)
 
-def picture():
+
+def picture(path: Path) -> Callable[[], None]:
     from matplotlib.figure import Figure
-    from knnext.report.plots import save_figure
-    figure = Figure(figsize=(20, 20))
-    figure.figimage(torch.rand(1000, 1000).numpy())
-    save_figure(figure, out)
 
-def index():
+    from knnext.report.plots import save_figure
+
+    figure = Figure(figsize=(6, 6))
+    figure.figimage(torch.rand(600, 600).numpy())
+    return lambda: save_figure(figure, path)
+
+
+def index(path: Path) -> Callable[[], None]:
     import faiss
+
     from knnext.index.faiss_build import _write
+
     flat = faiss.IndexFlatL2(64)
     flat.add(torch.zeros(2000, 64).numpy())
-    _write(out, flat)
-
-try:
-    globals()[sys.argv[2]]()
-except OSError as error:
-    print(error.errno, error.filename, len(list(out.parent.iterdir())))
-"""
+    return lambda: _write(path, flat)
 
 
 @pytest.mark.parametrize(
     ("what", "name", "needs"),
     [
-        ("text", "a.txt", "torch"),
-        ("scores", "a.npz", "torch"),
-        ("log", "a.jsonl", "torch"),
-        ("log", "a.parquet", "pyarrow"),
-        ("picture", "a.png", "matplotlib"),
-        ("index", "a.faiss", "faiss"),
+        (text, "a.txt", "torch"),
+        (scores, "a.npz", "torch"),
+        (log, "a.jsonl", "torch"),
+        (log, "a.parquet", "pyarrow.parquet"),
+        (picture, "a.png", "matplotlib"),
+        (index, "a.faiss", "faiss"),
     ],
 )
 def test_a_full_disk_names_the_file_and_keeps_none(
-    tmp_path: Path, what: str, name: str, needs: str
+    tmp_path: Path, what: Callable[[Path], Callable[[], None]], name: str, needs: str
 ) -> None:
     pytest.importorskip(needs)
-    path = tmp_path / "out" / name
-    path.parent.mkdir()
-    command = [sys.executable, "-c", FULL, str(path), what]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.split() == [str(errno.EFBIG), str(path), "0"], done.stderr[-2000:]
+    write = what(tmp_path / name)
+    with full_disk(200_000), pytest.raises(OSError) as caught:
+        write()
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / name) and names(tmp_path) == []
+    write()
+    assert names(tmp_path) == [name]
 
 
 def test_a_full_disk_whatever_the_library_calls_it(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
+    with full_disk(1000):
         with pytest.raises(OSError, match=r"a\.bin") as caught, whole_file(tmp_path / "a.bin"):
             raise RuntimeError("write error in C++")
         with pytest.raises(OSError, match=r"b\.txt"):
             write_text(tmp_path / "b.txt", "x" * 2000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG and names(tmp_path) == []
     with pytest.raises(RuntimeError, match="no disk"), whole_file(tmp_path / "a.bin"):
         raise RuntimeError("no disk in it")
