@@ -106,7 +106,7 @@ def compiler_found() -> bool:
 def load() -> ctypes.CDLL:
     """With EMULATE_TSAN=1 (see race_check.py) every access that no barrier orders is reported."""
     if os.environ.get("EMULATE_TSAN") == "1":
-        extra = ("-fsanitize=thread", "-DEMULATE_TSAN")
+        extra = ("-g1", "-fsanitize=thread", "-DEMULATE_TSAN")
         return ctypes.CDLL(str(build("libemulator_tsan.so", extra)))
     return ctypes.CDLL(str(build()))
 

@@ -206,7 +206,8 @@ def process(driver: Path, folder: Path, cards: str, version: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("cards", "version", "why"), [("75", 13000, "sm_75"), ("90", 12080, "CUDA")]
+    ("cards", "version", "why"),
+    [("75", 13000, "sm_75"), pytest.param("90", 12080, "CUDA", marks=pytest.mark.slow)],
 )
 def test_the_reference_stands_in_with_one_warning(
     driver: Path, tmp_path: Path, cards: str, version: int, why: str

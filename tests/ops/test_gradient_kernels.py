@@ -79,6 +79,7 @@ def check(name: str, args: tuple, got: tuple[Tensor, ...]) -> None:
             torch.testing.assert_close(g, w.to(g.dtype), rtol=1e-2, atol=float(scale.max()) / 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_path(path: str, tmp_path: Path) -> None:
     if path not in knnext._host.usable_cpu_isas():

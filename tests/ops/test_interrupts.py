@@ -157,6 +157,7 @@ run("search", lambda: {OPS["many_queries"]})
     ]
 
 
+@pytest.mark.slow
 def test_memory_of_an_interrupted_op_is_free_again() -> None:
     code = f"""
 from tests.ops.memory import allocated_bytes
@@ -173,6 +174,7 @@ print("grown by", (allocated_bytes() - before) >> 20, "MiB", flush=True)
     assert said[-1] == "grown by 0 MiB"
 
 
+@pytest.mark.slow
 def test_an_op_of_another_thread_is_left_alone() -> None:
     code = (
         """
@@ -200,6 +202,7 @@ assert results and not [r for r in results if isinstance(r, BaseException)], res
     assert while_signalled(code)[1:] == ["main thread KeyboardInterrupt", "as before"]
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_interrupted_too() -> None:
     code = f"""
 torch.set_num_threads(1)

@@ -111,7 +111,7 @@ def test_sizes_about_the_tiles(num_keys: int, num_queries: int) -> None:
 
 
 @pytest.mark.parametrize("delta", [-1, 0, 1])
-@pytest.mark.parametrize("num_queries", [FEW, MANY])
+@pytest.mark.parametrize("num_queries", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_keys_about_a_packed_block(delta: int, num_queries: int) -> None:
     plan = _host.SearchPlan(
         queries=num_queries, entries=1 << 20, dim=129, k=50, num_units=torch.get_num_threads()

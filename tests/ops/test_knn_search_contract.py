@@ -160,8 +160,9 @@ print((after - before) * 1024 - out)
     ("num_queries", "num_keys", "dim", "k", "transposed"),
     [
         (3000, 4000, 32, 1024, 0),  # the scores alone would be 48 MB, the lists 3 GB at k = N
-        (16, 400_000, 256, 8, 1),  # a copy of the keys would be 200 MB
-        (2, 300_000, 16, 200_000, 0),
+        # A copy of the keys would be 200 MB.
+        pytest.param(16, 400_000, 256, 8, 1, marks=pytest.mark.slow),
+        pytest.param(2, 300_000, 16, 200_000, 0, marks=pytest.mark.slow),
     ],
 )
 def test_memory_stays_within_the_contract(num_queries, num_keys, dim, k, transposed) -> None:
@@ -197,6 +198,7 @@ def test_an_unknown_vector_path_is_named() -> None:
     assert f"KNNEXT_CPU_ISA must be {', '.join(others)} or {widest}, not sse9" in run.stderr
 
 
+@pytest.mark.slow
 def test_every_vector_path_finds_the_same_neighbors(tmp_path) -> None:
     torch.save({"queries": torch.randn(20, 77), "keys": torch.randn(3000, 77)}, tmp_path / "in")
     code = (

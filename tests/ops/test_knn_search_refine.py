@@ -268,6 +268,7 @@ for metric in ("l2", "ip"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["plain", "avx2", "avx512"])
 def test_every_vector_path(path: str, tmp_path) -> None:
     if path not in _host.usable_cpu_isas():

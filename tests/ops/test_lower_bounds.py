@@ -31,6 +31,7 @@ UNIT = Fraction(1, 1 << 24)
 DIMS = [1, 2, 7, 65, 129, 576, 1600, 4096]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles x86's vector paths"),
 ]

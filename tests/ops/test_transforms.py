@@ -206,7 +206,13 @@ def test_samples_are_vectorised_with_and_without_derivatives(case: Case) -> None
     close(vmap(vmap(case.run))(*(x[None] for x in batch)), by_hand[None])
 
 
-@pytest.mark.parametrize("name", ["softmax t", "target t", "mixture t l", "rescore l2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("target t", "mixture t l"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("softmax t", "rescore l2")),
+    ],
+)
 def test_compiled(name: str) -> None:
     case = CASES[name]
     v = tangents(case)
