@@ -65,6 +65,11 @@ float first_too_far(const std::vector<uint64_t>& scored, int64_t k, float start)
   return std::min(start, std::nextafter(kth, kInf));
 }
 
+// Also where the processor takes subnormals for 0, as the step above a distance of 0 is one.
+bool is_less(float a, float b) {
+  return ordered_bits(a) < ordered_bits(b);
+}
+
 // What became of a query.
 struct Outcome {
   bool open = false;       // a key that its list left out might be among the k nearest
@@ -81,12 +86,12 @@ Outcome settle(Listed& listed, int64_t k, float start, Rescoring& rescoring,
   rescoring.score(entries.data(), likely, scored);
   const float limit = first_too_far(scored, k, start);
   const auto end = std::partition(entries.begin() + likely, entries.end(), [&](uint64_t entry) {
-    return candidate_distance(entry) < limit;
+    return is_less(candidate_distance(entry), limit);
   });
   const int64_t candidates = end - entries.begin();
   rescoring.score(entries.data() + likely, candidates - likely, scored);
   scored.resize(select_sorted(scored.data(), static_cast<int64_t>(scored.size()), k));
-  return {first_too_far(scored, k, start) > listed.complete_below, candidates};
+  return {is_less(listed.complete_below, first_too_far(scored, k, start)), candidates};
 }
 
 using Outcomes = std::vector<Outcome>;

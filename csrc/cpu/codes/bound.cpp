@@ -62,7 +62,7 @@ CodedForm::CodedForm(Metric metric, int64_t dim, const float* center, bool refin
   const double direct = gamma(static_cast<double>(dim) / 16 + 12);
   double sqnorm = 0;
   for (int64_t d = 0; d < dim; ++d) sqnorm += static_cast<double>(center[d]) * center[d];
-  center_norm_ = std::sqrt(sqnorm) * (1 + 0x1p-40);
+  center_norm_ = std::sqrt(sqnorm) * (1 + 0x1p-36);
   share_ = 1.0f;
   if (metric == Metric::kIp) {
     rounding_ = expanded + direct + 64 * kUnit;
@@ -88,12 +88,12 @@ CodedQuery CodedForm::query(const CodeStats& stats, const float* row) const {
     product += term;
     magnitude += std::fabs(term);
   }
-  query.own_reach = up(std::sqrt(sqnorm) * (1 + 0x1p-40));
+  query.own_reach = up(std::sqrt(sqnorm) * (1 + 0x1p-36));
   if (metric_ == Metric::kL2) {
     query.sqnorm = down(static_cast<double>(stats.norm) * stats.norm * kNormMargin);
     query.by_third = 1;
   } else {
-    // Double sums of at most 2^40 terms, then 64 u for the sum that this begins.
+    // Double sums of at most 2^17 terms, then 64 u for the sum that this begins.
     const double upper = product + magnitude * (0x1p-12 * kUnit) + std::fabs(product) * 64 * kUnit;
     query.base = down(-upper - query.own_reach * center_norm_ * rounding_ - floor_);
     // Not 0, which an infinite error could not be multiplied by.

@@ -83,8 +83,8 @@ CodeStats Encoder::encode(const float* row, int limit, int16_t* codes) {
       codes[d] = round_small(std::min(std::max(y[d] * steps, -most), most));
   }
   const Sums sums = sums_of(y, codes, scale, dim);
-  // 2^-40 is more than all roundings of these sums; the rotation's own error is relative to the
-  // exact norm, which lies so near to the computed one that the next factor covers it.
+  // 2^-40 and the next factor are more than all roundings of these sums; the rotation's own error
+  // is relative to the exact norm, but its share holds of the computed one, too.
   const double error = std::sqrt(sums.missed) + rotation_.error_floor() +
                        (rotation_.error_share() + 0x1p-40) * std::sqrt(sums.rotated);
   return {scale, rounded_up(error * (1 + 0x1p-20)), static_cast<float>(std::sqrt(sums.coded))};

@@ -12,6 +12,8 @@
 
 namespace knnext::cpu {
 
+constexpr int kFewCodeRows = 4;  // queries whose keys are read where they lie
+
 struct CodeTile {
   const int32_t* products;  // (rows, panel keys)
   KeyTerms keys;            // of the panel
@@ -20,10 +22,11 @@ struct CodeTile {
 };
 
 struct CodeKernels {
-  int tile_rows;   // queries of one register tile; both as plan/cpu.cpp has them
-  int panel_keys;  // keys of one register tile
-  int word_codes;  // dimensions of a word: 4 or 2
-  int key_shift;   // what was added to key codes in a panel
+  int tile_rows;    // queries of one register tile; both as plan/cpu.cpp has them
+  int panel_keys;   // keys of one register tile
+  int word_codes;   // dimensions of a word: 4 or 2
+  int key_shift;    // what was added to key codes in a panel
+  int block_codes;  // that a vector of words holds
 
   // Walsh-Hadamard transform of x (n,), n a power of two, without its factor.
   void (*hadamard)(float* x, int64_t n);
@@ -33,6 +36,10 @@ struct CodeKernels {
   // makes good the shift.
   void (*multiply)(const uint32_t* tile, const int32_t* start, const uint32_t* panel, int64_t words,
                    int rows, int32_t* products);
+  // The same of rows of codes where they lie, for few queries: (rows, query_words) words each,
+  // zeros after the last code. Reads block_codes from wherever a row's last block begins.
+  void (*multiply_rows)(const uint32_t* queries, int64_t query_words, const int32_t* start,
+                        const int8_t* keys, int num_keys, int64_t dim, int rows, int32_t* products);
   // Appends keys whose lower bound lies below a query's threshold. Indexed by Metric.
   void (*filter[2])(const CodeTile& tile, const CodedForm& form, const Selection& selection,
                     CodedQuery* queries, QueryList* lists);

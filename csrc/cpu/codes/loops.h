@@ -6,8 +6,8 @@
 //   zero, broadcast, load, store, add, multiply, multiply_add, max, sqrt of floats;
 //   less(a, b) = bit mask of lanes; to_float(Word)
 //   load_words, store_words, broadcast_word(uint32_t), dot(sum, keys, queries): the sum, plus the
-//   products of the codes of each word; key_words(const int8_t*): kWidth words of key codes;
-//   transpose(Word (&)[kWidth]), append(list, distance, mask, first)
+//   products of the codes of each word; total(Word): of its lanes; key_words(const int8_t*): kWidth
+//   words of key codes; transpose(Word (&)[kWidth]), append(list, distance, mask, first)
 //
 // Everything is in an unnamed namespace: each file needs its own copies.
 #pragma once
@@ -135,6 +135,36 @@ void multiply_codes(const uint32_t* tile, const int32_t* start, const uint32_t* 
   multiply_code_rows<V, kTileRows, kKeys, kRows>(tile, start, panel, words, products);
 }
 
+template <class V, int kKeys, int kRows>
+void multiply_few(const uint32_t* queries, int64_t query_words, const int32_t* start,
+                  const int8_t* keys, int num_keys, int64_t dim, int32_t* products) {
+  constexpr int kBlockCodes = V::kWidth * V::kWordCodes;
+  for (int key = 0; key < num_keys; ++key) {
+    const int8_t* row = keys + key * dim;
+    typename V::Word sum[kRows];
+    for (auto& s : sum) s = V::broadcast_word(0);
+    const uint32_t* words = queries;
+    for (int64_t d = 0; d < dim; d += kBlockCodes, words += V::kWidth) {
+      const auto x = V::key_words(row + d);
+      for (int i = 0; i < kRows; ++i)
+        sum[i] = V::dot(sum[i], x, V::load_words(words + i * query_words));
+    }
+    for (int i = 0; i < kRows; ++i) products[i * kKeys + key] = start[i] + V::total(sum[i]);
+  }
+}
+
+template <class V, int kKeys, int kRows = kFewCodeRows>
+void multiply_few_codes(const uint32_t* queries, int64_t query_words, const int32_t* start,
+                        const int8_t* keys, int num_keys, int64_t dim, int rows,
+                        int32_t* products) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows)
+      return multiply_few_codes<V, kKeys, kRows - 1>(queries, query_words, start, keys, num_keys,
+                                                     dim, rows, products);
+  }
+  multiply_few<V, kKeys, kRows>(queries, query_words, start, keys, num_keys, dim, products);
+}
+
 // bound.h and bound.cpp say what is computed here, and why it errs to one side alone.
 template <class V>
 typename V::Float bound_l2(const CodedQuery& query, typename V::Float products,
@@ -172,7 +202,7 @@ void filter_vector(const CodeTile& tile, const CodedQuery& query, const int32_t*
     passing &= V::less(bound, V::broadcast(list.threshold));
   } else {
     passing = V::less(bound, V::broadcast(list.threshold));
-    bound = V::max(bound, V::broadcast(-3.0e38f));
+    bound = V::max(bound, V::broadcast(-0x1.fffffep127f));  // no finite distance is less
   }
   if (passing) V::append(list, bound, passing, tile.first_key + key);
 }
@@ -210,9 +240,11 @@ constexpr CodeKernels make_code_kernels() {
           kKeys,
           V::kWordCodes,
           V::kShift,
+          V::kWidth * V::kWordCodes,
           hadamard<V::kWidth>,
           pack_codes<V, kKeys>,
           multiply_codes<V, kTileRows, kKeys>,
+          multiply_few_codes<V, kKeys>,
           {filter_codes<V, Metric::kL2, kKeys>, filter_codes<V, Metric::kIp, kKeys>}};
 }
 

@@ -40,6 +40,8 @@ struct V {
     return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(from)));
   }
 
+  static int32_t total(Word x) { return vaddvq_s32(x); }
+
   static void transpose(Word (&r)[4]) {
     const int64x2_t a = vreinterpretq_s64_s32(vtrn1q_s32(r[0], r[1]));
     const int64x2_t b = vreinterpretq_s64_s32(vtrn2q_s32(r[0], r[1]));

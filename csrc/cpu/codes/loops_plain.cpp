@@ -62,6 +62,8 @@ struct V {
     return x;
   }
 
+  static int32_t total(Word x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
   static void transpose(Word (&r)[4]) {
     const Word a = r[0], b = r[1], c = r[2], d = r[3];
     for (int i = 0; i < 4; ++i) r[i] = Word{a[i], b[i], c[i], d[i]};

@@ -59,7 +59,12 @@ CpuSearchPlan plan_code_pass(int64_t num_queries, int64_t num_keys, int64_t dim,
 }
 
 CodeWorkspace::CodeWorkspace(const CpuSearchPlan& plan, int64_t dim, void* memory)
-    : plan_(plan), kernels_(code_kernels()), dim_(dim), words_(kernels_.words(dim)) {
+    : plan_(plan),
+      kernels_(code_kernels()),
+      dim_(dim),
+      words_(kernels_.words(dim)),
+      few_words_(divide_up(dim, kernels_.block_codes) * kernels_.block_codes /
+                 kernels_.word_codes) {
   blocks_ = reinterpret_cast<uint32_t*>(memory);
   const int64_t panel_words = plan_.panel_keys * (words_ + kTerms + 1);
   tiles_ = blocks_ + plan_.num_blocks() * plan_.block_panels * panel_words;
@@ -71,6 +76,7 @@ CodeWorkspace::CodeWorkspace(const CpuSearchPlan& plan, int64_t dim, void* memor
 }
 
 void CodeWorkspace::run(const CodePass& pass) {
+  few_.assign(pass.num_queries <= kFewCodeRows ? pass.num_queries * few_words_ : 0, 0);
   pack_queries(pass);
   if (plan_.slices)
     by_keys(pass);
@@ -113,6 +119,7 @@ void CodeWorkspace::pack_tile(const CodePass& pass, int64_t tile) {
       put_code(to + d / kernels_.word_codes * plan_.kernel_rows + i, kernels_.word_codes,
                d % kernels_.word_codes, codes[d]);
     }
+    if (!few_.empty()) pack_few(q, codes.data());
     starts_[tile * plan_.kernel_rows + i] = -kernels_.key_shift * sum;
 
     const CodedQuery query = pass.form.query(stats, row.data());
@@ -126,12 +133,41 @@ void CodeWorkspace::pack_tile(const CodePass& pass, int64_t tile) {
   }
 }
 
+void CodeWorkspace::pack_few(int64_t row, const int16_t* codes) {
+  for (int64_t d = 0; d < dim_; ++d)
+    put_code(few_.data() + row * few_words_ + d / kernels_.word_codes, kernels_.word_codes,
+             d % kernels_.word_codes, codes[d]);
+}
+
+void CodeWorkspace::multiply_few(const CodePass& pass, int64_t panel, int rows,
+                                 int32_t* products) const {
+  const int64_t first = panel * plan_.panel_keys, end = pass.num_keys;
+  const int count = static_cast<int>(std::min(plan_.panel_keys, end - first));
+  const int8_t* keys = pass.keys.codes + first * dim_;
+  // A row's last block may reach into the rows after it, where the query has zeros; there must be
+  // such rows.
+  const int64_t past = divide_up(dim_, kernels_.block_codes) * kernels_.block_codes - dim_;
+  int whole = count;
+  while (whole > 0 && (end - first - whole) * dim_ < past) --whole;
+  const auto multiply = [&](const int8_t* from, int begin, int n) {
+    kernels_.multiply_rows(few_.data(), few_words_, starts_.data(), from, n, dim_, rows,
+                           products + begin);
+  };
+  multiply(keys, 0, whole);
+  std::vector<int8_t> last(whole < count ? dim_ + past : 0);
+  for (int key = whole; key < count; ++key) {
+    std::copy_n(keys + key * dim_, dim_, last.begin());
+    multiply(last.data(), key, 1);
+  }
+}
+
 void CodeWorkspace::pack_panel(const CodePass& pass, int64_t panel, int64_t slot,
                                const Block& block) const {
   const int64_t width = plan_.panel_keys, start = panel * width;
   const int64_t count = std::min(width, pass.num_keys - start);
-  kernels_.pack(pass.keys.codes + start * dim_, dim_, static_cast<int>(count), dim_,
-                block.panels + slot * width * words_);
+  if (few_.empty())
+    kernels_.pack(pass.keys.codes + start * dim_, dim_, static_cast<int>(count), dim_,
+                  block.panels + slot * width * words_);
   float* terms = block.terms + slot * width * kTerms;
   block.reaches[slot] = pass.form.set_keys(pass.keys.stats + start, count, width, terms,
                                            terms + width, terms + 2 * width);
@@ -195,7 +231,7 @@ void CodeWorkspace::use_sample(const CodePass& pass, int64_t sampled_keys) {
 void CodeWorkspace::multiply(const CodePass& pass, const Block& block, const int64_t* panels,
                              int64_t count, int64_t begin, int64_t end, int64_t slice,
                              Watch& watch) {
-  alignas(64) int32_t products[kMaxTileRows * kMaxPanelKeys];
+  alignas(64) int32_t products[kMaxTileRows * kMaxPanelKeys] = {};
   const int64_t width = plan_.panel_keys;
   const Selection selection{pass.kept, plan_.capacity};
   const auto filter = kernels_.filter[static_cast<int>(pass.form.metric())];
@@ -209,9 +245,12 @@ void CodeWorkspace::multiply(const CodePass& pass, const Block& block, const int
       for (int64_t i = group; i < stop; ++i) {
         const float* terms = block.terms + i * width * kTerms;
         const KeyTerms keys{terms, terms + width, terms + 2 * width, block.reaches[i]};
-        kernels_.multiply(tiles_ + t * plan_.kernel_rows * words_,
-                          starts_.data() + t * plan_.kernel_rows, block.panels + i * width * words_,
-                          words_, rows, products);
+        if (few_.empty())
+          kernels_.multiply(tiles_ + t * plan_.kernel_rows * words_,
+                            starts_.data() + t * plan_.kernel_rows,
+                            block.panels + i * width * words_, words_, rows, products);
+        else
+          multiply_few(pass, panels[i], rows, products);
         filter({products, keys, rows, static_cast<uint32_t>(panels[i] * width)}, pass.form,
                selection, &queries_[at], &lists_[at]);
       }

@@ -62,6 +62,8 @@ class CodeWorkspace {
   Block block(int64_t i);
   void pack_queries(const CodePass& pass);
   void pack_tile(const CodePass& pass, int64_t tile);
+  void pack_few(int64_t row, const int16_t* codes);
+  void multiply_few(const CodePass& pass, int64_t panel, int rows, int32_t* products) const;
   void pack_panel(const CodePass& pass, int64_t panel, int64_t slot, const Block& block) const;
   void by_keys(const CodePass& pass);
   void by_queries(const CodePass& pass);
@@ -75,13 +77,14 @@ class CodeWorkspace {
 
   const CpuSearchPlan plan_;
   const CodeKernels& kernels_;
-  const int64_t dim_, words_;
+  const int64_t dim_, words_, few_words_;
   uint32_t* blocks_;
   uint32_t* tiles_;
   uint64_t* entries_;
   QueryList* lists_;
   std::vector<CodedQuery> queries_;  // of each list
   std::vector<int32_t> starts_;      // of each row of the tiles
+  std::vector<uint32_t> few_;        // queries of so few that keys are not packed; else empty
   std::vector<float> reaches_;       // of each panel of the blocks
 };
 

@@ -2,10 +2,14 @@
 // at most u times its output's norm, and but for the factor (sqrt(W), once, in the factors) each is
 // orthogonal, so relative errors of the norm add up. A factor is a rounded constant and a rounded
 // product: 2 u. A difference that was rounded: u. In all 2 (log2 W + 2) + 1, and what second order
-// terms add is below one more u up to D = 2^40; 2 (log2 W + 4) is more.
+// terms add is below one more u up to D = 2^40. 2 (log2 W + 4) is 2 u more, so that it may be
+// taken of the computed norm, too.
 //
 // Below the normal range an operation may lose up to 2^-126 (where subnormals are flushed) of an
-// element: sqrt(D) 2^-126 of the norm a step, and later steps are not larger than orthogonal.
+// element: sqrt(D) 2^-126 of the norm a step. The factors come before the transform, whose every
+// step makes norms sqrt(2) times as large: the losses of one transform arrive as at most
+// 1 + sqrt(2) + ... + sqrt(W) < 3.5 sqrt(W) of them. With three of the difference (its operands and
+// itself), 7 sqrt(W) + 3 < 8 (sqrt(W) + 1).
 #include "cpu/codes/rotation.h"
 
 #include <cmath>
@@ -54,7 +58,8 @@ double Rotation::error_share() const {
 }
 
 double Rotation::error_floor() const {
-  return 2 * (log2_of(width_) + 4) * std::sqrt(static_cast<double>(dim_)) * 0x1p-126;
+  const double width = static_cast<double>(width_), dim = static_cast<double>(dim_);
+  return 8 * (std::sqrt(width) + 1) * std::sqrt(dim) * 0x1p-126;
 }
 
 }  // namespace knnext::cpu

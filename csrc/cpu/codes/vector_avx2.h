@@ -35,6 +35,12 @@ struct Avx2 {
   }
   static Word broadcast_word(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 
+  static int32_t total(Word x) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+
   static void transpose(Word (&r)[8]) {
     Word t[8];
     for (int i = 0; i < 8; i += 2) {

@@ -32,6 +32,8 @@ struct Avx512 {
   static void store_words(uint32_t* to, Word x) { _mm512_storeu_si512(to, x); }
   static Word broadcast_word(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 
+  static int32_t total(Word x) { return _mm512_reduce_add_epi32(x); }
+
   static void transpose(Word (&r)[16]) {
     Word t[16];
     for (int i = 0; i < 16; i += 2) {
