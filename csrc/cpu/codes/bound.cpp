@@ -9,7 +9,8 @@
 // a product and S = |q|^2 + |x|^2,
 //   expanded: d^ >= d - (2 gamma(n) + 8 u) S,  direct: d^ >= d (1 - gamma(g)) with g = D / 16 + 12;
 //   "ip": both lie within (gamma(n) + gamma(g) + 4 u) |q| |x| of d,
-// and less than (5 D + 8) 2^-125 is lost below the normal range. The distances are not negative, so
+// and less than (5 D + 8) 2^-126 is lost below the normal range; twice that is taken off, for the
+// dozen operations of the bound that may lose 2^-126 each. The distances are not negative, so
 // neither need the bound be. |x| <= |x'| + e_x + |center|, which is the `reach` of a key.
 //
 // Computing the bound. Let A = |q'|^2, B = |x'|^2, C = 2 <q', x'> <= A + B. A norm is good to 2 u
