@@ -36,7 +36,9 @@ def listed() -> dict[str, list[str]]:
     return {row[0]: row for row in cells if row[0] not in ("family",)}
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize(
+    "scale", [1.0, *(pytest.param(scale, marks=pytest.mark.slow) for scale in (1e-3, 30.0))]
+)
 @pytest.mark.parametrize("name", FAST)
 def test_neither_seed_nor_size_of_weights_decides(name: str, scale: float) -> None:
     for seed in (0, 1):
