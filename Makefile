@@ -37,10 +37,10 @@ demo: build  ## train a small LM on Python's own sources, and see neighbors impr
 experiments: build  ## every experiment of the paper, in under an hour on two cores
 	$(BIN)/knnext experiment all $(ARGS)
 
-test: build  ## the tests, in parallel (those marked gpu are skipped without one)
+test: build  ## the quick tests, in parallel (those marked gpu are skipped without one)
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
 
-test-slow: build  ## the tests marked slow: more kills, more models, the demo from end to end
+test-slow: build  ## those marked slow: every kill, case of a kernel, model and experiment; the demo
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow $(ARGS)
 
 bench: build  ## the benchmarks against the peers
