@@ -178,7 +178,7 @@ def _encode(keys: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     largest = rotated.abs().amax(1)
     scale = (largest / CODE_LIMIT).to(torch.float32)
     # A row too small to scale, or too large for float32, is its whole error.
-    coded = (largest >= 2.0**-100) & (largest <= 2.0**50)
+    coded = (largest >= 2.0**-50) & (largest <= 2.0**50)
     scale = torch.where(coded, scale, 0.0)
     steps = rotated / torch.where(coded, scale, 1.0).to(rows)[:, None]
     codes = torch.where(coded[:, None], steps.round().clamp(-CODE_LIMIT, CODE_LIMIT), 0.0)

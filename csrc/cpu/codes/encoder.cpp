@@ -13,7 +13,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 // Squares of what is coded must be far from where float32 ends, to either side.
 constexpr int64_t kSummed = 512;  // elements, in one chain of float32 or of 32-bit integers
-constexpr float kSmallest = 0x1p-100f, kLargest = 0x1p50f;
+constexpr float kSmallest = 0x1p-50f, kLargest = 0x1p50f;
 
 // The largest magnitude, as bits; magnitudes are in order of theirs. NaN and infinity are largest.
 uint32_t largest_bits(const float* row, int64_t dim) {
@@ -52,31 +52,45 @@ struct Sums {
   double rotated, missed;  // of squares; good to 2^-16, and but for 2^-22 of the row
 };
 
-// In float32, in chains that vectors hold.
+typedef float Four __attribute__((vector_size(16)));
+typedef int16_t FourCodes __attribute__((vector_size(8)));
+
+template <class To, class From>
+To load(const From* from) {
+  To x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// In float32, in eight chains.
 Sums sums_of(const float* row, const int16_t* codes, float scale, int64_t dim) {
-  constexpr int kChains = 8;
   double rotated = 0, missed = 0;
   for (int64_t start = 0; start < dim; start += kSummed) {
     const int64_t stop = std::min(dim, start + kSummed);
-    float of_row[kChains] = {}, of_rest[kChains] = {};
+    Four of_row[2] = {}, of_rest[2] = {};
+    const auto add = [&](Four y, FourCodes code, int chain) {
+      const Four rest = y - scale * __builtin_convertvector(code, Four);
+      of_row[chain] += y * y;
+      of_rest[chain] += rest * rest;
+    };
     int64_t d = start;
-    for (; d + kChains <= stop; d += kChains)
-      for (int chain = 0; chain < kChains; ++chain) {
-        const float y = row[d + chain], rest = y - scale * static_cast<float>(codes[d + chain]);
-        of_row[chain] += y * y;
-        of_rest[chain] += rest * rest;
-      }
-    for (; d < stop; ++d) {
-      const float rest = row[d] - scale * static_cast<float>(codes[d]);
-      of_row[0] += row[d] * row[d];
-      of_rest[0] += rest * rest;
-    }
-    for (int chain = 0; chain < kChains; ++chain) {
-      rotated += of_row[chain];
-      missed += of_rest[chain];
+    for (; d + 8 <= stop; d += 8)
+      for (int chain = 0; chain < 2; ++chain)
+        add(load<Four>(row + d + 4 * chain), load<FourCodes>(codes + d + 4 * chain), chain);
+    for (; d < stop; ++d) add(Four{row[d]}, FourCodes{codes[d]}, 0);
+    for (int lane = 0; lane < 4; ++lane) {
+      rotated += static_cast<double>(of_row[0][lane]) + of_row[1][lane];
+      missed += static_cast<double>(of_rest[0][lane]) + of_rest[1][lane];
     }
   }
   return {rotated, missed};
+}
+
+// Of a row too small for a scale, all of which is missed.
+Sums wide_sums_of(const float* row, int64_t dim) {
+  double sum = 0;
+  for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(row[d]) * row[d];
+  return {sum, sum};
 }
 
 // Exact, as whole numbers.
@@ -126,15 +140,16 @@ CodeStats Encoder::encode(const float* row, int limit, int16_t* codes) {
       codes[d] = round_small(above < most ? above : most);
     }
   }
-  // What is missed of an element is rounded twice, of numbers up to |y|: 2^-22 of the row in all,
-  // and sums of kSummed / 8 squares to 2^-17. The rotation's own error is relative to the exact
-  // norm, which lies so near to the computed one that the last factor covers it.
-  const Sums sums = sums_of(y, codes, scale, dim);
+  // What is missed of an element is rounded twice, of numbers up to |y|: 2^-22 of the row in all;
+  // sums of kSummed / 8 squares are good to 2^-17, but for squares below 2^-126, 2^-62 an element.
+  // The rotation's own error is relative to the exact norm, which lies so near to the computed one
+  // that the last factor covers it.
+  const Sums sums = scale ? sums_of(y, codes, scale, dim) : wide_sums_of(y, dim);
   const double missed = std::sqrt(sums.missed) * (1 + 0x1p-16);
   const double rotated = std::sqrt(sums.rotated) * (1 + 0x1p-16);
-  const double error = missed + (rotation_.error_share() + 0x1p-22) * rotated +
-                       rotation_.error_floor() +
-                       std::sqrt(static_cast<double>(dim)) * 0x1p-60 * kSmallest;
+  const double lost = scale ? std::sqrt(static_cast<double>(dim)) * 0x1p-62 : 0;
+  const double error =
+      missed + (rotation_.error_share() + 0x1p-22) * rotated + rotation_.error_floor() + lost;
   const double squares =
       limit > kCodeLimit ? sum_of_wide_squares(codes, dim) : sum_of_squares(codes, dim);
   return {scale, rounded_up(error * (1 + 0x1p-20)), static_cast<float>(scale * std::sqrt(squares))};
