@@ -336,6 +336,29 @@ def test_faiss_index(built: Run) -> None:
     assert "built from something else" in run("index", store, "--factory", "SQ8", code=1)
 
 
+def test_exact_search_by_codes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same figures as without, and each command says which way it goes."""
+    store, build = str(run.folder / "coded"), [*cpu(run), "--corpus", str(run.folder / "corpus")]
+    evaluate = ["eval", store, *cpu(run), "--temperature", "2", "--lmbda", "0.3", "--k", "16"]
+    run("build", store, *build)
+    found = []
+    for way in ("over all keys", "by eight-bit codes (coded.codes)"):
+        capsys.readouterr()
+        assert main([*evaluate, "--json"]) == 0
+        captured = capsys.readouterr()
+        assert f"exact search: {way}" in captured.err
+        found.append(json.loads(captured.out)["mixture"])
+        made = run("build", store, *build, "--codes")["codes"]
+    assert found[0] == found[1]
+    assert made["num_entries"] == run("info", store)["num_entries"]
+
+    # Built anew in the same place, with other keys: the codes follow.
+    for file in Path(store).iterdir():
+        file.unlink()
+    run("build", store, *build, "--key-layer", "ffn", "--codes")
+    assert "by eight-bit codes" in run("info", store)["search"]
+
+
 def test_eval_without_a_tuning(built: Run) -> None:
     (built.folder / "store.tuning.json").unlink(missing_ok=True)
     assert "knnext tune" in built("eval", built.store, *cpu(built), code=1)
