@@ -10,8 +10,9 @@ a time.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ METRICS = ("l2", "ip")
 # Rows that few queries look for are read one by one, those of many with all that lies between: a
 # disk reads about so many rows on end while it finds one.
 _ROWS_ON_END = 32
+_PAGES_A_ROW = 64  # of a disk, for each row looked for: far more than likely rows make
 
 
 class Chunk(NamedTuple):
@@ -105,6 +107,7 @@ class ExactIndex(TokenTable):
         self.resident_bytes = resident_bytes
         self._keep = datastore.num_entries * self._row_bytes() <= resident_bytes
         self._resident: list[Chunk] | None = None
+        self._scattered = True
         self._sqnorms: dict[int, Tensor] = {}
 
     @property
@@ -207,12 +210,20 @@ class ExactIndex(TokenTable):
             return keys
         return self.codes.dim + STATS_BYTES + (keys if self.datastore.keys.selected else 0)
 
-    def _reading(self, wanted: int) -> AbstractContextManager[Any]:
-        """How rows of keys are to be read from a disk, where so many are looked for."""
+    @contextmanager
+    def _reading(self, wanted: int) -> Iterator[None]:
+        """Within, rows of keys are read from a disk as suits where so many are looked for."""
         keys = self.datastore.keys
         few = self.codes is not None and wanted * _ROWS_ON_END < len(keys)
         stored = len(keys) * self.datastore.meta.row_bytes > self.resident_bytes
-        return keys.scattered() if few and stored else nullcontext()
+        if not (few and stored and self._scattered):
+            yield
+            return
+        before = _pages_read()
+        with keys.scattered():
+            yield
+        # Page by page is no way to read everything: what codes leave open, they may leave again.
+        self._scattered = _pages_read() - before < _PAGES_A_ROW * wanted + _ROWS_ON_END
 
     def _chunks(self) -> Iterator[Chunk]:
         """Chunks in row order: from memory where they are kept, else from the datastore."""
@@ -256,6 +267,11 @@ class ExactIndex(TokenTable):
         if start not in self._sqnorms:
             self._sqnorms[start] = key_sqnorms(keys)
         return self._sqnorms[start]
+
+
+def _pages_read() -> int:
+    """So far, by this process, for memory that is mapped from files."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def describe_exact(

@@ -191,3 +191,34 @@ def test_interrupted_copies_go_on(store, tmp_path, monkeypatch, what):
         assert (part.path / file.name).read_bytes() == file.read_bytes()
     with pytest.raises(IncompatibleDatastoreError, match="origin"):
         store.subsample(0.6, 1, tmp_path / "part", resume=True)
+
+
+@pytest.mark.parametrize("at_most", [1, 7, 20, 33, 1000])
+def test_pieces_are_views_of_one_file_each(store, at_most):
+    for part in (store, store.shard(1, 4), store.shard(3, 4).shard(0, 2)):
+        pieces = list(part.keys.pieces(at_most))
+        assert [first for first, _ in pieces] == [0, *(last for _, last in pieces[:-1])]
+        assert pieces[-1][1] == len(part) and all(0 < b - a <= at_most for a, b in pieces)
+        for first, last in pieces:  # the same memory twice: nothing is copied
+            once, again = part.keys[first:last], part.keys[first:last]
+            assert once.data_ptr() == again.data_ptr()
+        assert not part.keys.selected
+    sample = store.subsample(0.5, 1)
+    assert sample.keys.selected
+    wanted = [(a, min(a + at_most, len(sample))) for a in range(0, len(sample), at_most)]
+    assert list(sample.keys.pieces(at_most)) == wanted
+    assert list(store.shard(0, N + 1).keys.pieces(at_most)) == []
+
+
+def test_a_view_knows_the_fingerprint_of_the_whole(store):
+    views = store.shard(0, 2), store.subsample(0.5), store.shard(0, 2).subsample(0.5)
+    for view in (store, *views):
+        assert view.stored_fingerprint == store.fingerprint
+    assert len({view.fingerprint for view in (store, *views)}) == 4
+
+
+def test_scattered_reading_gives_the_same_rows(store):
+    keys = store.keys[:]
+    with store.keys.scattered(), store.keys.scattered():
+        assert torch.equal(store.keys[:], keys)
+    assert torch.equal(store.keys[:], keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import pickle
 import subprocess
@@ -242,6 +243,56 @@ def test_an_empty_datastore(tmp_path: Path) -> None:
     assert len(StoredCodes.build(store)) == 0
     distances, indices = ExactIndex(store, codes=True).search(queries(), 3)
     assert (indices == -1).all() and distances.isinf().all()
+
+
+def test_rows_of_few_queries_are_read_one_by_one(
+    store: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While few rows are wanted of keys too large to keep, and as long as few pages are read."""
+    advised, read = [], [0]
+
+    class Spy:
+        def __init__(self, buffer: Any) -> None:
+            self.buffer = buffer
+
+        def madvise(self, advice: int) -> None:
+            advised.append(advice)
+            self.buffer.madvise(advice)
+
+    fresh = Datastore.open(store.path)
+    real = fresh.keys._files._map
+    known: dict[int, Any] = {}
+
+    def spied(shard: int) -> Any:
+        if shard not in known:
+            found = real(shard)
+            known[shard] = found._replace(buffer=Spy(found.buffer))
+        return known[shard]
+
+    monkeypatch.setattr(fresh.keys._files, "_map", spied)
+    monkeypatch.setattr("knnext.index.exact._pages_read", lambda: read[0])
+    few, shards = queries(2), 4
+    both = [mmap.MADV_RANDOM] * shards + [mmap.MADV_NORMAL] * shards
+    index = ExactIndex(fresh, resident_bytes=1000)
+    want = ExactIndex(fresh, codes=False).search(few, 3)
+    for query_count, options, expected in (
+        (2, {"resident_bytes": 1000}, both),
+        (30, {"resident_bytes": 1000}, []),  # 90 of 2,500 rows: many
+        (2, {}, []),
+        (2, {"resident_bytes": 1000, "codes": False}, []),
+    ):
+        del advised[:]
+        ExactIndex(fresh, **options).search(queries(query_count), 3)
+        assert advised == expected
+    del advised[:]
+    assert_same(index.search(few, 3), want)
+    monkeypatch.setattr(
+        "knnext.index.exact._pages_read", lambda: read.append(read[-1] + 1000) or read[-1]
+    )
+    assert_same(index.search(few, 3), want)
+    assert advised == both * 2
+    assert_same(index.search(few, 3), want)  # the last one read far too much
+    assert advised == both * 2
 
 
 _CHILD = """
