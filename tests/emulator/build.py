@@ -50,24 +50,29 @@ def sources() -> list[Path]:
     return [*sorted(HERE.glob("*.cpp")), *kernels, *plan]
 
 
-def _newest_header() -> float:
-    folders = [HERE, ROOT / "csrc"]
-    headers = [h for f in folders for pattern in ("*.h", "*.cuh") for h in f.rglob(pattern)]
-    return max(h.stat().st_mtime for h in headers)
-
-
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"does not compile for the host:\n{done.stderr[-8000:]}")
+        raise RuntimeError(f"{' '.join(command)}: failed\n{done.stderr[-8000:]}")
 
 
-def _compile(source: Path, folder: Path, headers: float, extra: tuple[str, ...]) -> Path:
+def is_new(output: Path, *more: Path) -> bool:
+    """Whether it is newer than all that it was made of: what the compiler has listed, and more."""
+    listed = Path(f"{output}.d")
+    if not (output.is_file() and listed.is_file()):
+        return False
+    names = listed.read_text().partition(":")[2].replace("\\\n", " ").split()
+    made, paths = output.stat().st_mtime_ns, [*map(Path, names), *more]
+    return all(path.is_file() and path.stat().st_mtime_ns < made for path in paths)
+
+
+def _compile(source: Path, folder: Path, extra: tuple[str, ...]) -> Path:
     """The object of a source, or the precompiled form of the door; an old one that still serves."""
     kind, ending = ("c++-header", ".gch") if source.name == DOOR else ("c++", ".o")
     name = source.relative_to(folder if source.name == DOOR else ROOT)
     output = folder / (str(name).replace("/", "_") + ending)
-    if output.is_file() and output.stat().st_mtime > max(headers, source.stat().st_mtime):
+    door = () if source.name == DOOR else (folder / f"{DOOR}.gch",)  # which no list names
+    if is_new(output, *door):
         return output
     flags = [*FLAGS, *extra]
     if source.name in SCHEDULER:
@@ -75,6 +80,7 @@ def _compile(source: Path, folder: Path, headers: float, extra: tuple[str, ...])
         flags = [flag for flag in flags if "sanitize" not in flag]
     elif source.name != DOOR:
         flags += ["-include", str(folder / DOOR)]
+    flags += ["-MMD", "-MF", f"{output}.d"]
     _run(COMPILER, *flags, "-x", kind, "-c", str(source), "-o", str(output))
     return output
 
@@ -85,12 +91,12 @@ def build(name: str = "libemulator.so", extra: tuple[str, ...] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        headers, door = _newest_header(), folder / DOOR
+        door = folder / DOOR
         if not door.is_file():
             door.write_text('#include "cuda/device.cuh"\n')
-        _compile(door, folder, headers, extra)
+        _compile(door, folder, extra)
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda s: _compile(s, folder, headers, extra), sources()))
+            objects = list(pool.map(lambda s: _compile(s, folder, extra), sources()))
         library = BUILD / name
         newest = max(o.stat().st_mtime for o in objects)
         if not library.is_file() or library.stat().st_mtime < newest:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.emulator.build import call, compiler_found, load
+from tests.emulator.build import call, compiler_found, is_new, load
 
 pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to build it with")
 SEEDS = (0, 1, 2, 3)
@@ -96,3 +99,20 @@ def test_half_conversions_agree_with_torch() -> None:
     torch.testing.assert_close(as_bf16, bits.view(torch.bfloat16).float(), **same)
     torch.testing.assert_close(back_half.view(torch.float16), as_bf16.half(), **same)
     torch.testing.assert_close(back_bf16.view(torch.bfloat16), as_half.bfloat16(), **same)
+
+
+def test_what_is_older_than_anything_it_was_made_of_is_out_of_date(tmp_path: Path) -> None:
+    output, source, header, door = (tmp_path / name for name in ("x.o", "x.cu", "x.h", "door"))
+    for path in (output, source, header, door):
+        path.touch()
+        os.utime(path, (5, 5))
+    os.utime(output, (6, 6))
+    assert not is_new(output), "nobody knows what it was made of"
+    Path(f"{output}.d").write_text(f"{output}: {source} \\\n {header}\n")
+    assert is_new(output, door)
+    for path in (source, header, door):
+        os.utime(path, (7, 7))
+        assert not is_new(output, door)
+        os.utime(path, (5, 5))
+    header.unlink()
+    assert not is_new(output, door)
