@@ -12,7 +12,7 @@
 
 namespace knnext::cpu {
 
-constexpr int kFewCodeRows = 4;  // queries whose keys are read where they lie
+constexpr int kFewCodeRows = 4;  // queries that rows of codes are multiplied with at once
 
 struct CodeTile {
   const int32_t* products;  // (rows, panel keys)

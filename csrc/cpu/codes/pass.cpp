@@ -12,6 +12,7 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kSampleStep = 16;  // one panel in so many is of the sample
+constexpr int64_t kFewQueries = 16;  // for which keys are not worth to be packed
 constexpr int kTerms = 3;            // floats of a key, beside its words
 
 // The sum of <key codes + shift, query codes> is off by shift times the sum of the query's; whole
@@ -76,7 +77,7 @@ CodeWorkspace::CodeWorkspace(const CpuSearchPlan& plan, int64_t dim, void* memor
 }
 
 void CodeWorkspace::run(const CodePass& pass) {
-  few_.assign(pass.num_queries <= kFewCodeRows ? pass.num_queries * few_words_ : 0, 0);
+  few_.assign(pass.num_queries <= kFewQueries ? pass.num_queries * few_words_ : 0, 0);
   pack_queries(pass);
   if (plan_.slices)
     by_keys(pass);
@@ -139,7 +140,7 @@ void CodeWorkspace::pack_few(int64_t row, const int16_t* codes) {
              d % kernels_.word_codes, codes[d]);
 }
 
-void CodeWorkspace::multiply_few(const CodePass& pass, int64_t panel, int rows,
+void CodeWorkspace::multiply_few(const CodePass& pass, int64_t panel, int64_t tile, int rows,
                                  int32_t* products) const {
   const int64_t first = panel * plan_.panel_keys, end = pass.num_keys;
   const int count = static_cast<int>(std::min(plan_.panel_keys, end - first));
@@ -150,8 +151,11 @@ void CodeWorkspace::multiply_few(const CodePass& pass, int64_t panel, int rows,
   int whole = count;
   while (whole > 0 && (end - first - whole) * dim_ < past) --whole;
   const auto multiply = [&](const int8_t* from, int begin, int n) {
-    kernels_.multiply_rows(few_.data(), few_words_, starts_.data(), from, n, dim_, rows,
-                           products + begin);
+    for (int row = 0; row < rows; row += kFewCodeRows)
+      kernels_.multiply_rows(few_.data() + (tile * plan_.tile_rows + row) * few_words_, few_words_,
+                             starts_.data() + tile * plan_.kernel_rows + row, from, n, dim_,
+                             std::min(kFewCodeRows, rows - row),
+                             products + row * plan_.panel_keys + begin);
   };
   multiply(keys, 0, whole);
   std::vector<int8_t> last(whole < count ? dim_ + past : 0);
@@ -250,7 +254,7 @@ void CodeWorkspace::multiply(const CodePass& pass, const Block& block, const int
                             starts_.data() + t * plan_.kernel_rows,
                             block.panels + i * width * words_, words_, rows, products);
         else
-          multiply_few(pass, panels[i], rows, products);
+          multiply_few(pass, panels[i], t, rows, products);
         filter({products, keys, rows, static_cast<uint32_t>(panels[i] * width)}, pass.form,
                selection, &queries_[at], &lists_[at]);
       }

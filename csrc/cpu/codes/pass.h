@@ -63,7 +63,8 @@ class CodeWorkspace {
   void pack_queries(const CodePass& pass);
   void pack_tile(const CodePass& pass, int64_t tile);
   void pack_few(int64_t row, const int16_t* codes);
-  void multiply_few(const CodePass& pass, int64_t panel, int rows, int32_t* products) const;
+  void multiply_few(const CodePass& pass, int64_t panel, int64_t tile, int rows,
+                    int32_t* products) const;
   void pack_panel(const CodePass& pass, int64_t panel, int64_t slot, const Block& block) const;
   void by_keys(const CodePass& pass);
   void by_queries(const CodePass& pass);
