@@ -14,8 +14,10 @@ import pytest
 from knnext.cli import main
 from knnext.cli.parser import build_parser
 from knnext.corpus import TokenizedDocuments, take_documents
+from knnext.datastore import Datastore
 from knnext.demo import Demo, run_demo
 from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, DemoError
+from knnext.index import ExactIndex, StoredCodes
 from knnext.index.faiss_build import faiss_recipe
 
 TINY = {"train_seconds": 4.0, "entries": 20_000, "valid_tokens": 400, "test_tokens": 600, "k": 64}
@@ -136,6 +138,16 @@ def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "95 %" in shown and "Where the neighbors helped most" in shown and "report.html" in shown
 
     assert "Done in " in shown
+
+    # The exact search went by codes, which the other commands find too.
+    store = Datastore.open(out / "datastore")
+    codes = StoredCodes.open(store)
+    assert codes.path == (out / "datastore.codes").resolve()
+    keys_and_values = sum(
+        file.num_bytes for file in store.meta.files() if "document" not in file.file
+    )
+    assert exact["num_bytes"] == keys_and_values + codes.nbytes
+    assert "by eight-bit codes" in ExactIndex(store).describe()
 
     # The fit of the exact search lies where the other commands look for it, and they are named.
     fit = json.loads((out / "datastore.tuning.json").read_text())
