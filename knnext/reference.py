@@ -142,7 +142,7 @@ def rotate(rows: Tensor) -> Tensor:
         mixed = rows[:, window]
         span = 1
         while span < width:
-            pairs = mixed.reshape(len(rows), -1, 2, span)
+            pairs = mixed.reshape(len(rows), width // (2 * span), 2, span)
             a, b = pairs[:, :, 0], pairs[:, :, 1]
             mixed = torch.stack([a + b, a - b], 2).reshape(len(rows), width)
             span *= 2
