@@ -19,8 +19,10 @@ from knnext.index.queries import check_count, check_k, prepare_queries
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
-# Float32 products in the expanded form are good to about 1e-6 (|q|^2 + |x|^2).
+# Float32 products in the expanded form are good to about 1e-6 (|q|^2 + |x|^2); tensor cores, which
+# CUDA takes for half-precision keys, to 2e-5 max(1, D / 1024) of it.
 ROUNDING = 1e-6
+TENSOR_CORE_ROUNDING = 2e-5
 TIE = 1e-13  # of the same scale: two float64 sums of the same products in another order
 
 
@@ -78,7 +80,7 @@ def check_exactness(
     distances, indices = (t.cpu() for t in index.search(picked, k))
     rounded = prepare_queries(picked, datastore.dim, datastore.dtype).double()
     search = _Float64Search(datastore, rounded, k, index.metric)
-    return _compare(search, distances.double(), indices)
+    return _compare(search, distances.double(), indices, rounding_of(index))
 
 
 class _Float64Search:
@@ -122,10 +124,12 @@ class _Float64Search:
         return out
 
 
-def _compare(search: _Float64Search, distances: Tensor, indices: Tensor) -> ExactnessReport:
+def _compare(
+    search: _Float64Search, distances: Tensor, indices: Tensor, rounding: float
+) -> ExactnessReport:
     k, scale = search.k, search.scale[:, None]
     kth = search.best[:, k - 1 : k]
-    slack = ROUNDING * scale
+    slack = rounding * scale
     returned = search.of_rows(indices)
     real = indices >= 0
     wrong = ((returned > kth + slack) & real).sum()
@@ -147,6 +151,20 @@ def _compare(search: _Float64Search, distances: Tensor, indices: Tensor) -> Exac
         min_gap=float(gap.min()),
         median_gap=float(gap.median()),
         ties=int((gap <= TIE * search.scale).sum()),
+    )
+
+
+def rounding_of(index: Index) -> float:
+    """How good the distances of an index are, as a share of |q|^2 + |x|^2."""
+    device = getattr(index, "device", None)
+    by_tensor_cores = (
+        device is not None
+        and torch.device(device).type == "cuda"
+        and index.datastore.dtype != torch.float32
+        and not getattr(index, "refine", False)
+    )
+    return (
+        TENSOR_CORE_ROUNDING * max(1, index.datastore.dim / 1024) if by_tensor_cores else ROUNDING
     )
 
 

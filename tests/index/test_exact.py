@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from knnext.datastore import Datastore
 from knnext.index import ExactIndex, check_exactness
+from knnext.index.exactness import rounding_of
 from knnext.index.queries import QueryGroup, group_queries
 
 DIM = 24
@@ -309,3 +311,20 @@ class TestExactness:
 
         report = check_exactness(Short(store), torch.randn(16, DIM), 8, sample=5)
         assert report.missing == 5 and report.wrong == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "refine", "want"),
+    [
+        ("cpu", torch.float16, False, 1e-6),
+        ("cuda:1", torch.float32, False, 1e-6),
+        ("cuda", torch.float16, True, 1e-6),
+        ("cuda", torch.float16, False, 2e-5),
+        ("cuda", torch.bfloat16, False, 2e-5),
+    ],
+)
+def test_rounding_is_that_of_the_units_that_multiply(device, dtype, refine, want) -> None:
+    for dim, factor in ((64, 1), (4096, 4 if want > 1e-6 else 1)):
+        store = SimpleNamespace(dtype=dtype, dim=dim)
+        index = SimpleNamespace(datastore=store, device=torch.device(device), refine=refine)
+        assert rounding_of(index) == pytest.approx(want * factor)
