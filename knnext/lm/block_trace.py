@@ -45,6 +45,8 @@ class Call:
 
     @property
     def matrix_calls(self) -> list[Call]:
+        if isinstance(getattr(self.module, "base_layer", None), nn.Module):
+            return []  # an adapter around a layer: one layer, as it is without
         return [c for c in self.calls if num_matrices(c.module)]
 
     @property
@@ -135,7 +137,16 @@ class BlockTrace:
 
 
 def num_matrices(module: nn.Module) -> int:
-    return sum(p.ndim >= 2 for p in module.parameters())
+    return len(_matrices(module))
+
+
+def _matrices(module: nn.Module) -> set[int]:
+    """Of a layer that an adapter is wrapped around (PEFT): the layer's own."""
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module):
+        return _matrices(base)
+    found = {id(p) for p in module.parameters(recurse=False) if p.ndim >= 2}
+    return found.union(*map(_matrices, module.children()))
 
 
 def how_to_name() -> str:

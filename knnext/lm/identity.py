@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 _PREFIX = "tensors:"
+#: Where ``load_lm`` notes what the weights alone do not tell.
+_NOTE = "knnext_origin"
 #: The forms that earlier versions recorded: hashes of samples, and commits as configs claim them.
 _SAMPLED_PREFIX = "weights:"
 _SAMPLED_VALUES = 4096
@@ -39,12 +41,53 @@ def model_identity(model: nn.Module, recorded: str | None = None) -> tuple[str, 
     config: Any = getattr(model, "config", None)
     commit = getattr(config, "_commit_hash", None)
     name = getattr(config, "_name_or_path", "") if commit else ""
-    label = str(name or type(model).__name__)
+    label = str(name or type(_inner(model)).__name__)
     if recorded is None or recorded.startswith(_PREFIX):
         return label, _PREFIX + _hash(model)
     if recorded.startswith(_SAMPLED_PREFIX):
         return label, _SAMPLED_PREFIX + _sampled_hash(model)
     return label, str(commit) if commit else _PREFIX + _hash(model)
+
+
+def model_parts(model: nn.Module) -> dict[str, str]:
+    """What the states of a model depend on, part by part, to say in which two models differ.
+
+    ``dtype`` of the weights, their hash ``weights``, and where there is one ``adapter`` (a hash of
+    a PEFT adapter's own weights and scale, or "merged " and that), ``quantization`` ("GGUF Q4_1",
+    "bitsandbytes") and ``commit``, which a hub's config claims.
+    """
+    config: Any = getattr(model, "config", None)
+    base, adapter = _split(model)
+    sizes: dict[str, int] = {}
+    for _, tensor in base:
+        name = str(tensor.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + tensor.nbytes
+    parts = {
+        "dtype": max(sizes, key=lambda name: sizes[name], default="none"),
+        "weights": _hash_of(base),
+    }
+    if adapter:
+        parts["adapter"] = _hash_of(adapter, _scales(model))
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        method = method or getattr(quantized, "quant_method", "unknown")
+        parts["quantization"] = str(getattr(method, "value", method))
+    commit = getattr(config, "_commit_hash", None)
+    if commit:
+        parts["commit"] = str(commit)
+    return parts | getattr(_inner(model), _NOTE, {})
+
+
+def note_origin(model: nn.Module, facts: dict[str, str]) -> None:
+    """Keep with the model what ``model_parts`` cannot see in it."""
+    object.__setattr__(_inner(model), _NOTE, dict(facts))
+
+
+def _inner(model: nn.Module) -> Any:
+    """The model of transformers inside peft's wrapper."""
+    getter = getattr(model, "get_base_model", None)
+    return model if getter is None else getter()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -60,14 +103,60 @@ def sha256(content: bytes) -> str:
 
 
 def _hash(model: nn.Module) -> str:
+    base, adapter = _split(model)
+    if not adapter:
+        return _hash_of(base)
+    both = f"{_hash_of(base)} {_hash_of(adapter, _scales(model))}"
+    return hashlib.sha256(both.encode()).hexdigest()[:32]
+
+
+def _hash_of(tensors: list[tuple[str, Tensor]], *more: str) -> str:
     digest = hashlib.sha256()
     factors: dict[torch.device, Tensor] = {}
-    for name, tensor in _tensors(model):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.device not in factors:
             factors[tensor.device] = _factors().to(tensor.device)
         digest.update(_sums(tensor, factors[tensor.device]).numpy().tobytes())
+    for text in more:
+        digest.update(text.encode())
     return digest.hexdigest()[:32]
+
+
+def _split(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """Names and tensors of the model, and of peft's adapters in it.
+
+    The first are named as they are without an adapter, so that its base model is known again.
+    """
+    own = {n for module in model.modules() for n in getattr(module, "adapter_layer_names", ())}
+    if not own:
+        return list(_tensors(model)), []
+    own |= {"modules_to_save"}
+    base, adapter = [], []
+    for name, tensor in _tensors(model):
+        parts = name.removeprefix("base_model.model.").split(".")
+        if own & set(parts):
+            adapter.append((".".join(parts), tensor))
+        else:
+            plain = [part for part in parts if part not in ("base_layer", "original_module")]
+            base.append((".".join(plain), tensor))
+    return sorted(base, key=lambda item: item[0]), adapter
+
+
+def _scales(model: nn.Module) -> str:
+    """Which adapters act, of which layers, and how strongly: no tensor says it."""
+    lines = []
+    for name, module in model.named_modules():
+        if not getattr(module, "adapter_layer_names", ()):
+            continue
+        scaling = getattr(module, "scaling", None) or {}
+        active = [str(a) for a in getattr(module, "active_adapters", ())]
+        scales = [f"{a}={float(scaling[a])!r}" if a in scaling else a for a in active]
+        off = "off" if getattr(module, "disable_adapters", False) else ""
+        lines.append(
+            f"{name.removeprefix('base_model.model.')} {type(module).__name__} {scales} {off}"
+        )
+    return "\n".join(lines)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from knnext.lm.adapter import check_adapter, check_adapter_kind, with_adapter
 from knnext.lm.causal import check_config
-from knnext.lm.identity import model_identity, sha256, tokenizer_hash
+from knnext.lm.gguf import check_gguf, check_libraries, quantization, quiet_conversion, split_gguf
+from knnext.lm.identity import (
+    model_identity,
+    model_parts,
+    note_origin,
+    sha256,
+    tokenizer_hash,
+)
+from knnext.lm.loaded import check_finite, check_in_memory, check_tokenizer, check_weights
+from knnext.lm.model_dtype import check_model_dtype, dtype_to_load, too_narrow
 from knnext.lm.model_folder import check_folder, read_json
 
 __all__ = [
@@ -19,6 +30,7 @@ __all__ = [
     "load_lm",
     "load_tokenizer",
     "model_identity",
+    "model_parts",
     "save_lm",
     "sha256",
     "tokenizer_hash",
@@ -32,45 +44,161 @@ def save_lm(path: str | Path, model: Any, tokenizer: Any) -> None:
     tokenizer.save_pretrained(path)
 
 
-def load_lm(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_lm(
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    model_dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | Path | None = None,
+    gguf: str | Path | None = None,
+    adapter: str | Path | None = None,
+    merge_adapter: bool = False,
+    device_map: Any = None,
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a folder that ``save_lm`` wrote, or a hub name.
 
     Python code that a model brings is run only with ``trust_remote_code=True``; nothing is asked.
     Weights that are pickled are read without running what is in them.
 
+    Args:
+        device: where the model goes; None: the CPU.
+        model_dtype: "auto": on a GPU the checkpoint's; on the CPU bfloat16 where checkpoint and
+            processor have it (AMX, AVX-512 BF16), else float32. "checkpoint": the checkpoint's
+            anywhere. Or "bfloat16", "float16", "float32".
+        attn_implementation: such as "sdpa" or "eager"; None: transformers' choice.
+        revision: branch, tag or commit of a hub name.
+        tokenizer: folder or hub name of another tokenizer than the model's.
+        gguf: the GGUF file in the folder or repository that holds the weights; ``path`` may also be
+            that file itself.
+        adapter: folder or hub name of a PEFT adapter that changes weights (LoRA and the like); with
+            ``merge_adapter`` they are changed for good, which is faster and rounds once more.
+        device_map: such as "auto", which spreads a model over the GPUs here; then no ``device``.
+
     FileNotFoundError where ``path`` reads like a folder and is none, or lacks a file. ValueError,
     which says why, where the folder's files are damaged, weights are missing or of other shapes
     than the config wants, the model is no causal LM, or it wants to run code of its own.
+    ImportError that says what to install, where an option needs a package that is missing.
     """
+    path, gguf = split_gguf(path, gguf)
     folder = Path(path).expanduser()
     if not folder.is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"no language model at {path}: there is no such folder")
     source = str(folder if folder.is_dir() else path)
+    dtype_name = check_model_dtype(model_dtype)
+    _check_options(source, folder, device, revision, device_map, adapter, merge_adapter)
     _, transformers = libraries()
-    if folder.is_dir():
-        check_folder(folder)
+    facts: dict[str, str] = {}
+    if gguf is not None:
+        check_libraries()
+        if folder.is_dir():
+            gguf = str(check_gguf(folder, gguf).absolute())
+            facts["quantization"] = quantization(Path(gguf))
+        else:
+            facts["quantization"] = f"GGUF {gguf}"
+    elif folder.is_dir():
+        check_folder(folder, tokenizer=tokenizer is None)
+    adapter_source = None if adapter is None else check_adapter(adapter)
+    if adapter_source is not None:
+        check_adapter_kind(adapter_source)  # before a large model is read
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    if gguf is not None:
+        options["gguf_file"] = gguf
     with _quiet_loading():
         if not trust_remote_code:
-            _check_code(source, _written_config(folder, source))
+            _check_attention(attn_implementation)
+            if gguf is None:
+                _check_code(source, _written_config(folder, source, revision))
         with _reasons(source, "configuration"):
             config = transformers.AutoConfig.from_pretrained(source, **options)
         check_config(config, source)
         _check_kind(config, source, trust_remote_code)
-        with _reasons(source, "tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        with _reasons(source, "model"):
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                weights_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **options,
+        if tokenizer is None:
+            with _reasons(source, "tokenizer"):
+                words = transformers.AutoTokenizer.from_pretrained(source, **options)
+        else:
+            words = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        if device_map is not None:
+            options["device_map"] = device_map
+        at = device or ("cpu" if device_map is None or not torch.cuda.is_available() else "cuda")
+        declared = getattr(config, "dtype", None)
+        dtype = dtype_to_load(dtype_name, declared, at, gguf=gguf is not None)
+        model, info = _read_model(source, config, dtype, options)
+        if too_narrow(model.dtype, dtype_name, at):  # only the weights told their dtype
+            model, info = _read_model(source, config, torch.float32, options)
+    check_weights(info, source)
+    check_finite(model, source)
+    check_in_memory(model, source)
+    if tokenizer is not None:
+        check_tokenizer(words, model, tokenizer, source)
+    if adapter_source is not None:
+        wrapped = with_adapter(model, adapter_source)
+        if merge_adapter:
+            facts["adapter"] = f"merged {model_parts(wrapped)['adapter']}"
+        # The layers hold the adapter: without the wrapper it is a model like any other.
+        model = wrapped.merge_and_unload() if merge_adapter else wrapped.get_base_model()
+    note_origin(model, facts)
+    return (model if device_map is not None else model.to(at)).eval(), words
+
+
+def _read_model(
+    source: str, config: Any, dtype: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    _, transformers = libraries()
+    with _reasons(source, "model"), quiet_conversion():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    return model, info
+
+
+def _check_options(
+    source: str,
+    folder: Path,
+    device: str | None,
+    revision: str | None,
+    device_map: Any,
+    adapter: Any,
+    merge_adapter: bool,
+) -> None:
+    """ValueError or ImportError for options that do not go together, or lack their package."""
+    if revision is not None and folder.is_dir():
+        raise ValueError(
+            f"revision {revision!r} is for a hub name; {source} is a folder, which has one state"
+        )
+    if merge_adapter and adapter is None:
+        raise ValueError("merge_adapter is for an adapter, and none is given")
+    if device_map is not None:
+        if device is not None:
+            raise ValueError(
+                f"device_map {device_map!r} places the model itself: give no device ({device!r})"
             )
-    _check_weights(info, source)
-    _check_finite(model, source)
-    return model.eval(), tokenizer
+        try:
+            import accelerate  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                'device_map needs accelerate: pip install "knnext[accelerate]"'
+            ) from error
+
+
+def _check_attention(attn_implementation: str | None) -> None:
+    if attn_implementation is not None and "/" in attn_implementation:
+        raise ValueError(
+            f"attn_implementation {attn_implementation!r} is code from a hub; knnext runs none "
+            "unless it is told to by --trust-remote-code (in Python: trust_remote_code=True)"
+        )
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -82,12 +210,14 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         )
 
 
-def _written_config(folder: Path, source: str) -> dict[str, Any]:
+def _written_config(folder: Path, source: str, revision: str | None) -> dict[str, Any]:
     """config.json as it stands there: a config object does not keep all of it."""
     if folder.is_dir():
         return read_json(folder / "config.json")
     with _reasons(source, "configuration"):
-        found: dict[str, Any] = libraries()[1].PretrainedConfig.get_config_dict(source)[0]
+        options = {} if revision is None else {"revision": revision}
+        reader = libraries()[1].PretrainedConfig
+        found: dict[str, Any] = reader.get_config_dict(source, **options)[0]
     return found
 
 
@@ -169,52 +299,6 @@ def _reasons(source: str, part: str) -> Iterator[None]:
         raise kind(
             f"the {part} of {source} cannot be loaded: {type(error).__name__}: {line}"
         ) from error
-
-
-def _check_weights(info: Any, source: str) -> None:
-    """ValueError that names the tensors that would be left at random numbers."""
-    found = info if isinstance(info, dict) else info.to_dict()
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    wrong = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
-    if missing:
-        text = f"{source} lacks weights of its model: {_some(missing)}"
-        if unexpected:
-            text += f"; it has others that the model does not know: {_some(unexpected)}"
-        raise ValueError(f"{text}. They would be random numbers")
-    if wrong:
-        shown = [f"{name} is {tuple(given)}, not {tuple(wanted)}" for name, given, wanted in wrong]
-        raise ValueError(f"{source} has weights of other shapes than its config: {_some(shown)}")
-    if found.get("error_msgs"):
-        lines = [str(message).strip().splitlines()[0] for message in found["error_msgs"]]
-        raise ValueError(f"the weights of {source} cannot be loaded: {_some(lines)}")
-    if unexpected:
-        warnings.warn(
-            f"{source} has {len(unexpected):,} weights that its model, as its config describes it, "
-            f"does not use: {_some(unexpected)}",
-            stacklevel=3,
-        )
-
-
-def _check_finite(model: Any, source: str) -> None:
-    """ValueError that names parameters with inf or nan: every state would be nan."""
-    broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
-    if broken:
-        raise ValueError(f"{source} has weights that are inf or nan: {_some(broken)}")
-
-
-def _is_finite(parameter: Any) -> bool:
-    if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
-        return True
-    try:
-        low, high = parameter.detach().aminmax()  # nan comes through
-    except (RuntimeError, NotImplementedError):  # an 8-bit type that torch only stores
-        return True
-    return math.isfinite(float(low)) and math.isfinite(float(high))
-
-
-def _some(items: list[str]) -> str:
-    shown = ", ".join(items[:4])
-    return shown if len(items) <= 4 else f"{shown} and {len(items) - 4} more"
 
 
 @contextmanager

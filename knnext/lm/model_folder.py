@@ -20,20 +20,22 @@ _TOKENIZERS = (
 _LFS = b"version https://git-lfs"
 
 
-def check_folder(folder: Path) -> None:
-    """FileNotFoundError or ValueError where the folder holds no whole model and tokenizer."""
+def check_folder(folder: Path, *, tokenizer: bool = True) -> None:
+    """FileNotFoundError or ValueError where the folder holds no whole model and tokenizer.
+
+    ``tokenizer=False``: where the tokenizer comes from elsewhere.
+    """
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json) of the model {base!r}, and no model: "
-            "load both with peft, call merge_and_unload() and save_pretrained(), and give that "
-            "folder"
+            "give that as --model and this folder as --adapter (in Python: adapter=)"
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no language model in {folder}: {_lacking(folder, 'config.json')}")
     for path in _weight_files(folder):
         _check_weights(path)
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise FileNotFoundError(
             f"no tokenizer in {folder}: {_lacking(folder, 'tokenizer.json')}; "
             "tokenizer.save_pretrained(folder) writes it"
@@ -77,7 +79,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"({len(missing)} of {len(shards)} files that {index} names) not there"
             )
         return [folder / name for name in shards]
-    raise FileNotFoundError(f"no weights in {folder}: {_lacking(folder, _WEIGHTS[0])}")
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    hint = f"; for a GGUF file give --gguf {ggufs[0]} (in Python: gguf=)" if ggufs else ""
+    raise FileNotFoundError(f"no weights in {folder}: {_lacking(folder, _WEIGHTS[0])}{hint}")
 
 
 def _check_weights(path: Path) -> None:

@@ -86,7 +86,7 @@ def vision(folder: Path) -> None:
         ),
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, r"config\.json is missing"),
         (no_tokenizer, FileNotFoundError, r"no tokenizer in .*tokenizer\.json is missing"),
-        (adapter, ValueError, "an adapter .*'big/base'.*merge_and_unload"),
+        (adapter, ValueError, "an adapter .*'big/base'.*--adapter"),
         (bad_config, ValueError, r"config\.json is not JSON"),
         (t5, ValueError, "t5 is an encoder-decoder.*causal"),
         (marian, ValueError, "marian is an encoder-decoder.*causal"),

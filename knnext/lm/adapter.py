@@ -1,0 +1,64 @@
+"""Adapters of PEFT (LoRA and the like) on a model: whole, of this model, and no virtual tokens."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from knnext.lm.model_folder import read_json
+
+
+def check_adapter(adapter: str | Path) -> str:
+    """What peft is given. FileNotFoundError or ValueError where a folder holds no adapter."""
+    _peft()
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        if isinstance(adapter, Path) or adapter.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"no adapter at {adapter}: there is no such folder")
+        return str(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"no adapter in {folder}: adapter_config.json is missing")
+    read_json(folder / "adapter_config.json")
+    if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
+        raise FileNotFoundError(f"no adapter in {folder}: adapter_model.safetensors is missing")
+    return str(folder)
+
+
+def check_adapter_kind(source: str) -> None:
+    """ValueError for an adapter of virtual tokens: they are states that no token of a text made."""
+    config = _peft().PeftConfig.from_pretrained(source, trust_remote_code=False)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"the adapter {source} is of type {getattr(config.peft_type, 'value', 'unknown')}, "
+            "which puts virtual tokens before a text; knnext takes adapters that change weights, "
+            "such as LORA, IA3 or VERA"
+        )
+
+
+def with_adapter(model: nn.Module, source: str) -> Any:
+    """peft's wrapper of the model, with the adapter in its layers.
+
+    ValueError where the adapter lacks weights, or has others than fit the model.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        # peft only warns, and leaves a layer as if there were no adapter.
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        try:
+            return _peft().PeftModel.from_pretrained(
+                model, source, is_trainable=False, trust_remote_code=False
+            )
+        except (Warning, RuntimeError, ValueError, KeyError) as error:
+            line = " ".join(str(error).split())[:300]
+            raise ValueError(f"the adapter {source} does not fit the model: {line}") from error
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError('adapters need peft: pip install "knnext[peft]"') from error
+    return peft

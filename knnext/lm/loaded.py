@@ -1,0 +1,71 @@
+"""What a model that was read lacks: weights, numbers, memory, a row for each token."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+
+def check_weights(info: Any, source: str) -> None:
+    """ValueError that names the tensors that would be left at random numbers."""
+    found = info if isinstance(info, dict) else info.to_dict()
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    wrong = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
+    if missing:
+        text = f"{source} lacks weights of its model: {_some(missing)}"
+        if unexpected:
+            text += f"; it has others that the model does not know: {_some(unexpected)}"
+        raise ValueError(f"{text}. They would be random numbers")
+    if wrong:
+        shown = [f"{name} is {tuple(given)}, not {tuple(wanted)}" for name, given, wanted in wrong]
+        raise ValueError(f"{source} has weights of other shapes than its config: {_some(shown)}")
+    if found.get("error_msgs"):
+        lines = [str(message).strip().splitlines()[0] for message in found["error_msgs"]]
+        raise ValueError(f"the weights of {source} cannot be loaded: {_some(lines)}")
+    if unexpected:
+        warnings.warn(
+            f"{source} has {len(unexpected):,} weights that its model, as its config describes it, "
+            f"does not use: {_some(unexpected)}",
+            stacklevel=3,
+        )
+
+
+def check_finite(model: Any, source: str) -> None:
+    """ValueError that names parameters with inf or nan: every state would be nan."""
+    broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
+    if broken:
+        raise ValueError(f"{source} has weights that are inf or nan: {_some(broken)}")
+
+
+def _is_finite(parameter: Any) -> bool:
+    if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+        return True
+    try:
+        low, high = parameter.detach().aminmax()  # nan comes through
+    except (RuntimeError, NotImplementedError):  # an 8-bit type that torch only stores
+        return True
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def _some(items: list[str]) -> str:
+    shown = ", ".join(items[:4])
+    return shown if len(items) <= 4 else f"{shown} and {len(items) - 4} more"
+
+
+def check_in_memory(model: Any, source: str) -> None:
+    """ValueError where weights were left on a disk: their states could be read, but not named."""
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise ValueError(
+            f"{source} does not fit the memory here: {len(away):,} of its weights were left on a "
+            f"disk, such as {away[0]}. Try a smaller model_dtype, or more or larger GPUs"
+        )
+
+
+def check_tokenizer(tokenizer: Any, model: Any, given: Any, source: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer {given} has {len(tokenizer):,} tokens; {source} knows {rows:,}"
+        )
