@@ -52,7 +52,7 @@ class KeyCodes:
 
     def __getitem__(self, rows: slice | Tensor) -> KeyCodes:
         """The codes of ``keys[rows]``."""
-        if not isinstance(rows, slice | Tensor):
+        if not (isinstance(rows, slice) or (isinstance(rows, Tensor) and rows.dim() == 1)):
             raise TypeError(f"KeyCodes take a slice or a tensor of rows, got {rows!r}")
         return KeyCodes(self.codes[rows], self.stats[rows], self.center)
 

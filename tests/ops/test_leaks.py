@@ -21,6 +21,8 @@ one, row = torch.ones(1, 1), torch.ones(1)
 grad = torch.ones(1, 2)
 ops = torch.ops.knnext
 near = (q[:, :1], ids)  # a result to go on from
+many = torch.rand(8, 2)
+coded = (*ops.encode_keys.default(many, q[0]), q[0])
 
 #: By kind: strings, optional tensors given and not, numbers, tensors for numbers, several results.
 KINDS: dict[str, Callable[[], object]] = {
@@ -31,6 +33,10 @@ KINDS: dict[str, Callable[[], object]] = {
         init_indices=near[1],
     ),
     "no_optional_tensors": lambda: ops.knn_search.default(q, x, 1, "l2", refine=True),
+    "encode_keys": lambda: ops.encode_keys.default(many, q[0]),
+    "search_by_codes": lambda: ops.knn_search_codes.default(
+        q, many, *coded, 1, "ip", init_distances=near[0], init_indices=near[1]
+    ),
     "several_results": lambda: ops.merge_topk.default(q[:, :1], ids, 1),
     "numbers": lambda: ops.knn_softmax.default(one, ids, 1.5, 2),
     "tensors_for_numbers": lambda: ops.knn_softmax.tensor(one, ids, row, 2),

@@ -49,7 +49,7 @@ def wanted(op: str, amount: str, what: str) -> str:
 
 
 def tensor(op: str, amount: str, sizes: str, dtype: str = "float32") -> str:
-    return wanted(op, amount, rf"a {dtype} tensor of shape \({sizes}\)")
+    return wanted(op, amount, rf"an? {dtype} tensor of shape \({sizes}\)")
 
 
 TIB_4, TIB_8 = r"4398046511104 bytes \(4 TiB\)", r"8796093022208 bytes \(8 TiB\)"
@@ -68,6 +68,9 @@ CASES = {
     ),
     "knnext.knn_search(eye, eye, 2**63 - 1)": tensor("knn_search", "288 EiB", f"9, {2**63 - 1}"),
     "knnext.merge_topk(d[:1], t[:1], 2**40)": tensor("merge_topk", TIB_4, f"1, {MANY}"),
+    "knnext.encode_keys(thin[:1].expand(2**40, 1), torch.zeros(1))": tensor(
+        "encode_keys", r"1099511627776 bytes \(1 TiB\)", f"{MANY}, 1", "int8"
+    ),
     "knnext.key_sqnorms(thin[:1].expand(2**40, 1))": tensor("key_sqnorms", TIB_4, f"{MANY},"),
     "knnext.knn_interpolate(thin[:1].expand(2, 2**40), d, t, 1.0, 0.5)": wanted(
         "knn_interpolate", TIB_8, ".*"
