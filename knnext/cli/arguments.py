@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 Check = Callable[[str], Any]
+_HIDDEN = argparse.SUPPRESS
 
 
 def add_datastore(c: argparse.ArgumentParser) -> None:
@@ -21,6 +22,64 @@ def add_model(c: argparse.ArgumentParser, required: bool = True) -> None:
         action="store_true",
         help="run Python code that the model brings; default: refuse such a model",
     )
+    add_loading(c)
+
+
+def add_loading(c: argparse.ArgumentParser, default: str = "auto") -> None:
+    """How the model of --model is loaded: arguments of `load_lm` (knnext/cli/session.py)."""
+    c.add_argument(
+        "--model-dtype",
+        choices=("auto", "checkpoint", "bfloat16", "float16", "float32"),
+        default=default,
+        help="auto: as the datastore was built; without one on a GPU the checkpoint's, on the CPU "
+        "bfloat16 where checkpoint and processor have it (AMX, AVX-512 BF16), else float32; "
+        f"checkpoint: as the files have it; default: {default}",
+    )
+    c.add_argument(
+        "--attn-implementation", metavar="NAME", help="such as sdpa or eager; default: the model's"
+    )
+    c.add_argument("--revision", help="branch, tag or commit of a hub name")
+    c.add_argument("--tokenizer", help="folder or hub name of another tokenizer than the model's")
+    c.add_argument("--gguf", metavar="FILE", help="weights in this GGUF file of --model")
+    c.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter on the model, such as a LoRA")
+    c.add_argument(
+        "--merge-adapter",
+        action="store_true",
+        help="put the adapter into the weights: faster, and rounded once more",
+    )
+    c.add_argument(
+        "--device-map", choices=("auto",), help="auto: spread the model over the GPUs here"
+    )
+
+
+class Renamed(argparse.Action):
+    """An option that has another name now: refused with that name."""
+
+    def __init__(self, option_strings: list[str], dest: str, hint: str, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs="?", default=argparse.SUPPRESS, help=_HIDDEN)
+        self.hint = hint
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
+    ) -> None:
+        parser.error(f"{option} is no option: {self.hint}")
+
+
+def add_key_dtype(c: argparse.ArgumentParser, default: str | None) -> None:
+    shown = "" if default is None else f"; default: {default}"
+    c.add_argument(
+        "--key-dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default=default,
+        help=f"of the keys{shown}",
+    )
+
+
+def refuse_dtype(c: argparse.ArgumentParser, *, keys: bool, model: bool) -> None:
+    """What --dtype was for the keys, and what it is for a model everywhere else."""
+    found = ["the keys' is --key-dtype"] if keys else []
+    found += ["the model's is --model-dtype"] if model else []
+    c.add_argument("--dtype", action=Renamed, hint=", ".join(found))
 
 
 def add_corpus(c: argparse.ArgumentParser, split: str, required: bool = True) -> None:
@@ -84,6 +143,27 @@ def add_search_options(c: argparse.ArgumentParser, k: int | None = None) -> None
     c.add_argument("--nprobe", type=positive, help="lists to visit; default: the index's own")
     c.add_argument(
         "--rescore", action="store_true", default=None, help="real distances on FAISS's choice"
+    )
+    add_search_memory(c)
+
+
+def add_search_memory(c: argparse.ArgumentParser) -> None:
+    """Arguments of `ExactIndex` that bound what a search holds at once."""
+    c.add_argument(
+        "--query-batch", type=positive, help="of exact search: queries at once; default: 4096"
+    )
+    c.add_argument(
+        "--chunk-bytes",
+        type=num_bytes,
+        metavar="SIZE",
+        help="of exact search: keys or codes read at once; default: 268MB (256 MiB)",
+    )
+    c.add_argument(
+        "--resident-bytes",
+        type=num_bytes_or_none,
+        metavar="SIZE",
+        help="of exact search: keys or codes kept in memory between passes if they are no more; "
+        "default: 2 GiB, on a GPU half of what is free; 0 keeps none",
     )
 
 
@@ -153,6 +233,10 @@ def num_bytes(text: str) -> int:
     if unit is None:
         raise argparse.ArgumentTypeError(f"wanted is {wanted}, got {text!r}")
     return checked(lambda part: int(float(part) * unit), number, lambda n: n >= 1, wanted, text)
+
+
+def num_bytes_or_none(text: str) -> int:
+    return 0 if text.strip() == "0" else num_bytes(text)
 
 
 def checked(

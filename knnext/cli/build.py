@@ -22,11 +22,22 @@ _OF_FAISS = ("index_path", "factory", "train_size", "nprobe", "seed")
 def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import torch
 
-    from knnext.datastore.build import build_datastore
+    from knnext.datastore.build import build_datastore, key_width
+    from knnext.datastore.room import check_room, free_bytes, row_bytes
+    from knnext.index.codes_meta import STATS_BYTES
 
-    model, tokenizer = open_model(args)
+    model, tokenizer = open_model(args, _begun(args.datastore))
     text, facts = text_to_store(args, tokenizer)
-    say(f"{len(text) - 1:,} tokens to store, of {text.num_documents:,} documents")
+    rows, key_dtype = max(0, len(text) - 1), getattr(torch, args.key_dtype)
+    width = key_width(model, args.key_layer)
+    size = row_bytes(width, key_dtype) + (width + STATS_BYTES if args.codes else 0)
+    said = " with its codes" if args.codes else ""
+    say(
+        f"{rows:,} tokens to store, of {text.num_documents:,} documents: the datastore{said} takes "
+        f"{binary_size(rows * size)} ({size:,} bytes a row), "
+        f"{binary_size(free_bytes(args.datastore))} are free"
+    )
+    check_room(args.datastore, rows, size, said)
     store = build_datastore(
         model,
         tokenizer,
@@ -34,7 +45,7 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         args.datastore,
         key_layer=args.key_layer,
         metric=args.metric,
-        dtype=getattr(torch, args.dtype),
+        key_dtype=key_dtype,
         block_size=args.block_size,
         stride=args.stride,
         batch_size=args.batch_size,
@@ -48,14 +59,23 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 def _as_before(datastore: str, facts: SplitFacts) -> SplitFacts | str:
     """The facts; or the name, where a build from before they were kept goes on under it."""
     from knnext.corpus import absolute_spec
+
+    begun = _begun(datastore)
+    if begun is None:
+        return facts
+    meta = begun.meta
+    old = meta.corpus if meta.text is None else None
+    return old if old is not None and absolute_spec(old) == facts.corpus else facts
+
+
+def _begun(datastore: str) -> Datastore | None:
+    """What an earlier build left in the folder, finished or not."""
     from knnext.datastore import Datastore, DatastoreError
 
     try:
-        meta = Datastore.open(datastore, allow_unfinished=True).meta
+        return Datastore.open(datastore, allow_unfinished=True)
     except (DatastoreError, OSError):
-        return facts
-    old = meta.corpus if meta.text is None else None
-    return old if old is not None and absolute_spec(old) == facts.corpus else facts
+        return None
 
 
 def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:

@@ -34,9 +34,13 @@ class Search:
     dtype: str = "float16"
 
 
+#: Options that have not the name of their field.
+_OPTIONS = {"dtype": "key_dtype"}
+
+
 def run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     """The command. ``exit_code`` is not 0 where a check failed."""
-    given = {f.name: getattr(args, f.name) for f in fields(Search)}
+    given = {f.name: getattr(args, _OPTIONS.get(f.name, f.name)) for f in fields(Search)}
     chosen = {name: value for name, value in given.items() if value is not None}
     facts = doctor(Search(**{**asdict(Search()), **chosen}) if chosen else None)
     say(render(facts))

@@ -135,7 +135,7 @@ def _scores(
         scores = StreamScores.load(args.scores)
         return scores.truncate(args.k) if args.k else scores
     store = open_datastore(args)
-    model, tokenizer = open_model(args)
+    model, tokenizer = open_model(args, store)
     check_model(store, model, tokenizer)
     text, _ = text_to_score(args, tokenizer, store, say)
     say(f"{args.split}: {len(text) - 1:,} tokens of {text.num_documents:,} documents")

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from knnext.cli.session import loading
 from knnext.experiments.catalog import NAMES, OPTIONS, load
 from knnext.experiments.lab.presets import Preset, preset
 from knnext.say import Say
@@ -72,8 +73,14 @@ def _preset(args: argparse.Namespace) -> Preset:
     start = preset(args.preset or "small")
     known = {f.name for f in fields(Preset)}
     given = {name: getattr(args, name) for name in _FIELDS if name in known}
+    loading_options = loading(args)
+    if loading_options.get("model_dtype") == "checkpoint":
+        del loading_options["model_dtype"]
+    if loading_options and not (args.model or start.model):
+        option = next(iter(loading_options)).replace("_", "-")
+        raise ValueError(f"--{option} is for a model that is given: --model is missing")
     options = {**start.options, **dict(_option(text) for text in args.set)}
-    return start.with_options(**given, options=options)
+    return start.with_options(**given, options=options, model_options=loading_options or None)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -29,7 +29,7 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
     settings = Settings.of(args)
     store = open_datastore(args)
-    model, tokenizer = open_model(args)
+    model, tokenizer = open_model(args, store)
     check_model(store, model, tokenizer)
     index = open_index(args, store, settings)
     text = text_of(args.text, args.text_errors or "strict")
@@ -85,7 +85,7 @@ def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     options = _decoding(args)
     store = open_datastore(args)
     temperature, lmbda = settings.mixture()
-    model, tokenizer = open_model(args)
+    model, tokenizer = open_model(args, store)
     check_model(store, model, tokenizer)
     index = open_index(args, store, settings)
     mixed = KNNLM(model, index, settings.k, temperature, lmbda)

@@ -10,6 +10,8 @@ from knnext.cli.arguments import (
     add_corpus,
     add_datastore,
     add_index_path,
+    add_key_dtype,
+    add_loading,
     add_mixture,
     add_model,
     add_search_options,
@@ -22,6 +24,7 @@ from knnext.cli.arguments import (
     num_bytes,
     positive,
     positive_float,
+    refuse_dtype,
     seed,
     seeds,
     share,
@@ -99,7 +102,8 @@ def _add_build(commands: Any) -> argparse.ArgumentParser:
         "--key-layer", default="att", help="att, ffn, or module:NAME:input|output; default: att"
     )
     c.add_argument("--metric", choices=("l2", "ip"), default="l2")
-    c.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    add_key_dtype(c, "float16")
+    refuse_dtype(c, keys=True, model=True)
     c.add_argument("--codes", action="store_true", help="then encode the keys, see index --kind")
     add_windows(c)
     return c
@@ -141,6 +145,7 @@ def _add_tune(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--save-scores", metavar="FILE.npz", help="keep what the search found")
     c.add_argument("--scores", metavar="FILE.npz", help="tune on what was kept; needs no model")
     c.add_argument("--out", metavar="FILE.json", help="default: beside the datastore")
+    refuse_dtype(c, keys=False, model=True)
     return c
 
 
@@ -157,6 +162,7 @@ def _add_eval(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--scores", metavar="FILE.npz", help="evaluate what was kept; needs no model")
     c.add_argument("--save-scores", metavar="FILE.npz", help="keep what the search found")
     c.add_argument("--token-log", metavar="FILE", help="one row a token, .parquet or .jsonl")
+    refuse_dtype(c, keys=False, model=True)
     return c
 
 
@@ -173,6 +179,7 @@ def _add_search(commands: Any) -> argparse.ArgumentParser:
     )
     c.add_argument("--before", type=natural, default=16, help="tokens shown before; default: 16")
     c.add_argument("--after", type=natural, default=8, help="tokens shown after; default: 8")
+    refuse_dtype(c, keys=False, model=True)
     return c
 
 
@@ -199,6 +206,7 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
     )
     c.add_argument("--seed", type=seed, default=0)
     c.add_argument("--text-only", action="store_true", help="say the text and nothing beside it")
+    refuse_dtype(c, keys=False, model=True)
     return c
 
 
@@ -218,6 +226,7 @@ def _add_import(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--num-entries", type=positive, help="rows of the files, where they do not tell")
     c.add_argument("--dim", type=positive, help="width of a key, where the files do not tell")
     c.add_argument("--key-dtype", choices=("float16", "float32"))
+    refuse_dtype(c, keys=True, model=False)
     c.add_argument("--value-dtype", choices=("int16", "int32", "int64"))
     c.add_argument("--num-valid", type=positive, help="rows to take, where known")
     c.add_argument("--unwrap-int16", action="store_true", help="recover ids that overflowed int16")
@@ -249,6 +258,8 @@ def _add_experiment(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--fresh", action="store_true", help="run again what the folder holds")
     c.add_argument("--only", type=names, metavar="NAME,NAME", help="with all or report: just these")
     c.add_argument("--model", help="folder or hub name of a causal LM, instead of training one")
+    add_loading(c, "checkpoint")
+    refuse_dtype(c, keys=False, model=True)
     c.add_argument("--corpus", help="stdlib, a file, a folder, or hf:NAME[:CONFIG]")
     c.add_argument("--max-bytes", type=num_bytes, help="cap of the train split, such as 10MB")
     c.add_argument("--train-steps", type=positive, help="of the language model")
@@ -276,7 +287,8 @@ def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     c = _command(commands, "doctor", "knnext.cli.doctor:run", text)
     for name in ("queries", "entries", "dim", "k"):
         c.add_argument(f"--{name}", type=positive, help="of the search to plan for")
-    c.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
+    add_key_dtype(c, None)
+    refuse_dtype(c, keys=True, model=False)
     c.add_argument(
         "--check", action="store_true", help="run every op against the reference; seconds"
     )

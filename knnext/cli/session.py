@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from knnext.index.base import Index
 
 DEFAULT_K = 1024
+_LOADING = (
+    *("trust_remote_code", "model_dtype", "attn_implementation", "revision", "tokenizer", "gguf"),
+    *("adapter", "merge_adapter", "device_map"),
+)
+_MEMORY = ("query_batch", "chunk_bytes", "resident_bytes")
 _TUNED = ("temperature", "lmbda", "k", "index", "nprobe", "rescore")
 
 
@@ -45,6 +50,11 @@ class Settings:
             if args.rescore or args.nprobe:
                 raise ValueError("--rescore and --nprobe are for --index faiss")
             found["nprobe"] = None
+        else:
+            given = [name for name in _MEMORY if getattr(args, name, None) is not None]
+            if given:
+                option = given[0].replace("_", "-")
+                raise ValueError(f"--{option} is for --index exact; this search goes by FAISS")
         found["rescore"] = bool(found["rescore"]) and found["index"] == "faiss"
         return cls(**found)
 
@@ -89,17 +99,37 @@ def device_of(args: argparse.Namespace) -> str:
     return str(args.device)
 
 
-def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model on its device, tokenizer)."""
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said of how the model is loaded, as arguments of `load_lm`."""
+    return {name: getattr(args, name) for name in _LOADING if getattr(args, name, None)}
+
+
+def open_model(args: argparse.Namespace, store: Datastore | None = None) -> tuple[Any, Any]:
+    """(model on its device, tokenizer); in the dtype that the datastore was built with, if any."""
     from knnext.lm.load import load_lm
 
     if args.model is None:
         raise ValueError("--model is missing; it may be left out with --scores only")
     device = device_of(args)  # before anything is read
-    model, tokenizer = load_lm(
-        args.model, trust_remote_code=getattr(args, "trust_remote_code", False)
-    )
-    return model.to(device), tokenizer
+    options = loading(args)
+    if store is not None and options.get("model_dtype") == "auto":
+        options["model_dtype"] = _dtype_as_built(store)
+    if "device_map" in options:
+        if args.device is not None:
+            raise ValueError("--device-map places the model itself: leave --device out")
+        return load_lm(args.model, **options)
+    return load_lm(args.model, device=device, **options)
+
+
+def _dtype_as_built(store: Datastore) -> str:
+    """ "auto" where the datastore knows no model; the checkpoint's before dtypes were written."""
+    from knnext.lm.model_dtype import MODEL_DTYPES
+
+    meta = store.meta
+    if meta.model is None:
+        return "auto" if meta.model_revision is None else "checkpoint"
+    found = meta.model.get("dtype", "auto")
+    return found if found in MODEL_DTYPES else "auto"
 
 
 def open_datastore(args: argparse.Namespace) -> Datastore:
@@ -110,11 +140,15 @@ def open_datastore(args: argparse.Namespace) -> Datastore:
 
 def check_model(store: Datastore, model: Any, tokenizer: Any) -> None:
     """Refuse a datastore of another model or tokenizer; what an import left unsaid passes."""
-    from knnext.lm.load import model_identity, tokenizer_hash
+    from knnext.lm.load import model_identity, model_parts, tokenizer_hash
 
     # The weights decide. The model_id beside them is a name for people, which a copy may change.
     _, revision = model_identity(model, store.meta.model_revision)
-    store.check_compatible(model_revision=revision, tokenizer_hash=tokenizer_hash(tokenizer))
+    store.check_compatible(
+        model_revision=revision,
+        model=model_parts(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+    )
 
 
 def open_index(
@@ -124,7 +158,9 @@ def open_index(
     from knnext.index import ExactIndex, FaissIndex
 
     if settings.index == "exact":
-        exact = ExactIndex(store, device=device_of(args))
+        given = {name: getattr(args, name, None) for name in _MEMORY}
+        limits: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
+        exact = ExactIndex(store, device=device_of(args), **limits)
         if say is not None:
             say(exact.describe())
         return exact

@@ -30,6 +30,7 @@ from knnext.datastore.legacy import LegacyRows
 from knnext.datastore.meta import (
     BUILD_FILE,
     DatastoreMeta,
+    ModelParts,
     Origin,
     TextFacts,
     check_byte_order,
@@ -79,6 +80,7 @@ class Datastore(DatastoreReader):
         key_layer: str | None = None,
         model_id: str | None = None,
         model_revision: str | None = None,
+        model: ModelParts | None = None,
         tokenizer_hash: str | None = None,
         vocab_size: int | None = None,
         corpus: str | None = None,
@@ -99,6 +101,7 @@ class Datastore(DatastoreReader):
             dtype: of the stored keys: torch.float16, bfloat16 or float32.
             metric: "l2" or "ip", what the keys are meant to be searched with.
             key_layer: which activation the keys are, such as "att" or "ffn".
+            model: what ``model_revision`` is made of, by which a mismatch is explained.
             text: which split of which corpus, see `knnext.corpus.SplitFacts.to_dict`.
             origin: where the rows come from, if not from a model: str, int, float or bool values.
             entries_per_shard: rows of a shard file; by default what fits 1 GiB of keys.
@@ -132,6 +135,7 @@ class Datastore(DatastoreReader):
             documents=None,
             shards=(),
             text=None if text is None else dict(text),
+            model=None if model is None else dict(model),
         )
         writer = open_writer(
             Path(path),
@@ -347,6 +351,7 @@ class Datastore(DatastoreReader):
             key_layer=meta.key_layer,
             model_id=meta.model_id,
             model_revision=meta.model_revision,
+            model=meta.model,
             tokenizer_hash=meta.tokenizer_hash,
             vocab_size=meta.vocab_size,
             origin=origin,

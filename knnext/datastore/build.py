@@ -16,9 +16,10 @@ from torch import nn
 
 from knnext.corpus import SplitFacts, TokenizedDocuments, separator_token, window_bos
 from knnext.datastore import Datastore
+from knnext.datastore.room import check_room, row_bytes
 from knnext.lm.hidden_states import default_block_size, find_key_module, hidden_states
 from knnext.lm.key_layer import capture_hidden_states
-from knnext.lm.load import model_identity, sha256, tokenizer_hash
+from knnext.lm.load import model_identity, model_parts, sha256, tokenizer_hash
 from knnext.lm.running import evaluating, trace_inputs
 from knnext.progress import Progress
 
@@ -31,40 +32,46 @@ def build_datastore(
     *,
     key_layer: str = "att",
     metric: str = "l2",
-    dtype: torch.dtype = torch.float16,
+    key_dtype: torch.dtype = torch.float16,
     block_size: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
     corpus: str | SplitFacts | None = None,
     bos_each_window: bool | None = None,
     resume: bool = True,
+    **renamed: Any,
 ) -> Datastore:
     """The finished datastore of ``len(tokenized) - 1`` rows at ``path``, opened for reading.
 
     Where ``path`` holds the beginning of this very build, it is continued, and the result has the
     same bytes as an unbroken one; a finished one is opened as it is. Model, revision, tokenizer,
     text, windows and batches are written into the datastore, and a build that differs in any of
-    them is refused by name (IncompatibleDatastoreError). ``resume=False`` refuses any datastore
+    them is refused by name (IncompatibleDatastoreError); so is one that the disk has not the room
+    for (DatastoreWriteError), before anything is written. ``resume=False`` refuses any datastore
     that is there. ``corpus`` is ``Corpus.facts(split)``, by which later evaluations find the other
     splits and know the text again; or a description for people. See ``hidden_states`` for the
     windows; ``bos_each_window`` begins each with the tokenizer's bos, by default where the
     tokenizer does so by itself.
     """
+    _refuse(renamed)
     block = default_block_size(model) if block_size is None else block_size
     step = max(1, block // 2) if stride is None else stride
     total = max(0, len(tokenized) - 1)
     bos = bos_of(tokenizer, bos_each_window)
     facts = corpus if isinstance(corpus, SplitFacts) else None
     name = corpus.corpus if isinstance(corpus, SplitFacts) else corpus
+    width = key_width(model, key_layer)
+    check_room(path, total, row_bytes(width, key_dtype))
     model_id, revision = model_identity(model)
     store = Datastore.create(
         path,
-        _key_width(model, key_layer),
-        dtype,
+        width,
+        key_dtype,
         metric=metric,
         key_layer=key_layer,
         model_id=model_id,
         model_revision=revision,
+        model=model_parts(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
         vocab_size=_vocab_size(model),
         corpus=name,
@@ -88,7 +95,7 @@ def build_datastore(
             block_size=block,
             stride=step,
             batch_size=batch_size,
-            dtype=dtype,
+            dtype=key_dtype,
             start=store.num_entries,
             bos=bos,
         )
@@ -99,6 +106,13 @@ def build_datastore(
     return store
 
 
+def _refuse(renamed: dict[str, Any]) -> None:
+    """TypeError for keywords that there are none of; it tells what an old one is called now."""
+    for name in renamed:
+        hint = "; the keys' dtype is key_dtype, the model's is its own" if name == "dtype" else ""
+        raise TypeError(f"build_datastore() has no argument {name!r}{hint}")
+
+
 def bos_of(tokenizer: Any, each_window: bool | None) -> int | None:
     """The token that windows begin with, or None; ``each_window`` None: as the tokenizer does."""
     if each_window is None:
@@ -106,7 +120,8 @@ def bos_of(tokenizer: Any, each_window: bool | None) -> int | None:
     return separator_token(tokenizer) if each_window else None
 
 
-def _key_width(model: nn.Module, key_layer: str) -> int:
+def key_width(model: nn.Module, key_layer: str) -> int:
+    """The width of a key; a short pass of the model tells it."""
     key = find_key_module(model, key_layer)
     with evaluating(model), capture_hidden_states(model, key) as captured:
         model(**trace_inputs(model))

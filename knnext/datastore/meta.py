@@ -33,6 +33,8 @@ HASHES_FILE = "document-hashes.bin"
 HASH_BYTES = 16
 
 Origin = Mapping[str, str | int | float | bool]
+#: Part by part what the states depend on, to name what differs (`knnext.lm.load.model_parts`).
+ModelParts = Mapping[str, str]
 #: Which text the rows are of: `knnext.corpus.SplitFacts` as plain values.
 TextFacts = Mapping[str, Any]
 
@@ -98,6 +100,7 @@ class DatastoreMeta:
     documents: DocumentsMeta | None
     shards: tuple[ShardMeta, ...]
     text: TextFacts | None = None
+    model: ModelParts | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -148,6 +151,9 @@ def check_parameters(meta: DatastoreMeta) -> None:
     for name, value in (meta.origin or {}).items():
         if not isinstance(name, str) or not isinstance(value, str | int | float):
             raise TypeError(f"origin: got {name!r}: {value!r}, want str, int, float or bool values")
+    for name, value in (meta.model or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"model: got {name!r}: {value!r}, want strings")
     for name, value in (meta.text or {}).items():
         values = value if isinstance(value, list) else [value]
         if not isinstance(name, str) or not all(
@@ -181,7 +187,33 @@ def differences(expected: DatastoreMeta, actual: DatastoreMeta, names: tuple[str
         want, have = getattr(expected, name), getattr(actual, name)
         if want != have:
             found.append(f"{name}: datastore has {have!r}, asked for {want!r}")
+            if name == "model_revision" and (
+                why := model_differences(actual.model, expected.model)
+            ):
+                found.append(why)
     return "; ".join(found)
+
+
+def model_differences(stored: ModelParts | None, asked: ModelParts | None) -> str:
+    """In which parts two models differ that are not the same, "" where that is not known.
+
+    Weights that are other numbers because of their dtype, quantization or a merged adapter are not
+    named beside it.
+    """
+    if not stored or not asked:
+        return ""
+    names = [n for n in ("dtype", "quantization", "adapter") if stored.get(n) != asked.get(n)]
+    merged = any("merged" in (side.get("adapter") or "") for side in (stored, asked))
+    explained = {"dtype", "quantization"} & set(names) or ("adapter" in names and merged)
+    if stored.get("weights") != asked.get("weights") and not explained:
+        names.append("weights")
+    if "weights" in names and stored.get("commit") != asked.get("commit"):
+        names.append("commit")
+    return "; ".join(
+        f"the models differ in {name}: datastore has {stored.get(name, 'none')}, "
+        f"asked for {asked.get(name, 'none')}"
+        for name in names
+    )
 
 
 def check_same_text(asked: TextFacts | None, stored: TextFacts | None, where: str) -> bool:

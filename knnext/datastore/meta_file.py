@@ -39,14 +39,18 @@ from knnext.datastore.meta import (
     shard_names,
 )
 
+#: What came to the format after its first datastores; null in none of them, but not there.
+_LATER = ("text", "model")
+
 
 def to_json(meta: DatastoreMeta) -> bytes:
     """The bytes of ``meta.json``: the same meta gives the same bytes."""
     body: dict[str, Any] = {"magic": MAGIC, "format_version": FORMAT_VERSION}
     for field in fields(meta):
         body[field.name] = getattr(meta, field.name)
-    if meta.text is None:  # files without it stay as they were, to the byte
-        del body["text"]
+    for name in _LATER:  # files without them stay as they were, to the byte
+        if body[name] is None:
+            del body[name]
     body["dtype"] = DTYPE_NAMES[meta.dtype]
     body["documents"] = None if meta.documents is None else _plain(meta.documents)
     body["shards"] = [_plain(shard) for shard in meta.shards]
@@ -102,9 +106,9 @@ def _self_checksum(body: dict[str, Any]) -> str:
 
 def _parse(body: dict[str, Any]) -> DatastoreMeta:
     values = {
-        field.name: body[field.name] for field in fields(DatastoreMeta) if field.name != "text"
+        field.name: body[field.name] for field in fields(DatastoreMeta) if field.name not in _LATER
     }
-    values["text"] = body.get("text")
+    values |= {name: body.get(name) for name in _LATER}
     values["dtype"] = KEY_DTYPES[body["dtype"]]
     values["shards"] = tuple(
         ShardMeta(int(shard["rows"]), FileMeta(**shard["keys"]), FileMeta(**shard["values"]))

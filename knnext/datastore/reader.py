@@ -16,7 +16,7 @@ from torch import Tensor
 from knnext.datastore.describe import describe
 from knnext.datastore.documents import DocumentTable
 from knnext.datastore.errors import DatastoreError, IncompatibleDatastoreError
-from knnext.datastore.meta import DatastoreMeta
+from knnext.datastore.meta import DatastoreMeta, model_differences
 from knnext.datastore.meta_file import to_json
 from knnext.datastore.rows import LazyRows, Place, ShardFiles, check_rows
 from knnext.datastore.verify import Progress, verify
@@ -169,15 +169,19 @@ class DatastoreReader:
 
         Keywords are fields of :attr:`meta` (model_id, key_layer, dim, dtype, metric,
         tokenizer_hash, vocab_size, ...). What is None, here or in the datastore, is not compared.
+        ``model`` decides nothing by itself: it tells in what a ``model_revision`` differs.
         """
         unknown = expected.keys() - DatastoreMeta.__dataclass_fields__.keys()
         if unknown:
             raise TypeError(f"check_compatible() knows no {', '.join(sorted(unknown))}")
+        model = expected.pop("model", None)
         found = [
             f"{name}: datastore has {getattr(self.meta, name)!r}, want {want!r}"
             for name, want in expected.items()
             if want is not None and getattr(self.meta, name) not in (None, want)
         ]
+        if any(text.startswith("model_revision:") for text in found):
+            found += filter(None, [model_differences(self.meta.model, model)])
         if found:
             raise IncompatibleDatastoreError(f"{self.path}: " + "; ".join(found))
 

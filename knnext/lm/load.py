@@ -201,12 +201,24 @@ def _check_attention(attn_implementation: str | None) -> None:
         )
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    gguf: str | Path | None = None,
+) -> Any:
     """The tokenizer of a folder or hub name, with the same care for code that it brings."""
+    path, gguf = split_gguf(path, gguf)
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    folder = Path(path).expanduser()
+    if gguf is not None:
+        check_libraries()
+        options["gguf_file"] = str(check_gguf(folder, gguf).absolute() if folder.is_dir() else gguf)
     _, transformers = libraries()
     with _reasons(str(path), "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code
+            str(folder if folder.is_dir() else path), trust_remote_code=trust_remote_code, **options
         )
 
 

@@ -87,8 +87,11 @@ class ModelLab(TextLab):
             raise ValueError(
                 f"model {self.preset.model} is given as it is: there is none of seed {seed}"
             )
-        model, tokenizer = load_lm(str(self.preset.model))
-        return LM(model.to(self.device), tokenizer, self._text_settings, 0)
+        options = {"model_dtype": "checkpoint", **self.preset.model_options}
+        if "device_map" not in options:
+            options["device"] = self.device
+        model, _ = load_lm(str(self.preset.model), **options)
+        return LM(model, self.tokenizer, self._text_settings, 0)
 
     def _trained_lm(self, seed: int) -> LM:
         from knnext.lm.load import load_lm, save_lm

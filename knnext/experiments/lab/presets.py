@@ -17,6 +17,8 @@ class Preset:
         name: of the preset that this came from.
         corpus: see `load_corpus`; `max_bytes` caps its train split.
         model: folder or hub name of a causal LM to use as it is; None: train one.
+        model_options: how that model is loaded: arguments of `load_lm`, where they are not its
+            defaults, but that `model_dtype` is "checkpoint".
         train: shape and training of the LM where it is trained, for `train_steps` steps. Steps and
             not seconds: the same settings then mean the same model, on any machine.
         entries: at most so many rows of the datastore, by whole documents of the train split.
@@ -54,6 +56,7 @@ class Preset:
     steps: int = 400
     resamples: int = 1000
     options: Mapping[str, Any] = field(default_factory=dict)
+    model_options: Mapping[str, Any] = field(default_factory=dict)
 
     def option(self, name: str, default: Any) -> Any:
         """The setting `experiment.option`, or the experiment's default."""
@@ -65,7 +68,10 @@ class Preset:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and for cache keys."""
-        return asdict(self)
+        found = asdict(self)
+        if not self.model_options:  # as before there were any, for what was kept then
+            del found["model_options"]
+        return found
 
 
 TINY = Preset(

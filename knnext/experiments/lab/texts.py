@@ -55,7 +55,8 @@ class TextLab:
         p = self.preset
         vocab = None if p.model else p.train.vocab_size
         settings = {"corpus": p.corpus, "max_bytes": p.max_bytes, "model": p.model, "vocab": vocab}
-        return settings | self._files
+        options = {"model options": dict(p.model_options)} if p.model_options else {}
+        return settings | options | self._files
 
     @cached_property
     def _files(self) -> dict[str, str]:
@@ -73,7 +74,11 @@ class TextLab:
         from knnext.lm.train import train_tokenizer
 
         if self.preset.model:
-            return load_tokenizer(self.preset.model)
+            options = self.preset.model_options
+            if "tokenizer" in options:
+                return load_tokenizer(options["tokenizer"])
+            kept = {name: options[name] for name in ("revision", "gguf") if name in options}
+            return load_tokenizer(self.preset.model, **kept)
 
         def make(folder: Path) -> None:
             vocab_size = self.preset.train.vocab_size

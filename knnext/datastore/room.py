@@ -1,0 +1,51 @@
+"""How large a datastore will be, and whether its disk has the room: asked before the first row."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from knnext.datastore.errors import DatastoreError, DatastoreWriteError
+from knnext.datastore.meta import BUILD_FILE, META_FILE, VALUE_BYTES
+from knnext.datastore.meta_file import read_meta
+from knnext.say import binary_size
+
+
+def row_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one row: its key and its value."""
+    return dim * dtype.itemsize + VALUE_BYTES
+
+
+def check_room(path: str | Path, rows: int, bytes_of_row: int, also: str = "") -> None:
+    """DatastoreWriteError where the disk of ``path`` has not the room for ``rows`` rows.
+
+    Rows that an earlier build left there are there already. ``also``: what the row's bytes hold
+    beside key and value, for the message.
+    """
+    needed = max(0, rows - _committed(Path(path))) * bytes_of_row
+    free = free_bytes(path)
+    if needed > free:
+        raise DatastoreWriteError(
+            f"{path}: the datastore{also} needs {binary_size(needed)} ({needed:,} bytes) and the "
+            f"disk has {binary_size(free)} ({free:,} bytes) free; store fewer tokens or narrower "
+            "keys, or choose another disk"
+        )
+
+
+def free_bytes(path: str | Path) -> int:
+    """Of the disk that ``path`` is on, or would be made on."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _committed(path: Path) -> int:
+    for name in (BUILD_FILE, META_FILE):
+        try:
+            return read_meta(path, name).num_entries
+        except (OSError, DatastoreError):
+            continue  # the build itself says what is wrong there
+    return 0
