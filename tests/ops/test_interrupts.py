@@ -74,6 +74,11 @@ OPS = {
     "torch_ops": "ops.knn_search(q, wide(LOG), 3)",
     "torch_ops_default": "ops.knn_search.default(q, wide(LOG), 3)",
     "compiled": "compiled(q, wide(LOG))",
+    "by_codes": (
+        "(lambda x: knnext.knn_search(wide(ROWS), x, 3, codes=knnext.encode_keys(x)))"
+        "(torch.rand(4000, 256))"
+    ),
+    "encode_keys": "knnext.encode_keys(wide(1 << 14, 1 << 14), torch.zeros(1 << 14))",
     "rescore": "knnext.rescore(wide(64, 1 << 14), wide(5, 1 << 14), ids(64, 1 << 18))",
     "rescore_float64": (
         "knnext.rescore(wide(64, 1 << 14, torch.float64), wide(5, 1 << 14, torch.float64),"
