@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,6 +189,17 @@ def test_the_same_bits_on_every_vector_path(path: str) -> None:
         "            torch.manual_seed(0); part()\n"
     )
     run_python(code, KNNEXT_CPU_ISA=path)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_the_library_multiplies_bytes_where_the_processor_does() -> None:
+    if "avx512_vnni" not in _host.build_info()["vector_paths"]:
+        pytest.skip("not built for x86-64")
+    library = Path(knnext.__file__).parent / "lib" / "libknnext_cpu.so"
+    text = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True)
+    used = [line for line in text.stdout.splitlines() if "vpdpbusd" in line]
+    assert [line for line in used if "zmm" in line], "AVX-512 VNNI"
+    assert [line for line in used if "{vex}" in line and "ymm" in line], "AVX-VNNI"
 
 
 @pytest.mark.parametrize("name", ["in order", "all equal", "two clusters", "near duplicates"])
