@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not compiler_found(), reason="no C++ compiler to
 # Tiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["few", "small", "large"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_key_is_scored_once_by_each_query(shape: str, dtype: torch.dtype):
@@ -158,6 +159,7 @@ def test_a_sampled_threshold_keeps_the_best(shape: str, dtype: torch.dtype):
         assert failures == [0]
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_sample():
     # Half of the sample's 300 rows settle a threshold under which its 40th can be found.
     queries, keys = integers(20, 12), integers(900, 12)

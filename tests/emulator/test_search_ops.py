@@ -76,6 +76,7 @@ def test_merge_of_the_largest_k(kind: str) -> None:
     check_merge(*candidates(1, 9_000, kind), 16_384)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "equal"])
 def test_merge_where_shared_memory_is_small(kind: str) -> None:
     call(load().emulate_set_shared_limit, 99 * 1024)

@@ -44,6 +44,7 @@ def test_sizes_around_a_tile_of_queries(q: int, cluster: int):
     assert check(integers(q, 16), integers(300, 16), 9, cluster=cluster) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [8, 56, 72, 200, 328])
 def test_every_tail_of_the_rows(dim: int, dtype: torch.dtype):
@@ -75,12 +76,14 @@ def test_each_key_is_scored_once_by_each_query():
         assert all(sorted(row) == list(range(n)) for row in result[1].tolist())
 
 
+@pytest.mark.slow
 def test_rows_that_the_copy_engine_cannot_read_go_the_portable_way():
     wide = integers(400, 50)
     queries, keys = wide[:70, 3:23], wide[:, 3:23]
     assert check(queries, keys, 6) == 0
 
 
+@pytest.mark.slow
 def test_rows_with_space_between_them():
     # 22 of 48 elements: a tail in the row that must not read what follows it.
     wide = integers(400, 48)
@@ -101,6 +104,7 @@ def test_a_sample_by_the_copy_engine(cluster: int):
         assert check(integers(70, 72), integers(902, 72), 32, metric, cluster=cluster, **how) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forced",
     [
@@ -114,6 +118,7 @@ def test_what_goes_wrong_is_seen_and_made_good(forced: dict[str, int]):
     assert check(queries, keys, 32, "l2", cluster=2, owners=2, owner_words=512, **forced) == 67
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_that_fill_lists(order: str):
     queries, keys = torch.zeros(66, 8).half(), keys_in_order(order, 800, 8)

@@ -52,6 +52,7 @@ def test_every_tail_of_the_rows(dim: int, q: int):
         assert check(integers(q, dim), integers(400, dim), 20, metric) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q", "dim"), [(64, 1024), (64, 1280), (8, 10240)])
 def test_the_widest_queries_that_stay_fill_shared_memory(q: int, dim: int):
     # The emulator knows the limit of 227 KB, and poisons what lies in it.

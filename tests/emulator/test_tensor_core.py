@@ -79,6 +79,7 @@ def test_distances_keep_to_the_tolerance(sm: int, dim: int, dtype: torch.dtype) 
             assert error.max() > TOLERANCES["expanded"].relative, "the old promise is not kept"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["few", "small", "large", "filter", "owner"])
 def test_sampled_thresholds_lose_no_neighbor(sm: int, shape: str) -> None:
     """The thresholds are made of the same cut sums that are compared with them."""

@@ -90,6 +90,7 @@ def test_what_had_not_settled_is_named():
     assert "4 of 5" in still_falling({str(i): {"converged": i == 0} for i in range(5)})
 
 
+@pytest.mark.slow
 def test_it_runs_and_what_it_says_is_consistent(tiny_lab):
     lines: list[str] = []
     result = run_experiment(

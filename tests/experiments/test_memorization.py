@@ -84,6 +84,7 @@ def test_the_datastore_of_the_same_tokens_holds_them_and_no_more(lab: Lab) -> No
     assert len(part.store("att")) == len(part.text("store").tokens) - 1 <= 1500
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_weights(lab: Lab, tmp_path: Path) -> None:
     """Epochs 1 and 2 in one go, or 1, a stop, and 2."""
     part = memorization.part_lab(lab)

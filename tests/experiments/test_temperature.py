@@ -138,6 +138,7 @@ def test_each_pair_is_searched_once_and_judged_by_its_advantage(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_less_harm_is_not_an_advantage(tmp_path):
     """FAISS is planted worse than exact search, and more so with all rows."""
 

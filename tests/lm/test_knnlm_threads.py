@@ -110,6 +110,7 @@ def many(calls: list[Callable[[int, int], bool]], count: int) -> Callable[[int],
     return work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_every_kind_of_call_at_once(name: str) -> None:
     players = Players(name)

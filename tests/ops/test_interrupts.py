@@ -221,6 +221,7 @@ assert os.waitpid(child, 0)[1] == 0
     assert said[1:] == ["forked ended by KeyboardInterrupt from the handler", "as before"]
 
 
+@pytest.mark.slow
 def test_a_search_of_an_index_is_interrupted_within_its_op(tmp_path: Path) -> None:
     make_datastore(tmp_path / "store", torch.rand(4000, DIM))
     code = f"""
@@ -230,6 +231,7 @@ run("index", lambda: index.search(wide(1 << 25, {DIM}), k=1))
     assert while_signalled(code)[1:] == ["index ended by KeyboardInterrupt from the handler"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_a_backward_pass_arrives_as_itself() -> None:
     code = """
 keys = torch.rand(5, 1 << 14, requires_grad=True)

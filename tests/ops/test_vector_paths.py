@@ -49,7 +49,9 @@ def accuracy_of_exp_and_log() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return distances, torch.tensor([[0, 1]]).expand(len(x), 2), x.double()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [PATHS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in PATHS[1:])]
+)
 def test_path(path: str, tmp_path: Path) -> None:
     if path not in knnext._host.usable_cpu_isas():
         pytest.skip(f"this processor has no {path}")
