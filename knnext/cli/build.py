@@ -196,7 +196,8 @@ def _facts(store: Datastore) -> dict[str, Any]:
         "path": str(store.path),
         "fingerprint": store.fingerprint,
         "unfinished": store.unfinished,
-        "text": None,  # of datastores from before it was kept
+        "text": None,  # of datastores from before they were kept
+        "model": None,
         **facts,
     }
 

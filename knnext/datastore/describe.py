@@ -44,7 +44,10 @@ def size(num_bytes: int) -> str:
 def _with_revision(meta: DatastoreMeta) -> str | None:
     if meta.model_id is None or meta.model_revision is None:
         return meta.model_id
-    return f"{meta.model_id} at {meta.model_revision}"
+    parts = meta.model or {}
+    named = [parts.get("dtype"), parts.get("quantization")]
+    named += [f"adapter {parts['adapter']}"] if "adapter" in parts else []
+    return ", ".join([f"{meta.model_id} at {meta.model_revision}", *filter(None, named)])
 
 
 def _split(meta: DatastoreMeta) -> str | None:

@@ -96,8 +96,6 @@ def load_lm(
         if folder.is_dir():
             gguf = str(check_gguf(folder, gguf).absolute())
             facts["quantization"] = quantization(Path(gguf))
-        else:
-            facts["quantization"] = f"GGUF {gguf}"
     elif folder.is_dir():
         check_folder(folder, tokenizer=tokenizer is None)
     adapter_source = None if adapter is None else check_adapter(adapter)
@@ -128,8 +126,14 @@ def load_lm(
             options["device_map"] = device_map
         at = device or ("cpu" if device_map is None or not torch.cuda.is_available() else "cuda")
         declared = getattr(config, "dtype", None)
+        if gguf is None and getattr(config, "quantization_config", None) is not None:
+            # What is quantized already keeps the types that its kernels want.
+            dtype_name = "checkpoint" if dtype_name == "auto" else dtype_name
         dtype = dtype_to_load(dtype_name, declared, at, gguf=gguf is not None)
         model, info = _read_model(source, config, dtype, options)
+        if gguf is not None and not folder.is_dir():
+            cached = transformers.utils.cached_file(source, gguf, revision=revision)
+            facts["quantization"] = quantization(Path(cached))
         if too_narrow(model.dtype, dtype_name, at):  # only the weights told their dtype
             model, info = _read_model(source, config, torch.float32, options)
     check_weights(info, source)
@@ -144,7 +148,9 @@ def load_lm(
         # The layers hold the adapter: without the wrapper it is a model like any other.
         model = wrapped.merge_and_unload() if merge_adapter else wrapped.get_base_model()
     note_origin(model, facts)
-    return (model if device_map is not None else model.to(at)).eval(), words
+    if device is not None and model.device != torch.device(device):
+        model = model.to(device)
+    return model.eval(), words
 
 
 def _read_model(
