@@ -22,6 +22,8 @@ QEMU = "qemu-aarch64"
 #: What the vector paths are made of, and nothing of torch but two header-only types.
 KERNELS = ["cpu/isa.cpp", "cpu/search/candidates.cpp", "cpu/search/tile_plain.cpp"]
 KERNELS += ["cpu/search/tile_neon.cpp", "cpu/vector/row_loops.cpp", "cpu/vector/row_loops_neon.cpp"]
+#: Of the search by codes.
+CODES = ["bound", "encoder", "rotation", "loops_plain", "loops_neon"]
 
 CPU_FILES = [str(path.relative_to(CSRC)) for pattern in ("*.cpp", "plan/*.cpp", "cpu/**/*.cpp")
              for path in sorted(CSRC.glob(pattern))]  # fmt: skip
@@ -114,6 +116,20 @@ def test_neon_gives_the_bits_of_the_plain_path(compile_command, tmp_path):
             [QEMU, "-E", f"KNNEXT_CPU_ISA={wish}", program], capture_output=True, text=True
         )
         assert said in forced.stdout + forced.stderr
+
+
+@pytest.mark.slow
+@needs(ARM, QEMU)
+def test_neon_multiplies_codes_exactly_and_its_bounds_hold(compile_command, tmp_path):
+    program = tmp_path / "code_paths"
+    names = [*KERNELS[:4], "cpu/search/bound.cpp", *(f"cpu/codes/{name}.cpp" for name in CODES)]
+    drivers = [ROOT / "tests/ops/code_bounds.cpp", Path(__file__).with_name("code_paths.cpp")]
+    files = [*(CSRC / name for name in names), *drivers]
+    subprocess.run([*compile_command, "-static", *map(str, files), "-o", program], check=True)
+    done = subprocess.run([QEMU, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = re.fullmatch(r"codes: (\d+) checks, 0 failures\n", done.stdout)
+    assert counted is not None and int(counted[1]) > 50_000
 
 
 @needs(ARM)
