@@ -386,7 +386,11 @@ print((after - before) * 1024 - num_queries * k * 12)
 
 @pytest.mark.parametrize(
     ("num_queries", "num_keys", "dim", "k"),
-    [(1500, 5000, 32, 1024), (600, 100_000, 64, 8), (2, 300_000, 16, 70_000)],
+    [
+        (1500, 5000, 32, 1024),
+        pytest.param(600, 100_000, 64, 8, marks=pytest.mark.slow),
+        pytest.param(2, 300_000, 16, 70_000, marks=pytest.mark.slow),
+    ],
 )
 def test_memory_stays_within_the_contract(
     num_queries: int, num_keys: int, dim: int, k: int
