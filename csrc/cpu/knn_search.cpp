@@ -8,6 +8,7 @@
 
 #include "boxing.h"
 #include "checks.h"
+#include "cpu/codes/rescoring.h"
 #include "cpu/parallel.h"
 #include "cpu/search/pass.h"
 #include "cpu/search/refine.h"
@@ -78,30 +79,99 @@ void finish_refined(const Finish& finish, const SearchPass& pass, SearchWorkspac
   }
 }
 
-// One run of keys, in as many passes over the queries as the plan says.
-void search_run(const Finish& finish, SearchPass pass, const Tensor& queries) {
-  const int64_t num_queries = queries.size(0);
-  const SearchProblem problem{num_queries,
-                              pass.num_keys,
-                              pass.keys.dim(),
-                              pass.kept,
-                              static_cast<int>(pass.keys.element_bytes()),
-                              0,
-                              0,
-                              static_cast<int>(torch::stable::get_num_threads())};
-  const CpuSearchPlan plan = plan_cpu_search(problem, isa());
-  std::vector<float> thresholds;
-  if (finish.given.width) thresholds = start_thresholds(finish.given, num_queries, pass.k);
-  pass.start_thresholds = thresholds.empty() ? nullptr : thresholds.data();
+// One run of keys: what is searched, and what decides how.
+struct Run {
+  const Finish& finish;
+  const Tensor& queries;
+  SearchPass pass;
+  bool refine;
 
-  Tensor memory = empty_on<1>(queries, {plan.workspace_bytes}, ScalarType::Byte);
-  SearchWorkspace workspace(plan, problem.dim, memory.mutable_data_ptr());
-  for (int64_t first = 0; first < num_queries; first += plan.queries_per_pass) {
-    pass.first_query = first;
-    pass.num_queries = std::min(plan.queries_per_pass, num_queries - first);
-    workspace.run(pass);
-    (pass.form.certain() ? finish_refined : finish_pass)(finish, pass, workspace);
+  SearchProblem problem(int64_t num_queries) const {
+    return {num_queries,
+            pass.num_keys,
+            pass.keys.dim(),
+            pass.k,
+            static_cast<int>(pass.keys.element_bytes()),
+            0,
+            0,
+            static_cast<int>(torch::stable::get_num_threads())};
   }
+};
+
+// Queries [first, first + count) against packed keys, in as many passes as the plan says.
+void search_packed(const Run& run, int64_t first, int64_t count) {
+  SearchPass pass = run.pass;
+  pass.form = run.refine ? ExpandedForm::lower_bounds(pass.metric, pass.keys.dim())
+                         : ExpandedForm::distances(pass.metric);
+  pass.kept = run.refine ? refined_list_size(pass.k) : pass.k;
+  SearchProblem problem = run.problem(count);
+  problem.k = pass.kept;
+  const CpuSearchPlan plan = plan_cpu_search(problem, isa());
+  Tensor memory = empty_on<1>(run.queries, {plan.workspace_bytes}, ScalarType::Byte);
+  SearchWorkspace workspace(plan, problem.dim, memory.mutable_data_ptr());
+  for (int64_t at = first; at < first + count; at += plan.queries_per_pass) {
+    pass.first_query = at;
+    pass.num_queries = std::min(plan.queries_per_pass, first + count - at);
+    workspace.run(pass);
+    (run.refine ? finish_refined : finish_pass)(run.finish, pass, workspace);
+  }
+}
+
+// The keys that a sweep's bounds leave are computed again, as the search of packed keys would.
+// Returns the queries of which that does not decide.
+std::vector<int64_t> finish_sweep(const Finish& finish, const SearchPass& pass,
+                                  SearchWorkspace& workspace) {
+  std::vector<char> open(pass.num_queries);
+  for_pieces(0, pass.num_queries, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> scratch, scored;
+    Rescoring rescoring(pass.queries, pass.keys, pass.key_sqnorms, pass.metric, false);
+    const Score score = [&](uint64_t* entries, int64_t count, std::vector<uint64_t>& to) {
+      rescoring.score(entries, count, to);
+    };
+    RowWriter writer(finish, pass.first_key);
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t row = pass.first_query + q;
+      const bool finite = rescoring.read(row);
+      const Listed listed = gather_lists(workspace, q, scratch);
+      const float limit = refine_list(listed, pass.k, pass.start_threshold(q), score, scored);
+      open[q] = finite && limit > -kInf;
+      writer.write(row, scored.data(), static_cast<int64_t>(scored.size()));
+    }
+  });
+  std::vector<int64_t> rows;
+  for (int64_t q = 0; q < pass.num_queries; ++q)
+    if (open[q]) rows.push_back(pass.first_query + q);
+  return rows;
+}
+
+// All queries at once, against the keys where they lie.
+void search_sweep(const Run& run) {
+  SearchPass pass = run.pass;
+  pass.num_queries = run.queries.size(0);
+  pass.form = run.refine ? ExpandedForm::direct(pass.metric)
+                         : ExpandedForm::lower_bounds(pass.metric, pass.keys.dim());
+  pass.kept = run.refine ? pass.k : refined_list_size(pass.k);
+  SearchProblem problem = run.problem(pass.num_queries);
+  problem.k = pass.kept;
+  problem.sweep = true;
+  const CpuSearchPlan plan = plan_cpu_search(problem, isa());
+  Tensor memory = empty_on<1>(run.queries, {plan.workspace_bytes}, ScalarType::Byte);
+  SearchWorkspace workspace(plan, problem.dim, memory.mutable_data_ptr());
+  workspace.run(pass);
+  if (run.refine) return finish_pass(run.finish, pass, workspace);
+  for (int64_t row : finish_sweep(run.finish, pass, workspace)) search_packed(run, row, 1);
+}
+
+void search_run(Run run) {
+  const int64_t num_queries = run.queries.size(0);
+  std::vector<float> thresholds;
+  if (run.finish.given.width)
+    thresholds = start_thresholds(run.finish.given, num_queries, run.pass.k);
+  run.pass.start_thresholds = thresholds.empty() ? nullptr : thresholds.data();
+  if (is_sweep(run.problem(num_queries), run.refine) && run.pass.keys.num_rows() <= kMaxKeysPerRun)
+    search_sweep(run);
+  else
+    search_packed(run, 0, num_queries);
 }
 
 }  // namespace
@@ -129,16 +199,15 @@ std::tuple<Tensor, Tensor> knn_search_cpu(const Tensor& queries, const Tensor& k
     finish.given = {given_d->const_data_ptr<float>(), given_i->const_data_ptr<int64_t>(),
                     shape.num_init};
 
-  const auto form = refine ? ExpandedForm::lower_bounds(shape.metric, shape.dim)
-                           : ExpandedForm::distances(shape.metric);
-  const int64_t kept = refine ? refined_list_size(k) : k;
-  SearchPass pass{query_rows, key_rows, nullptr, shape.metric, form, k, kept, 0, 0, 0, 0, nullptr};
+  SearchPass pass{
+      query_rows, key_rows, nullptr, shape.metric, ExpandedForm::distances(shape.metric), k, k, 0,
+      0,          0,        0,       nullptr};
   pass.key_sqnorms = norms ? norms->const_data_ptr<float>() : nullptr;
   std::vector<float> previous_d;
   std::vector<int64_t> previous_i;
   do {
     pass.num_keys = std::min(kMaxKeysPerRun, shape.num_keys - pass.first_key);
-    search_run(finish, pass, queries);
+    search_run({finish, queries, pass, refine});
     pass.first_key += pass.num_keys;
     if (pass.first_key == shape.num_keys) break;
     // The next run goes on from this one's result.

@@ -38,13 +38,20 @@ RegisterTile register_tile(cpu::Isa isa) {
   }
 }
 
+// A list of every key is never cut back. Otherwise a cut takes the time of reading the list and
+// frees half of it, so that each candidate pays for about two entries.
+int64_t list_capacity(int64_t num_keys, int64_t k) {
+  const int64_t keys = std::min(num_keys, kMaxKeysPerRun);
+  return k >= keys / 2 ? keys : std::min(2 * k + 1024, keys);
+}
+
 void plan_lists(const SearchProblem& problem, CpuSearchPlan& plan) {
-  const int64_t keys = std::min(problem.num_keys, kMaxKeysPerRun);
-  // A list of every key is never cut back. Otherwise a cut takes the time of reading the list and
-  // frees half of it, so that each candidate pays for about two entries.
-  plan.capacity = problem.k >= keys / 2 ? keys : 2 * problem.k + 1024;
-  plan.capacity = std::min(plan.capacity, keys);
+  plan.capacity = list_capacity(problem.num_keys, problem.k);
   plan.list_entries = plan.capacity + plan.panel_keys + 8;
+}
+
+int64_t list_bytes(const SearchProblem& problem, int64_t list_entries) {
+  return std::max(1, problem.num_units) * problem.num_queries * list_entries * 8;
 }
 
 // Where every thread can have lists of its own, each searches its own keys and never waits: on a
@@ -53,11 +60,10 @@ void plan_lists(const SearchProblem& problem, CpuSearchPlan& plan) {
 void plan_threads(const SearchProblem& problem, CpuSearchPlan& plan) {
   const int64_t threads = std::max(1, problem.num_units);
   const int64_t panels = divide_up(problem.num_keys, plan.panel_keys);
-  const int64_t lists = threads * problem.num_queries * plan.list_entries * 8;
-  if (lists <= kSliceBytes) {
+  if (problem.sweep || list_bytes(problem, plan.list_entries) <= kSliceBytes) {
     const int64_t block = std::max(kCachedBytes, plan.panel_keys * problem.dim * 4);
-    plan.slices = std::min(
-        {std::max<int64_t>(1, panels), threads, std::max<int64_t>(1, kMostPackedBytes / block)});
+    const int64_t fitting = plan.sweep ? threads : std::max<int64_t>(1, kMostPackedBytes / block);
+    plan.slices = std::min({std::max<int64_t>(1, panels), threads, fitting});
     plan.tile_rows = plan.kernel_rows;
     return;
   }
@@ -78,7 +84,7 @@ void plan_memory(const SearchProblem& problem, CpuSearchPlan& plan) {
     plan.block_panels =
         std::min(plan.block_panels, std::max<int64_t>(1, kMostPackedBytes / panel_bytes));
   }
-  plan.block_panels = std::min(plan.block_panels, panels);
+  plan.block_panels = plan.sweep ? 0 : std::min(plan.block_panels, panels);
 
   const int64_t query_bytes = plan.list_entries * 8 + problem.dim * 4 + 16;
   plan.queries_per_pass = std::max<int64_t>(1, problem.num_queries);
@@ -96,8 +102,22 @@ void plan_memory(const SearchProblem& problem, CpuSearchPlan& plan) {
 
 }  // namespace
 
+int64_t refined_list_size(int64_t k) {
+  return k + k / 4 + 32;
+}
+
+bool is_sweep(const SearchProblem& problem, bool refine) {
+  const int64_t kept = refine ? problem.k : refined_list_size(problem.k);
+  if (problem.num_queries > kMostSweepQueries || problem.num_keys > kMaxKeysPerRun) return false;
+  // To compute again costs more a key than to sweep.
+  if (!refine && kept > problem.num_keys / 8) return false;
+  const int64_t entries = list_capacity(problem.num_keys, kept) + 64;
+  return list_bytes(problem, entries) <= kSliceBytes;
+}
+
 CpuSearchPlan plan_cpu_search(const SearchProblem& problem, cpu::Isa isa) {
   CpuSearchPlan plan;
+  plan.sweep = problem.sweep;
   const RegisterTile tile = register_tile(isa);
   plan.kernel_rows = tile.rows;
   plan.panel_keys = tile.keys;
@@ -107,13 +127,19 @@ CpuSearchPlan plan_cpu_search(const SearchProblem& problem, cpu::Isa isa) {
   return plan;
 }
 
-SearchPlan plan_search_cpu(const SearchProblem& problem) {
+SearchPlan plan_search_cpu(const SearchProblem& given) {
   const cpu::Isa isa = cpu::isa();
+  SearchProblem problem = given;
+  problem.sweep = is_sweep(problem, false);
+  if (problem.sweep) problem.k = refined_list_size(problem.k);
   const CpuSearchPlan cpu = plan_cpu_search(problem, isa);
   SearchPlan plan;
-  plan.kernel = std::string("cpu_") + cpu::name(isa) + (cpu.slices ? "_keys" : "_queries");
+  plan.kernel = std::string("cpu_") + cpu::name(isa) +
+                (cpu.sweep    ? "_sweep"
+                 : cpu.slices ? "_keys"
+                              : "_queries");
   plan.query_tile = cpu.tile_rows;
-  plan.key_tile = cpu.block_panels * cpu.panel_keys;
+  plan.key_tile = std::max<int64_t>(1, cpu.block_panels) * cpu.panel_keys;
   plan.dim_tile = problem.dim;
   plan.queries_per_pass = cpu.queries_per_pass;
   plan.num_passes = divide_up(problem.num_queries, cpu.queries_per_pass);

@@ -30,7 +30,19 @@ struct CpuSearchPlan {
     return (queries_per_pass + tile_rows - 1) / tile_rows * kernel_rows;
   }
   int64_t kernel_rows = 0;  // row stride of a packed query tile
+  bool sweep = false;       // nothing of the keys is packed
 };
+
+// Queries that are compared with each key where it lies; more of them pay for packing the keys.
+constexpr int64_t kMostSweepQueries = 8;
+
+// How many keys a list keeps of which only bounds are known: some more than k, so that few queries
+// stay open.
+int64_t refined_list_size(int64_t k);
+
+// Whether such a search is a sweep. Its distances are either those of the direct form (`refine`),
+// or bounds, and the keys that could be among the k nearest are computed again.
+bool is_sweep(const SearchProblem& problem, bool refine);
 
 CpuSearchPlan plan_cpu_search(const SearchProblem& problem, cpu::Isa isa);
 

@@ -20,6 +20,7 @@ struct SearchProblem {
   int num_units = 1;  // threads of the CPU, or streaming multiprocessors
   Sm90 sm90 = Sm90::kNotBuilt;
   bool aligned = true;  // rows of queries and keys start at multiples of 16 bytes
+  bool sweep = false;   // CPU: keys are read where they lie, not packed (plan/cpu.h)
 };
 
 // The threshold is the `rank`-th best of `sample` strided keys: with rank = L + 5.6 sqrt(L) + 8 and

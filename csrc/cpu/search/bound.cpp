@@ -17,10 +17,19 @@
 // their sum: 3) and the last one (of a number <= 2 S):
 //   l^ <= S share (1 + gamma(n)) (1 + u)^3 - 2 p + gamma(n) S + 2 u S
 //      <= d + S (2 gamma(n) + 5 u + small - c),
-// which is <= d^ where c >= 2 gamma(n) + 2 gamma(g) + 5 u + small; c takes 8 u. ("small" is a few
+// which is <= d^ where c >= 2 gamma(n) + 2 gamma(g) + 5 u + small; c takes 16 u. ("small" is a few
 // u gamma(n).) For "ip" both forms lie within (gamma(n) + gamma(g)) |q| |x| of the true product,
 // and the last roundings within 4 u of it; |q| and |x| come from the norms, up to gamma(n) too
 // small.
+//
+// The other way about. A sweep sums products and key norms in the direct form's order: g roundings,
+// where the expanded form, which is now the one not to pass, has n, and two more in the sum of its
+// terms and in the last step, of u (|q|^2 + |x|^2) and 2 u S. The two change places and 4 u S more
+// are asked for, so the same c will do.
+// The expanded form may have been given key norms, which may be any numbers y. It is then
+//   d^ >= |q|^2 + y - 2 p - (gamma(n) + 4 u) S - 2 u |y|
+// (the query's norm is the same on both sides), and with y - c |x|^2 - 16 u |y| for the key's term,
+//   l^ <= |q|^2 + y - 2 p + (gamma(g) + 8 u) S + 8 u |y| - c S (1 - gamma(n)) - 16 u |y|.
 //
 // Below the normal range a rounding costs up to 2^-150 instead, or 2^-126 where the process flushes
 // subnormals to zero: at most 5 D + 8 of them. A norm may lose D of them before its root is taken
@@ -62,17 +71,26 @@ ExpandedForm ExpandedForm::lower_bounds(Metric metric, int64_t dim) {
   form.metric_ = metric;
   form.certain_ = true;
   form.usable_ = expanded + direct < 0.125;
-  const double share = 1 - 2 * (expanded + direct) - 8 * kUnit;
+  const double share = 1 - 2 * (expanded + direct) - 16 * kUnit;
   form.norm_share_ = std::nextafter(static_cast<float>(share), 0.0f);
+  form.norm_error_ = std::nextafter(static_cast<float>(1 - share), kInf);
   form.product_share_ = std::nextafter(
-      static_cast<float>((expanded + direct + 8 * kUnit) / (1 - 2 * expanded)), kInf);
+      static_cast<float>((expanded + direct + 8 * kUnit) / (1 - 2 * std::max(expanded, direct))),
+      kInf);
   form.absolute_ = static_cast<float>(5 * dim + 8) * 0x1p-125f;
   form.tiny_ = static_cast<float>(dim) * 0x1p-125f;
   return form;
 }
 
+ExpandedForm ExpandedForm::direct(Metric metric) {
+  ExpandedForm form;
+  form.metric_ = metric;
+  form.direct_ = true;
+  return form;
+}
+
 void ExpandedForm::set_query(float sqnorm, QueryList& list) const {
-  list.term = metric_ == Metric::kL2 ? sqnorm : 0.0f;
+  list.term = metric_ == Metric::kL2 && !direct_ ? sqnorm : 0.0f;
   list.key_weight = 1.0f;
   if (!certain_) return;
   if (!usable_ || !(sqnorm < kLargestSqnorm)) {
@@ -90,6 +108,16 @@ void ExpandedForm::set_keys(float* sqnorms, int64_t count) const {
     const float sqnorm = sqnorms[i];
     const float term = metric_ == Metric::kL2 ? norm_share_ * sqnorm : -std::sqrt(sqnorm + tiny_);
     sqnorms[i] = sqnorm < kLargestSqnorm ? term : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+void ExpandedForm::set_keys(float* sqnorms, const float* given, int64_t count) const {
+  if (!certain_ || metric_ == Metric::kIp || !given) return set_keys(sqnorms, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const float error =
+        norm_error_ * sqnorms[i] + 16 * static_cast<float>(kUnit) * std::fabs(given[i]);
+    sqnorms[i] =
+        sqnorms[i] < kLargestSqnorm ? given[i] - error : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

@@ -46,6 +46,21 @@ struct Tile {
   bool nan_is_least;     // NaN passes every test as `least`; otherwise it passes none
 };
 
+// What a sweep computes of a query and a key: a distance by the direct form, or their product.
+enum class SweepForm : int { kDirectL2 = 0, kDirectIp = 1, kProduct = 2 };
+
+// A few queries against keys that are read where they lie, once and in their order.
+struct Sweep {
+  const void* keys;
+  int64_t row_stride;  // elements
+  int num_keys;        // at most panel_keys
+  int64_t dims;
+  const float* queries;  // (num_queries, dims)
+  int num_queries;
+  float* scores;   // (num_queries, panel_keys)
+  float* sqnorms;  // (panel_keys,): of the keys, beside products alone
+};
+
 struct SearchKernels {
   int tile_rows;   // queries of one register tile
   int panel_keys;  // keys of one register tile
@@ -66,6 +81,10 @@ struct SearchKernels {
   // one key. Lanes hold parts of the sum here, always the same ones.
   float (*direct_l2[3])(const float* query, const void* key, int64_t dims);
   float (*direct_ip[3])(const float* query, const void* key, int64_t dims);
+
+  // Indexed by SweepForm and Element. Lanes hold parts of the sum: of a distance those of direct_*,
+  // and so its bits; of a product or norm at least 16 parts, which makes it no less exact.
+  void (*sweep[3][3])(const Sweep& sweep);
 
   auto direct(bool l2, Element element) const {
     return (l2 ? direct_l2 : direct_ip)[static_cast<int>(element)];

@@ -20,6 +20,7 @@ SearchWorkspace::SearchWorkspace(const CpuSearchPlan& plan, int64_t dim, void* m
 }
 
 void SearchWorkspace::run(const SearchPass& pass) {
+  if (plan_.sweep) return sweep(pass);
   pack_queries(pass);
   reset_lists(pass);
   if (plan_.slices)

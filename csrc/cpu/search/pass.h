@@ -4,7 +4,8 @@
 //                                               +--> register tile of products --> filter --> lists
 //   keys --convert, pack--> panels (dims, keys) +
 //
-// A block of packed panels is all that is ever held of the keys in float32.
+// A block of packed panels is all that is ever held of the keys in float32. For a few queries not
+// even that: each key is compared where it lies, in the order of memory (sweep.cpp).
 #pragma once
 
 #include <cstdint>
@@ -45,7 +46,9 @@ class SearchWorkspace {
   void run(const SearchPass& pass);
 
   int64_t num_slices() const { return plan_.slices ? plan_.slices : 1; }
-  QueryList& list(int64_t slice, int64_t q) { return lists_[slice * plan_.queries_per_pass + q]; }
+  QueryList& list(int64_t slice, int64_t q) const {
+    return lists_[slice * plan_.queries_per_pass + q];
+  }
 
  private:
   // A block of packed keys and their terms.
@@ -61,6 +64,9 @@ class SearchWorkspace {
   void pack_panel(const SearchPass& pass, int64_t panel, int64_t slot, const Block& block) const;
   void by_keys(const SearchPass& pass);
   void by_queries(const SearchPass& pass);
+  void widen_queries(const SearchPass& pass);
+  void sweep(const SearchPass& pass);
+  void sweep_panel(const SearchPass& pass, int64_t panel, int64_t slice) const;
   // `count` packed panels, of which `panel` is the first, under tiles [begin, end).
   void multiply(const SearchPass& pass, const Block& block, int64_t panel, int64_t count,
                 int64_t begin, int64_t end, QueryList* lists, Watch& watch) const;
@@ -72,7 +78,7 @@ class SearchWorkspace {
   const int64_t dim_;
   QueryList* lists_;
   uint64_t* entries_;
-  float* tiles_;
+  float* tiles_;  // or (queries, dim), for a sweep
   float* query_sqnorms_;
   float* blocks_;
 };

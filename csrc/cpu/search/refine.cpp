@@ -18,29 +18,35 @@ float first_too_far(const std::vector<uint64_t>& scored, int64_t k, float start)
 
 }  // namespace
 
-int64_t refined_list_size(int64_t k) {
-  return k + k / 4 + 32;
+float refine_list(const Listed& listed, int64_t k, float start, const Score& score,
+                  std::vector<uint64_t>& scored) {
+  scored.clear();
+  uint64_t* entries = listed.entries;
+  const int64_t likely = std::min(listed.size, k);
+  if (likely < listed.size) select_smallest(entries, listed.size, likely);
+  score(entries, likely, scored);
+  const float limit = first_too_far(scored, k, start);
+  const uint64_t* end = std::partition(entries + likely, entries + listed.size,
+                                       [&](uint64_t e) { return candidate_distance(e) < limit; });
+  score(entries + likely, end - (entries + likely), scored);
+  const int64_t size = static_cast<int64_t>(scored.size());
+  scored.resize(select_sorted(scored.data(), size, k));
+  const float open = first_too_far(scored, k, start);
+  return open > listed.complete_below ? open : -kInf;
 }
 
 float refine_list(const Listed& listed, const SearchPass& pass, float start, DirectQuery& query,
                   std::vector<uint64_t>& scored) {
-  const auto score = [&](uint64_t entry) {
-    const uint32_t row = candidate_row(entry);
-    const float distance = query.distance(pass.keys, pass.first_key + row);
-    if (std::isfinite(distance)) scored.push_back(pack_candidate(distance, row));
-  };
-  scored.clear();
-  uint64_t* entries = listed.entries;
-  const int64_t likely = std::min(listed.size, pass.k);
-  if (likely < listed.size) select_smallest(entries, listed.size, likely);
-  std::for_each(entries, entries + likely, score);
-  const float limit = first_too_far(scored, pass.k, start);
-  for (int64_t i = likely; i < listed.size; ++i)
-    if (candidate_distance(entries[i]) < limit) score(entries[i]);
-  const int64_t size = static_cast<int64_t>(scored.size());
-  scored.resize(select_sorted(scored.data(), size, pass.k));
-  const float open = first_too_far(scored, pass.k, start);
-  return open > listed.complete_below ? open : -kInf;
+  return refine_list(
+      listed, pass.k, start,
+      [&](uint64_t* entries, int64_t count, std::vector<uint64_t>& to) {
+        for (int64_t i = 0; i < count; ++i) {
+          const uint32_t row = candidate_row(entries[i]);
+          const float distance = query.distance(pass.keys, pass.first_key + row);
+          if (std::isfinite(distance)) to.push_back(pack_candidate(distance, row));
+        }
+      },
+      scored);
 }
 
 }  // namespace knnext::cpu

@@ -7,15 +7,13 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cpu/search/direct_scan.h"
 #include "cpu/search/pass.h"
 
 namespace knnext::cpu {
-
-// How many keys a list keeps: some more than k, so that few queries stay open.
-int64_t refined_list_size(int64_t k);
 
 // The candidates of one query, from one list or several.
 struct Listed {
@@ -24,9 +22,17 @@ struct Listed {
   float complete_below;  // every key is listed whose lower bound is less
 };
 
+// Appends (distance, row) of the rows that `entries` name, where the distance is finite. May
+// reorder the entries.
+using Score = std::function<void(uint64_t* entries, int64_t count, std::vector<uint64_t>& scored)>;
+
 // Replaces `scored` by the k best of the list, sorted, or fewer. Keys at a distance of `start` or
 // more are of no interest. Returns the distance below which a key that was left out might still be
 // among the best, or -inf where there is none.
+float refine_list(const Listed& listed, int64_t k, float start, const Score& score,
+                  std::vector<uint64_t>& scored);
+
+// The same by the direct form.
 float refine_list(const Listed& listed, const SearchPass& pass, float start, DirectQuery& query,
                   std::vector<uint64_t>& scored);
 

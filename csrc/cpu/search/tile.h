@@ -1,7 +1,7 @@
 // The inner loops of the search, written once over a vector type V. Each vector path includes this
 // file and instantiates it with its own V, which gives:
 //
-//   Type, kWidth; zero, broadcast, load, store, add, multiply_add(a, b, c) = a b + c,
+//   Type, kWidth, kSweepRows; zero, broadcast, load, store, add, multiply_add(a, b, c) = a b + c,
 //   max(a, b) = b where either is NaN, less(a, b) = bit mask of lanes, sum(v),
 //   widen(const E*) and widen_part(const E*, n < kWidth) for Half, BFloat16 and float,
 //   transpose(Type (&)[kWidth]).
@@ -183,18 +183,88 @@ float direct(const float* query, const void* key, int64_t dims) {
   return kL2 ? total : 0.0f - total;  // 0 - 0 is 0, and -(0) would be -0
 }
 
+// The scores of one key with kRows queries, kKeys apart; of the first of them also its norm, where
+// products are wanted. A sum has the chains of direct(), so that a distance has its bits; a product
+// takes two where more would leave no registers, which are still 16 parts or more.
+template <class V, class E, SweepForm kForm, int kKeys, int kRows, bool kFirst>
+void sweep_key(const E* key, int64_t dims, const float* queries, float* scores, float* sqnorm) {
+  constexpr bool kProduct = kForm == SweepForm::kProduct, kNorm = kProduct && kFirst;
+  constexpr int kChains = kProduct && kRows > 2 && V::kWidth >= 8 ? 2 : 4;
+  constexpr int64_t kStep = kChains * V::kWidth, kAheadBytes = 2048;
+  typename V::Type sum[kRows + kNorm][kChains];
+  for (auto& chains : sum)
+    for (auto& s : chains) s = V::zero();
+  int64_t d = 0;
+  for (; d + kStep <= dims; d += kStep) {
+    // Keys follow each other in memory, but the processor looks no further than a page.
+    if constexpr (kFirst)
+      for (int64_t at = 0; at < kStep * static_cast<int64_t>(sizeof(E)); at += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(key + d) + kAheadBytes + at);
+    for (int c = 0; c < kChains; ++c) {
+      const int64_t at = d + c * V::kWidth;
+      const auto x = V::widen(key + at);
+      for (int i = 0; i < kRows; ++i)
+        sum[i][c] = direct_step<V, kForm == SweepForm::kDirectL2>(V::load(queries + i * dims + at),
+                                                                  x, sum[i][c]);
+      if constexpr (kNorm) sum[kRows][c] = V::multiply_add(x, x, sum[kRows][c]);
+    }
+  }
+  for (; d < dims; d += V::kWidth) {
+    const auto x = widen_some<V, E>(key + d, dims - d);
+    for (int i = 0; i < kRows; ++i)
+      sum[i][0] = direct_step<V, kForm == SweepForm::kDirectL2>(
+          widen_some<V, float>(queries + i * dims + d, dims - d), x, sum[i][0]);
+    if constexpr (kNorm) sum[kRows][0] = V::multiply_add(x, x, sum[kRows][0]);
+  }
+  for (int i = 0; i < kRows + kNorm; ++i) {
+    auto total = V::add(sum[i][0], sum[i][1]);
+    if constexpr (kChains == 4) total = V::add(total, V::add(sum[i][2], sum[i][3]));
+    const float score = V::sum(total);
+    float* to = kNorm && i == kRows ? sqnorm : scores + i * kKeys;
+    *to = kForm == SweepForm::kDirectIp ? 0.0f - score : score;
+  }
+}
+
+template <class V, class E, SweepForm kForm, int kKeys, int kRows, bool kFirst>
+void sweep_queries(const Sweep& sweep, int first) {
+  if constexpr (kRows > 1) {
+    if (sweep.num_queries - first < kRows)
+      return sweep_queries<V, E, kForm, kKeys, kRows - 1, kFirst>(sweep, first);
+  }
+  const E* keys = static_cast<const E*>(sweep.keys);
+  for (int i = 0; i < sweep.num_keys; ++i)
+    sweep_key<V, E, kForm, kKeys, kRows, kFirst>(
+        keys + i * sweep.row_stride, sweep.dims, sweep.queries + first * sweep.dims,
+        sweep.scores + first * kKeys + i, sweep.sqnorms ? sweep.sqnorms + i : nullptr);
+}
+
+template <class V, class E, SweepForm kForm, int kKeys>
+void sweep(const Sweep& sweep) {
+  constexpr int kRows = V::kSweepRows;
+  sweep_queries<V, E, kForm, kKeys, kRows, true>(sweep, 0);
+  for (int first = kRows; first < sweep.num_queries; first += kRows)
+    sweep_queries<V, E, kForm, kKeys, kRows, false>(sweep, first);
+}
+
 template <class V, int kTileRows, int kKeys>
 constexpr SearchKernels make_kernels() {
+  constexpr auto kL2 = SweepForm::kDirectL2, kIp = SweepForm::kDirectIp,
+                 kProduct = SweepForm::kProduct;
   static_assert(kTileRows <= kMaxTileRows && kKeys <= kMaxPanelKeys && kKeys % V::kWidth == 0);
-  return {kTileRows,
-          kKeys,
-          {pack<V, Half, kKeys>, pack<V, BFloat16, kKeys>, pack<V, float, kKeys>},
-          sqnorms<V, kKeys>,
-          multiply<V, kTileRows, kKeys>,
-          filter<V, kKeys>,
-          {widen_row<V, Half>, widen_row<V, BFloat16>, widen_row<V, float>},
-          {direct<V, Half, true>, direct<V, BFloat16, true>, direct<V, float, true>},
-          {direct<V, Half, false>, direct<V, BFloat16, false>, direct<V, float, false>}};
+  return {
+      kTileRows,
+      kKeys,
+      {pack<V, Half, kKeys>, pack<V, BFloat16, kKeys>, pack<V, float, kKeys>},
+      sqnorms<V, kKeys>,
+      multiply<V, kTileRows, kKeys>,
+      filter<V, kKeys>,
+      {widen_row<V, Half>, widen_row<V, BFloat16>, widen_row<V, float>},
+      {direct<V, Half, true>, direct<V, BFloat16, true>, direct<V, float, true>},
+      {direct<V, Half, false>, direct<V, BFloat16, false>, direct<V, float, false>},
+      {{sweep<V, Half, kL2, kKeys>, sweep<V, BFloat16, kL2, kKeys>, sweep<V, float, kL2, kKeys>},
+       {sweep<V, Half, kIp, kKeys>, sweep<V, BFloat16, kIp, kKeys>, sweep<V, float, kIp, kKeys>},
+       {sweep<V, Half, kProduct, kKeys>, sweep<V, BFloat16, kProduct, kKeys>,
+        sweep<V, float, kProduct, kKeys>}}};
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 struct V {
   using Type = __m256;
   static constexpr int kWidth = 8;
+  static constexpr int kSweepRows = 3;
 
   static Type zero() { return _mm256_setzero_ps(); }
   static Type broadcast(float x) { return _mm256_set1_ps(x); }

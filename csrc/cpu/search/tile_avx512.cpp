@@ -13,6 +13,7 @@ namespace {
 struct V {
   using Type = __m512;
   static constexpr int kWidth = 16;
+  static constexpr int kSweepRows = 4;
 
   static Type zero() { return _mm512_setzero_ps(); }
   static Type broadcast(float x) { return _mm512_set1_ps(x); }

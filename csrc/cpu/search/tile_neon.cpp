@@ -10,6 +10,7 @@ namespace {
 struct V {
   using Type = float32x4_t;
   static constexpr int kWidth = 4;
+  static constexpr int kSweepRows = 4;
 
   static Type zero() { return vdupq_n_f32(0.0f); }
   static Type broadcast(float x) { return vdupq_n_f32(x); }

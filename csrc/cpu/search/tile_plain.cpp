@@ -26,6 +26,7 @@ float half_to_float(uint16_t half) {
 struct V {
   typedef float Type __attribute__((vector_size(16)));
   static constexpr int kWidth = 4;
+  static constexpr int kSweepRows = 2;
 
   static Type zero() { return Type{}; }
   static Type broadcast(float x) { return Type{x, x, x, x}; }
