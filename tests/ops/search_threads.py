@@ -1,5 +1,6 @@
-"""Where many queries are searched, the threads share packed keys; the plan does so only where lists
-for each thread would take much memory, which with few threads takes thousands of queries."""
+"""A few queries are swept over the keys as they lie. Where many are searched, the threads share packed
+keys; the plan does so only where lists for each thread would take much memory, which with few
+threads takes thousands of queries."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-FEW, MANY = 3, 150
+SWEPT, FEW, MANY = 3, 20, 150
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import knnext
 from knnext import _host, reference
 from knnext.testing import assert_equal_results, assert_search, assert_topk_close
-from tests.ops.search_threads import FEW, MANY, threads_that_share  # noqa: F401
+from tests.ops.search_threads import FEW, MANY, SWEPT, threads_that_share  # noqa: F401
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 METRICS = ["l2", "ip"]
@@ -27,17 +27,18 @@ def assert_exact(queries: torch.Tensor, keys: torch.Tensor, k: int, metric: str,
     assert_equal_results(got, want)
 
 
-@pytest.mark.parametrize("num_queries", [1, FEW, MANY])
-def test_both_divisions_of_the_work_are_tested(num_queries: int) -> None:
+@pytest.mark.parametrize("num_queries", [1, SWEPT, FEW, MANY])
+def test_every_division_of_the_work_is_tested(num_queries: int) -> None:
     plan = _host.SearchPlan(
         queries=num_queries, entries=3000, dim=19, k=100, num_units=torch.get_num_threads()
     )
-    assert plan.kernel.endswith("_queries" if num_queries == MANY else "_keys")
+    division = {FEW: "_keys", MANY: "_queries"}.get(num_queries, "_sweep")
+    assert plan.kernel.endswith(division)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_queries", [1, FEW, MANY])
+@pytest.mark.parametrize("num_queries", [1, SWEPT, FEW, MANY])
 @pytest.mark.parametrize("dim", [1, 7, 65, 768, 1600])
 def test_random_vectors(metric: str, dtype: torch.dtype, num_queries: int, dim: int) -> None:
     queries = torch.randn(num_queries, dim).to(dtype)
@@ -53,7 +54,7 @@ def test_wide_rows() -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_queries", [FEW, MANY])
+@pytest.mark.parametrize("num_queries", [SWEPT, FEW, MANY])
 def test_integers_give_equal_results_with_order(metric, dtype, num_queries) -> None:
     queries, keys = integers(num_queries, 19, dtype=dtype), integers(3000, 19, dtype=dtype)
     assert_exact(queries, keys, 100, metric)
@@ -99,7 +100,7 @@ def test_any_real_vectors(seed: int, metric: str, refine: bool) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 64, 65, 1024, 1025, 2048, 2049, 5000])
-@pytest.mark.parametrize("num_queries", [FEW, MANY])
+@pytest.mark.parametrize("num_queries", [SWEPT, FEW, MANY])
 def test_k(k: int, num_queries: int) -> None:
     assert_exact(integers(num_queries, 5), integers(6000, 5), k, "l2")
 
@@ -111,7 +112,7 @@ def test_sizes_about_the_tiles(num_keys: int, num_queries: int) -> None:
 
 
 @pytest.mark.parametrize("delta", [-1, 0, 1])
-@pytest.mark.parametrize("num_queries", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_queries", [SWEPT, FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_keys_about_a_packed_block(delta: int, num_queries: int) -> None:
     plan = _host.SearchPlan(
         queries=num_queries, entries=1 << 20, dim=129, k=50, num_units=torch.get_num_threads()
@@ -166,7 +167,7 @@ def test_strided_optional_arguments() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("num_queries", [FEW, MANY])
+@pytest.mark.parametrize("num_queries", [SWEPT, FEW, MANY])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_and_shards_give_the_bits_of_one_search(metric, num_queries, dtype) -> None:
     queries, keys = torch.randn(num_queries, 70).to(dtype), torch.randn(2500, 70).to(dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 import knnext
 from knnext import _host, reference
 from knnext.testing import assert_equal_results
-from tests.ops.search_threads import FEW, MANY, threads_that_share  # noqa: F401
+from tests.ops.search_threads import FEW, MANY, SWEPT, threads_that_share  # noqa: F401
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -77,7 +77,7 @@ CLOUDS = {
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", CLOUDS)
-@pytest.mark.parametrize("num_queries", [1, FEW, MANY])
+@pytest.mark.parametrize("num_queries", [1, SWEPT, FEW, MANY])
 def test_the_direct_form_decides(name: str, metric: str, num_queries: int) -> None:
     keys = CLOUDS[name](3000, 48)
     queries = torch.cat([keys[:1], CLOUDS[name](num_queries, 48)])[:num_queries]
@@ -156,7 +156,7 @@ def test_rows_left_out_by_ranges() -> None:
     assert_equal_results(got, (distances, kept[rows]))
 
 
-@pytest.mark.parametrize("num_queries", [1, FEW, MANY])
+@pytest.mark.parametrize("num_queries", [1, SWEPT, FEW, MANY])
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_same_bits_whatever_the_threads_and_the_batch(num_queries: int, metric: str) -> None:
     keys, queries = clusters(3000, 40), clusters(num_queries, 40)
@@ -176,7 +176,7 @@ def test_the_same_bits_whatever_the_threads_and_the_batch(num_queries: int, metr
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("num_queries", [1, FEW, MANY])
+@pytest.mark.parametrize("num_queries", [1, SWEPT, FEW, MANY])
 def test_keys_that_are_not_finite_are_never_returned(
     metric: str, refine: bool, value: float, num_queries: int
 ) -> None:

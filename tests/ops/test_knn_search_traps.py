@@ -8,11 +8,11 @@ import torch
 import knnext
 from knnext import reference
 from knnext.testing import assert_equal_results, assert_search
-from tests.ops.search_threads import FEW, MANY, threads_that_share  # noqa: F401
+from tests.ops.search_threads import FEW, MANY, SWEPT, threads_that_share  # noqa: F401
 
 INF = float("inf")
 NAN = float("nan")
-COUNTS = [1, FEW, MANY]
+COUNTS = [1, SWEPT, FEW, MANY]
 
 
 def first(k: int, num_queries: int) -> torch.Tensor:

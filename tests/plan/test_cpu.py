@@ -27,9 +27,17 @@ def cpu_plan(
 
 
 def test_kernel_is_the_vector_path_in_use() -> None:
-    few, many = cpu_plan(1, 1 << 20, 128, 64), cpu_plan(4096, 1 << 20, 128, 64)
-    assert few.kernel == f"cpu_{_host.cpu_isa()}_keys"
-    assert many.kernel == f"cpu_{_host.cpu_isa()}_queries"
+    for queries, division in ((1, "sweep"), (8, "sweep"), (16, "keys"), (4096, "queries")):
+        plan = cpu_plan(queries, 1 << 20, 128, 64)
+        assert plan.kernel == f"cpu_{_host.cpu_isa()}_{division}"
+
+
+def test_a_sweep_has_lists_alone_and_each_thread_its_own() -> None:
+    plan = cpu_plan(8, 1 << 20, 4096, 1024, threads=16)
+    assert plan.kernel.endswith("_sweep") and plan.num_passes == 1
+    assert plan.workspace_bytes < 16 << 20
+    # Where the lists would take more than that, threads share packed keys as ever.
+    assert not cpu_plan(8, 1 << 30, 4096, 1 << 16, threads=16).kernel.endswith("_sweep")
 
 
 @settings(max_examples=300, deadline=None)
