@@ -103,6 +103,38 @@ Scores scores(const SearchKernels& kernels, Element element, const std::vector<c
   return out;
 }
 
+// A sweep's distances are those of the direct form; its products and norms are those of plain
+// lanes.
+void check_sweeps(Element element, int64_t dims, const std::vector<char>& queries,
+                  const std::vector<char>& keys) {
+  const int64_t stride = dims + 5, bytes = stride * (element == Element::kFloat ? 4 : 2);
+  const int e = int(element), num_queries = 7, num_keys = 8;  // fewer than either path's panel
+  std::vector<float> wide(num_queries * dims);
+  for (int q = 0; q < num_queries; ++q)
+    kPlainKernels.widen[e](queries.data() + q * bytes, dims, wide.data() + q * dims);
+  for (int form = 0; form < 3; ++form) {
+    std::vector<float> scores[2], norms[2];
+    int path = 0;
+    for (const SearchKernels* kernels : {&kPlainKernels, &kNeonKernels}) {
+      const int width = kernels->panel_keys;
+      std::vector<float> out(num_queries * width, 0.0f), sqnorms(width, 0.0f);
+      kernels->sweep[form][e]({keys.data(), stride, num_keys, dims, wide.data(), num_queries,
+                               out.data(), sqnorms.data()});
+      for (int q = 0; q < num_queries; ++q)
+        scores[path].insert(scores[path].end(), &out[q * width], &out[q * width] + num_keys);
+      norms[path++].assign(sqnorms.begin(), sqnorms.begin() + num_keys);
+    }
+    same("sweep", scores[1].data(), scores[0].data(), num_queries * num_keys);
+    same("sweep's norms", norms[1].data(), norms[0].data(), num_keys);
+    for (int q = 0; form < 2 && q < num_queries; ++q)
+      for (int key = 0; key < num_keys; ++key) {
+        const auto direct = form ? kNeonKernels.direct_ip[e] : kNeonKernels.direct_l2[e];
+        const float wanted = direct(&wide[q * dims], keys.data() + key * bytes, dims);
+        same("sweep and direct", &scores[1][q * num_keys + key], &wanted, 1);
+      }
+  }
+}
+
 void check_tiles(Element element, int64_t dims) {
   const int num_queries = 11, num_keys = 31;  // no multiple of any register tile
   std::vector<float> x = normal((num_keys + 1) * (dims + 5));
@@ -128,6 +160,7 @@ void check_tiles(Element element, int64_t dims) {
                              kPlainKernels.direct_ip[e](query.data(), row, dims)};
     same("direct", neon_d, plain_d, 2);
   }
+  check_sweeps(element, dims, queries, keys);
 }
 
 // Every half and bfloat16 to float32, and floats of every kind to both.

@@ -1,6 +1,6 @@
-"""A few queries are swept over the keys as they lie. Where many are searched, the threads share packed
-keys; the plan does so only where lists for each thread would take much memory, which with few
-threads takes thousands of queries."""
+"""A few queries are swept over the keys as they lie. Where many are searched, the threads share
+packed keys; the plan does so only where lists for each thread would take much memory, which with
+few threads takes thousands of queries."""
 
 from __future__ import annotations
 

@@ -72,6 +72,34 @@ def bounds_of(
     return bounds, direct
 
 
+def sweep_bounds_of(
+    library: ctypes.CDLL,
+    queries: Tensor,
+    keys: Tensor,
+    given: Tensor | None,
+    metric: str,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    """(Q, N) lower bounds of a sweep, and (Q, N) distances by the expanded form, inf where none."""
+    queries, keys = queries.float().contiguous(), keys.float().contiguous()
+    shape = (queries.shape[0], keys.shape[0])
+    bounds, expanded = torch.zeros(shape), torch.zeros(shape)
+    of = {name: ctypes.c_void_p(x.data_ptr()) for name, x in (("q", queries), ("k", keys))}
+    library.sweep_bounds(
+        PATHS.index(path),
+        int(metric == "ip"),
+        ctypes.c_int64(queries.shape[1]),
+        ctypes.c_int64(shape[0]),
+        of["q"],
+        ctypes.c_int64(shape[1]),
+        of["k"],
+        ctypes.c_void_p(None if given is None else given.data_ptr()),
+        ctypes.c_void_p(bounds.data_ptr()),
+        ctypes.c_void_p(expanded.data_ptr()),
+    )
+    return bounds, expanded
+
+
 def own_paths() -> list[str]:
     return [path for path in PATHS if path in _host.usable_cpu_isas()]
 
@@ -133,3 +161,39 @@ def test_rows_that_take_a_third_of_the_bound(library: ctypes.CDLL) -> None:
     for path in own_paths():
         bounds, direct = bounds_of(library, query, nearest, "l2", path)
         assert 0 <= float(bounds) <= float(direct)
+
+
+@pytest.mark.parametrize("given", ["no norms", "true norms", "any norms"])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_sweep_is_never_above_the_expanded_form(
+    library: ctypes.CDLL, name: str, metric: str, given: str
+) -> None:
+    for dim in DIMS:
+        queries, keys = ROWS[name](4, dim), ROWS[name](70, dim)
+        keys[:4] = queries
+        norms = keys.square().sum(1)
+        if given == "any norms":
+            norms *= torch.randn(70) * 10.0 ** torch.randint(-4, 5, (70,)).float()
+        for path in own_paths():
+            bounds, expanded = sweep_bounds_of(
+                library, queries, keys, None if given == "no norms" else norms, metric, path
+            )
+            assert (bounds <= expanded).all(), f"{path}, D = {dim}"
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("dim", DIMS[1:])
+def test_a_sweep_is_as_wide_as_the_roundings_ask(
+    library: ctypes.CDLL, dim: int, metric: str
+) -> None:
+    expanded = gamma(max(min(dim, 128), 32) + (dim + 127) // 128 - 1)
+    swept = gamma(dim // 16 + 12)
+    one, other = torch.eye(2, dim)
+    for given in (None, torch.ones(1)):
+        for path in own_paths():
+            ((bound,),), _ = sweep_bounds_of(library, one[None], other[None], given, metric, path)
+            if metric == "l2":
+                assert 1 - Fraction(float(bound)) / 2 >= 2 * expanded + 2 * swept + 9 * UNIT
+            else:
+                assert -Fraction(float(bound)) >= expanded + swept + 4 * UNIT
