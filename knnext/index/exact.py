@@ -39,7 +39,7 @@ METRICS = ("l2", "ip")
 
 # Rows that few queries look for are read one by one, those of many with all that lies between: a
 # disk reads about so many rows on end while it finds one.
-_ROWS_ON_END = 32
+_ROWS_ON_END = 128
 _PAGES_A_ROW = 64  # of a disk, for each row looked for: far more than likely rows make
 
 
