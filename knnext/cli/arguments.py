@@ -117,7 +117,9 @@ def add_text_errors(c: argparse.ArgumentParser, default: str = "default: strict"
 
 
 def add_windows(c: argparse.ArgumentParser) -> None:
-    c.add_argument("--block-size", type=positive, help="tokens of a window; default: the context")
+    c.add_argument(
+        "--block-size", type=positive, help="tokens of a window; default: the context, at most 1024"
+    )
     c.add_argument("--stride", type=positive, help="tokens between windows; default: half of it")
     c.add_argument("--batch-size", type=positive, default=8, help="windows at once; default: 8")
     c.add_argument(
