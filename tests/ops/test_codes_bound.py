@@ -397,8 +397,9 @@ def far(library: ctypes.CDLL, metric: str) -> int:
 
 
 def of_rows(library: ctypes.CDLL, flush: bool) -> int:
-    rows = 2.0**-119 * torch.randn(100, 1024) if flush else coded(100, 1024)
-    return errors_too_small(library, rows, torch.zeros(1024), flush)
+    # At 2^-121 the first factor of a transform takes every element of 4096 below 2^-126.
+    rows = 2.0**-121 * torch.randn(100, 4096) if flush else coded(100, 1024)
+    return errors_too_small(library, rows, torch.zeros(rows.shape[1]), flush)
 
 
 #: Where a bound that is too high is seen; each counts what it sees.
@@ -430,7 +431,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("bound", "(root + query.error) * kRootMargin", "root * kRootMargin", "at the bound"),
     ("bound", "-up(2 * u)", "-up(1.98 * u)", "at the bound"),
     ("rotation", "return 2 * (log2_of(width_) + 4) * 0x1p-24", "return 0", "rotation"),
-    ("rotation", "return 8 * (std::sqrt(width) + 1)", "return 0 * width", "subnormals"),
+    ("rotation", "return 8 * (std::sqrt(width) + 1)", "return (32 + 0 * width)", "subnormals"),
     ("loops_plain", "kHigh = 1 + 0x1p-20f", "kHigh = 1 - 0x1p-8f", "at the bound"),
     ("loops_plain", "kLow = 1 - 0x1p-20f", "kLow = 1 + 0x1p-8f", "at the bound"),
 ]  # fmt: skip
