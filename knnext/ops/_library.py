@@ -210,7 +210,8 @@ def _install_fallbacks(key: str) -> list[str]:
 
 
 def _warning(key: str, missing: list[str], reason: str) -> str:
-    which = "all ops" if len(missing) == len(NAMES) else ", ".join(missing)
+    every = {*missing, *COMPOSED} >= {*NAMES}  # what is composed has nothing to stand in for
+    which = "all ops" if every else ", ".join(missing)
     return f"knnext: plain PyTorch, slow, stands in on {key} for {which}: {reason}"
 
 

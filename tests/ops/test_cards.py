@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from knnext.ops import _cards
+from knnext.ops._library import COMPOSED
 from knnext.ops._schemas import GRADIENT_NAMES, NAMES
 from tests.ops.mixing_cases import run_python
 
@@ -214,7 +215,7 @@ def test_the_reference_stands_in_with_one_warning(
 ) -> None:
     said = process(driver, tmp_path, cards, version)
     assert why in said["cuda"] and "did not load" not in said["cuda"], "it may not be loaded"
-    assert said["fallbacks"] == [f"CUDA {name}" for name in NAMES]
+    assert said["fallbacks"] == [f"CUDA {name}" for name in NAMES if name not in COMPOSED]
     assert said["kernels"] == list(NAMES + GRADIENT_NAMES)
     assert said["quiet"] == 0, "who runs nothing there is told nothing"
     (warning,) = said["warnings"]
