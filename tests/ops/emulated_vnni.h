@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define KNNEXT_IN_PLACE(sum)  // a vector of 512 bits is no register here
+
 namespace emulated {
 
 // Four bytes, unsigned times signed, and the sum of all, modulo 2^32.

@@ -31,10 +31,12 @@ class Encoder {
   CodeStats encode(const float* row, int8_t* codes);
 
  private:
+  CodeStats encode_row(const float* row, int limit);  // into codes_
+
   const Rotation& rotation_;
   const float* center_;
   std::vector<float> rotated_;
-  std::vector<int16_t> codes_;
+  std::vector<int32_t> codes_;
 };
 
 }  // namespace knnext::cpu

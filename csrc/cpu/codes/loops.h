@@ -19,6 +19,12 @@
 #include "cpu/codes/kernels.h"
 #include "cpu/search/candidates.h"
 
+// Says that a sum of vectors stays in its register: gcc 12 would copy those of a tile to memory and
+// back at every step.
+#ifndef KNNEXT_IN_PLACE
+#define KNNEXT_IN_PLACE(sum) asm("" : "+v"(sum))
+#endif
+
 namespace knnext::cpu {
 namespace {
 

@@ -10,9 +10,8 @@ struct V : Avx2 {
   static constexpr int kWordCodes = 2, kShift = 0;
 
   static Word dot(Word sum, Word keys, Word queries) {
-    const Word products = _mm256_madd_epi16(keys, queries);
-    // In place: gcc 12 would copy each of the twelve sums to memory and back.
-    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(keys, queries));
+    KNNEXT_IN_PLACE(sum);
     return sum;
   }
   static Word key_words(const int8_t* from) {

@@ -9,7 +9,9 @@ struct V : Avx2 {
   static constexpr int kWordCodes = 4, kShift = 128;
 
   static Word dot(Word sum, Word keys, Word queries) {
-    return _mm256_dpbusd_avx_epi32(sum, keys, queries);
+    sum = _mm256_dpbusd_avx_epi32(sum, keys, queries);
+    KNNEXT_IN_PLACE(sum);
+    return sum;
   }
   static Word key_words(const int8_t* from) {
     const Word codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));

@@ -10,7 +10,9 @@ struct V : Avx512 {
   static constexpr int kWordCodes = 2, kShift = 0;
 
   static Word dot(Word sum, Word keys, Word queries) {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(keys, queries));
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(keys, queries));
+    KNNEXT_IN_PLACE(sum);
+    return sum;
   }
   static Word key_words(const int8_t* from) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));

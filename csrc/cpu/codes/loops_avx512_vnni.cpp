@@ -10,7 +10,9 @@ struct V : Avx512 {
   static constexpr int kWordCodes = 4, kShift = 128;
 
   static Word dot(Word sum, Word keys, Word queries) {
-    return _mm512_dpbusd_epi32(sum, keys, queries);
+    sum = _mm512_dpbusd_epi32(sum, keys, queries);
+    KNNEXT_IN_PLACE(sum);
+    return sum;
   }
   static Word key_words(const int8_t* from) {
     return _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(static_cast<char>(0x80)));
