@@ -8,10 +8,10 @@
 
 #include "boxing.h"
 #include "checks.h"
-#include "cpu/codes/rescoring.h"
 #include "cpu/parallel.h"
 #include "cpu/search/pass.h"
 #include "cpu/search/refine.h"
+#include "cpu/search/rescoring.h"
 #include "cpu/search/results.h"
 #include "stable_compat.h"
 

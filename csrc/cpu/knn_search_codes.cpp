@@ -14,9 +14,10 @@
 #include "boxing.h"
 #include "checks.h"
 #include "cpu/codes/pass.h"
-#include "cpu/codes/rescoring.h"
 #include "cpu/knn_search.h"
 #include "cpu/parallel.h"
+#include "cpu/search/refine.h"
+#include "cpu/search/rescoring.h"
 #include "cpu/search/results.h"
 #include "stable_compat.h"
 
@@ -43,31 +44,16 @@ struct Search {
   const bool refine;
 };
 
-struct Listed {
-  std::vector<uint64_t> entries;
-  float complete_below;  // every key is listed whose bound is less
-};
-
-void gather(CodeWorkspace& workspace, int64_t q, Listed& listed) {
-  listed.entries.clear();
-  listed.complete_below = kInf;
+// All candidates of one query, gathered into `entries`.
+Listed gather(CodeWorkspace& workspace, int64_t q, std::vector<uint64_t>& entries) {
+  float complete_below = kInf;
+  entries.clear();
   for (int64_t slice = 0; slice < workspace.num_slices(); ++slice) {
     const QueryList& list = workspace.list(slice, q);
-    listed.entries.insert(listed.entries.end(), list.entries, list.entries + list.size);
-    listed.complete_below = std::min(listed.complete_below, list.threshold);
+    entries.insert(entries.end(), list.entries, list.entries + list.size);
+    complete_below = std::min(complete_below, list.threshold);
   }
-}
-
-// The least distance that is of no interest, given the distances found so far.
-float first_too_far(const std::vector<uint64_t>& scored, int64_t k, float start) {
-  if (static_cast<int64_t>(scored.size()) < k) return start;
-  const float kth = candidate_distance(*std::max_element(scored.begin(), scored.begin() + k));
-  return std::min(start, std::nextafter(kth, kInf));
-}
-
-// Also where the processor takes subnormals for 0, as the step above a distance of 0 is one.
-bool is_less(float a, float b) {
-  return ordered_bits(a) < ordered_bits(b);
+  return {entries.data(), static_cast<int64_t>(entries.size()), complete_below};
 }
 
 // What became of a query.
@@ -77,21 +63,15 @@ struct Outcome {
 };
 
 // Replaces `scored` by the k best of the list, sorted, or fewer.
-Outcome settle(Listed& listed, int64_t k, float start, Rescoring& rescoring,
+Outcome settle(const Listed& listed, int64_t k, float start, Rescoring& rescoring,
                std::vector<uint64_t>& scored) {
-  scored.clear();
-  std::vector<uint64_t>& entries = listed.entries;
-  const int64_t size = static_cast<int64_t>(entries.size()), likely = std::min(size, k);
-  if (likely < size) select_smallest(entries.data(), size, likely);
-  rescoring.score(entries.data(), likely, scored);
-  const float limit = first_too_far(scored, k, start);
-  const auto end = std::partition(entries.begin() + likely, entries.end(), [&](uint64_t entry) {
-    return is_less(candidate_distance(entry), limit);
-  });
-  const int64_t candidates = end - entries.begin();
-  rescoring.score(entries.data() + likely, candidates - likely, scored);
-  scored.resize(select_sorted(scored.data(), static_cast<int64_t>(scored.size()), k));
-  return {is_less(listed.complete_below, first_too_far(scored, k, start)), candidates};
+  int64_t candidates = 0;
+  const auto score = [&](uint64_t* entries, int64_t count, std::vector<uint64_t>& to) {
+    candidates += count;
+    rescoring.score(entries, count, to);
+  };
+  const bool open = refine_list(listed, k, start, score, scored) > -kInf;
+  return {open, candidates};
 }
 
 using Outcomes = std::vector<Outcome>;
@@ -129,11 +109,10 @@ void search_queries(const Search& search, const Finish& finish, int64_t first, i
       Rescoring rescoring(search.queries, search.keys, search.key_sqnorms, search.form.metric(),
                           search.refine);
       RowWriter writer(finish, 0);
-      Listed listed;
-      std::vector<uint64_t> scored;
+      std::vector<uint64_t> entries, scored;
       for (int64_t q = begin; q < end; ++q) {
         const int64_t row = at + q;
-        gather(workspace, q, listed);
+        const Listed listed = gather(workspace, q, entries);
         scored.clear();
         // A query that is not finite has no finite distance.
         if (rescoring.read(row))

@@ -16,6 +16,11 @@ float first_too_far(const std::vector<uint64_t>& scored, int64_t k, float start)
   return std::min(start, std::nextafter(kth, kInf));
 }
 
+// Also where the processor takes subnormals for 0, as the step above a distance of 0 is one.
+bool is_less(float a, float b) {
+  return ordered_bits(a) < ordered_bits(b);
+}
+
 }  // namespace
 
 float refine_list(const Listed& listed, int64_t k, float start, const Score& score,
@@ -26,13 +31,14 @@ float refine_list(const Listed& listed, int64_t k, float start, const Score& sco
   if (likely < listed.size) select_smallest(entries, listed.size, likely);
   score(entries, likely, scored);
   const float limit = first_too_far(scored, k, start);
-  const uint64_t* end = std::partition(entries + likely, entries + listed.size,
-                                       [&](uint64_t e) { return candidate_distance(e) < limit; });
+  const uint64_t* end = std::partition(entries + likely, entries + listed.size, [&](uint64_t e) {
+    return is_less(candidate_distance(e), limit);
+  });
   score(entries + likely, end - (entries + likely), scored);
   const int64_t size = static_cast<int64_t>(scored.size());
   scored.resize(select_sorted(scored.data(), size, k));
   const float open = first_too_far(scored, k, start);
-  return open > listed.complete_below ? open : -kInf;
+  return is_less(listed.complete_below, open) ? open : -kInf;
 }
 
 float refine_list(const Listed& listed, const SearchPass& pass, float start, DirectQuery& query,

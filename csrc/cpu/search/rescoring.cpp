@@ -1,4 +1,4 @@
-#include "cpu/codes/rescoring.h"
+#include "cpu/search/rescoring.h"
 
 #include <algorithm>
 #include <cmath>
