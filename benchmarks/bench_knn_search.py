@@ -40,8 +40,6 @@ def search_with_sqnorms(data: Data) -> Callable[[], Result]:
 
 def search_with_codes(data: Data) -> Callable[[], Result]:
     """Codes and norms given, as a datastore has them: made once, not at each call."""
-    if not hasattr(knnext, "encode_keys"):
-        pytest.skip("this knnext has no encode_keys")
     codes = data.key_set.kept("codes", lambda: knnext.encode_keys(data.keys))
     given = {"key_sqnorms": data.sqnorms, "codes": codes}
     return lambda: knnext.knn_search(data.queries, data.keys, data.k, **given)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,27 +203,10 @@ def knn_search_codes(
     center: Tensor,
     k: int,
     metric: str = "l2",
-    *,
-    key_sqnorms: Tensor | None = None,
-    index_offset: int = 0,
-    init_distances: Tensor | None = None,
-    init_indices: Tensor | None = None,
-    refine: bool = False,
-    compute_dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`knn_search`, whatever the codes: they only save work. ``keys`` may be elsewhere."""
-    return knn_search(
-        queries,
-        keys.to(queries.device),
-        k,
-        metric,
-        key_sqnorms=key_sqnorms,
-        index_offset=index_offset,
-        init_distances=init_distances,
-        init_indices=init_indices,
-        refine=refine,
-        compute_dtype=compute_dtype,
-    )
+    return knn_search(queries, keys.to(queries.device), k, metric, **options)
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:

@@ -148,30 +148,29 @@ def _search_codes_on_cuda(
     k: int,
     metric: str = "l2",
     *,
-    key_sqnorms: Tensor | None = None,
     index_offset: int = 0,
-    init_distances: Tensor | None = None,
-    init_indices: Tensor | None = None,
-    refine: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The search without codes, which gives the same bits; keys on the CPU come in chunks."""
-    options = {"key_sqnorms": key_sqnorms, "refine": refine, "index_offset": index_offset}
-    found = {"init_distances": init_distances, "init_indices": init_indices}
     CHECKS["knn_search_codes"](
-        queries, keys, codes, code_stats, center, k, metric, **options, **found
+        queries, keys, codes, code_stats, center, k, metric, index_offset=index_offset, **options
     )
     search = torch.ops.knnext.knn_search.default
     if keys.device == queries.device:
-        return search(queries, keys, k, metric, **options, **found)
+        return search(queries, keys, k, metric, index_offset=index_offset, **options)
+    norms = options.pop("key_sqnorms", None)
     step = max(1, _CHUNK_BYTES // (keys.shape[1] * keys.element_size()))
     for start in range(0, max(1, len(keys)), step):
         rows = slice(start, start + step)
-        options["index_offset"] = index_offset + start
-        if key_sqnorms is not None:
-            options["key_sqnorms"] = key_sqnorms[rows]
-        chunk = keys[rows].to(queries.device, non_blocking=True)
-        result = search(queries, chunk, k, metric, **options, **found)
-        found = {"init_distances": result[0], "init_indices": result[1]}
+        options["init_distances"], options["init_indices"] = result = search(
+            queries,
+            keys[rows].to(queries.device, non_blocking=True),
+            k,
+            metric,
+            key_sqnorms=None if norms is None else norms[rows],
+            index_offset=index_offset + start,
+            **options,
+        )
     return result
 
 

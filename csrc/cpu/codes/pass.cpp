@@ -34,16 +34,6 @@ int64_t divide_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit;
 }
 
-// All panels: every step-th, then the others.
-std::vector<int64_t> in_order(int64_t panels, int64_t step) {
-  std::vector<int64_t> order;
-  order.reserve(panels);
-  for (int64_t panel = 0; panel < panels; panel += step) order.push_back(panel);
-  for (int64_t panel = 0; panel < panels; ++panel)
-    if (panel % step) order.push_back(panel);
-  return order;
-}
-
 }  // namespace
 
 CpuSearchPlan plan_code_pass(int64_t num_queries, int64_t num_keys, int64_t dim, int64_t kept) {
@@ -179,8 +169,8 @@ void CodeWorkspace::pack_panel(const CodePass& pass, int64_t panel, int64_t slot
 
 void CodeWorkspace::by_keys(const CodePass& pass) {
   const int64_t tiles = divide_up(pass.num_queries, plan_.tile_rows);
-  const std::vector<int64_t> order = in_order(divide_up(pass.num_keys, plan_.panel_keys), 1);
-  const int64_t panels = static_cast<int64_t>(order.size());
+  const int64_t panels = divide_up(pass.num_keys, plan_.panel_keys);
+  const PanelOrder order{panels, 1};
   for_shares(0, plan_.slices, 1, [&](int64_t begin, int64_t end, Watch& watch) {
     for (int64_t slice = begin; slice < end; ++slice) {
       const Block own = block(slice);
@@ -188,8 +178,8 @@ void CodeWorkspace::by_keys(const CodePass& pass) {
       for (int64_t panel = panels * slice / plan_.slices; panel < stop && watch.go_on();
            panel += plan_.block_panels) {
         const int64_t count = std::min(plan_.block_panels, stop - panel);
-        for (int64_t i = 0; i < count; ++i) pack_panel(pass, order[panel + i], i, own);
-        multiply(pass, own, &order[panel], count, 0, tiles, slice, watch);
+        for (int64_t i = 0; i < count; ++i) pack_panel(pass, order(panel + i), i, own);
+        multiply(pass, own, order, panel, count, 0, tiles, slice, watch);
       }
     }
   });
@@ -198,24 +188,24 @@ void CodeWorkspace::by_keys(const CodePass& pass) {
 void CodeWorkspace::by_queries(const CodePass& pass) {
   const int64_t panels = divide_up(pass.num_keys, plan_.panel_keys);
   const bool sampled = pass.sampled && pass.kept >= kSampleStep && panels >= 4 * kSampleStep;
-  const std::vector<int64_t> order = in_order(panels, sampled ? kSampleStep : 1);
-  const int64_t first = sampled ? divide_up(panels, kSampleStep) : 0;
+  const PanelOrder order{panels, sampled ? kSampleStep : 1};
+  const int64_t first = sampled ? order.sample() : 0;
   run_panels(pass, order, 0, first);
   if (sampled) use_sample(pass, first * plan_.panel_keys);
   run_panels(pass, order, first, panels);
 }
 
-void CodeWorkspace::run_panels(const CodePass& pass, const std::vector<int64_t>& order,
-                               int64_t begin, int64_t end) {
+void CodeWorkspace::run_panels(const CodePass& pass, const PanelOrder& order, int64_t begin,
+                               int64_t end) {
   const int64_t tiles = divide_up(pass.num_queries, plan_.tile_rows);
   const Block shared = block(0);
   for (int64_t panel = begin; panel < end; panel += plan_.block_panels) {
     const int64_t count = std::min(plan_.block_panels, end - panel);
     for_pieces(0, count, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) pack_panel(pass, order[panel + i], i, shared);
+      for (int64_t i = from; i < to; ++i) pack_panel(pass, order(panel + i), i, shared);
     });
     for_shares(0, tiles, 1, [&](int64_t from, int64_t to, Watch& watch) {
-      multiply(pass, shared, &order[panel], count, from, to, 0, watch);
+      multiply(pass, shared, order, panel, count, from, to, 0, watch);
     });
   }
 }
@@ -232,9 +222,9 @@ void CodeWorkspace::use_sample(const CodePass& pass, int64_t sampled_keys) {
   }
 }
 
-void CodeWorkspace::multiply(const CodePass& pass, const Block& block, const int64_t* panels,
-                             int64_t count, int64_t begin, int64_t end, int64_t slice,
-                             Watch& watch) {
+void CodeWorkspace::multiply(const CodePass& pass, const Block& block, const PanelOrder& order,
+                             int64_t first, int64_t count, int64_t begin, int64_t end,
+                             int64_t slice, Watch& watch) {
   alignas(64) int32_t products[kMaxTileRows * kMaxPanelKeys] = {};
   const int64_t width = plan_.panel_keys;
   const Selection selection{pass.kept, plan_.capacity};
@@ -254,8 +244,8 @@ void CodeWorkspace::multiply(const CodePass& pass, const Block& block, const int
                             starts_.data() + t * plan_.kernel_rows,
                             block.panels + i * width * words_, words_, rows, products);
         else
-          multiply_few(pass, panels[i], t, rows, products);
-        filter({products, keys, rows, static_cast<uint32_t>(panels[i] * width)}, pass.form,
+          multiply_few(pass, order(first + i), t, rows, products);
+        filter({products, keys, rows, static_cast<uint32_t>(order(first + i) * width)}, pass.form,
                selection, &queries_[at], &lists_[at]);
       }
     }

@@ -42,6 +42,17 @@ struct CodePass {
 // How the pass divides its work: a plan for words in place of floats.
 CpuSearchPlan plan_code_pass(int64_t num_queries, int64_t num_keys, int64_t dim, int64_t kept);
 
+// All panels: every step-th, which is the sample, then the others.
+struct PanelOrder {
+  int64_t panels, step;
+
+  int64_t sample() const { return (panels + step - 1) / step; }
+  int64_t operator()(int64_t i) const {
+    const int64_t other = i - sample();
+    return other < 0 ? i * step : other + other / (step - 1) + 1;
+  }
+};
+
 class CodeWorkspace {
  public:
   CodeWorkspace(const CpuSearchPlan& plan, int64_t dim, void* memory);
@@ -68,13 +79,12 @@ class CodeWorkspace {
   void pack_panel(const CodePass& pass, int64_t panel, int64_t slot, const Block& block) const;
   void by_keys(const CodePass& pass);
   void by_queries(const CodePass& pass);
-  // Panels order[begin], ..., order[end - 1] under all queries.
-  void run_panels(const CodePass& pass, const std::vector<int64_t>& order, int64_t begin,
-                  int64_t end);
+  // Panels order(begin), ..., order(end - 1) under all queries.
+  void run_panels(const CodePass& pass, const PanelOrder& order, int64_t begin, int64_t end);
   void use_sample(const CodePass& pass, int64_t sampled_keys);
-  // Packed panels, by their numbers, under tiles [begin, end).
-  void multiply(const CodePass& pass, const Block& block, const int64_t* panels, int64_t count,
-                int64_t begin, int64_t end, int64_t slice, Watch& watch);
+  // Packed panels order(first), ..., `count` of them, under tiles [begin, end).
+  void multiply(const CodePass& pass, const Block& block, const PanelOrder& order, int64_t first,
+                int64_t count, int64_t begin, int64_t end, int64_t slice, Watch& watch);
 
   const CpuSearchPlan plan_;
   const CodeKernels& kernels_;
