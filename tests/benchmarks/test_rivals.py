@@ -128,12 +128,6 @@ def test_codes_give_the_very_bits_of_the_search(queries: int) -> None:
         assert torch.equal(theirs, ours)
 
 
-def test_without_codes_their_row_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("knnext.encode_keys", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="has no encode_keys"):
-        IMPLEMENTATIONS["knnext_codes"].prepare(make_data(SHAPE, "cpu")[0])
-
-
 def test_what_is_not_exact_says_so() -> None:
     for name, chosen in IMPLEMENTATIONS.items():
         marked = name in (*APPROXIMATE, "faiss_ivfpq")
