@@ -6,8 +6,9 @@ first window each state has seen at least ``block_size - stride`` tokens before 
 position i is paired with the token at i + 1; the last position has no next token and no row. Each
 of the positions 0 .. T - 2 comes exactly once, in order, and this is counted.
 
-The grid of windows and batches depends on the stream alone and not on ``start``: a resumed run
-repeats the forward pass of the batch it stopped in, and gives the same bits.
+The grid of windows and batches depends on the stream alone and not on ``start`` or ``stop``: a
+resumed run repeats the forward pass of the batch it stopped in, and gives the same bits. So do runs
+that share a stream, where each goes from one of ``batch_ends`` to another.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "CapturedStates",
     "HiddenStatesBatch",
     "KeyModule",
+    "batch_ends",
     "capture_hidden_states",
     "default_block_size",
     "find_key_module",
@@ -80,9 +82,12 @@ def hidden_states(
     with_log_p_lm: bool = False,
     with_logits: bool = False,
     start: int = 0,
+    stop: int | None = None,
     bos: int | None = None,
 ) -> Iterator[HiddenStatesBatch]:
     """Yields the states of positions ``start`` .. T - 2 in order, one batch of windows at a time.
+
+    ``stop`` ends before that position instead.
 
     ``tokens`` (T,): integers, as array, tensor or list. ``block_size`` defaults to the model's
     context (at most 1,024), ``stride`` to half of it. ``dtype`` is that of the keys.
@@ -98,7 +103,8 @@ def hidden_states(
     stream = _checked_tokens(model, tokens)
     block = default_block_size(model) if block_size is None else block_size
     step = max(1, block // 2) if stride is None else stride
-    _check_windows(block, step, batch_size, start, len(stream))
+    _check_windows(block, step, batch_size)
+    last = _check_range(start, stop, max(0, len(stream) - 1))
     if bos is not None and step == block and len(stream) - 1 > block:
         raise ValueError(
             f"stride must be below block_size={block} where every window begins with bos, got "
@@ -107,7 +113,19 @@ def hidden_states(
         )
     key = find_key_module(model, key_layer)
     forward = ModelForward(model, key, with_log_p_lm, with_logits)
-    return _stream(forward, stream, block, step, batch_size, dtype, start, bos)
+    return _stream(forward, stream, block, step, batch_size, dtype, start, last, bos)
+
+
+def batch_ends(length: int, block_size: int, stride: int, batch_size: int) -> np.ndarray:
+    """(batches,) int64, ascending: the position after the last that each batch of windows gives.
+
+    Of a stream of ``length`` tokens. Runs of ``hidden_states`` that start and stop at these do the
+    same forward passes as one that goes from the beginning to the end.
+    """
+    count = max(0, length - 1)
+    _check_windows(block_size, stride, batch_size)
+    ends = [end for _, _, end in _batches(count, block_size, stride, batch_size)]
+    return np.asarray(ends, dtype=np.int64)
 
 
 def _checked_tokens(model: nn.Module, tokens: Any) -> Tensor:
@@ -125,15 +143,22 @@ def _checked_tokens(model: nn.Module, tokens: Any) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _check_windows(block: int, stride: int, batch_size: int, start: int, length: int) -> None:
+def _check_windows(block: int, stride: int, batch_size: int) -> None:
     if block < 1:
         raise ValueError(f"block_size must be at least 1, got {block}")
     if not 1 <= stride <= block:
         raise ValueError(f"stride must be from 1 to block_size={block}, got {stride}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not 0 <= start <= max(0, length - 1):
-        raise ValueError(f"start must be from 0 to {max(0, length - 1)}, got {start}")
+
+
+def _check_range(start: int, stop: int | None, count: int) -> int:
+    """The position to stop before."""
+    if not 0 <= start <= count:
+        raise ValueError(f"start must be from 0 to {count}, got {start}")
+    if stop is not None and not start <= stop <= count:
+        raise ValueError(f"stop must be from start={start} to {count}, got {stop}")
+    return count if stop is None else stop
 
 
 def _stream(
@@ -144,16 +169,17 @@ def _stream(
     batch_size: int,
     dtype: torch.dtype,
     start: int,
+    stop: int,
     bos: int | None,
 ) -> Iterator[HiddenStatesBatch]:
     count = max(0, len(stream) - 1)  # rows, and tokens that the model reads
-    windows = _num_windows(count, block, stride)
     given = start
-    for first in range(0, windows, batch_size):
-        last = min(first + batch_size, windows)
-        end = min((last - 1) * stride + block, count)
-        if end <= given:
-            continue  # all of it was given before the run that is resumed here
+    for first, last, batch_end in _batches(count, block, stride, batch_size):
+        if given == stop:
+            break
+        if batch_end <= given:
+            continue  # all of it was given before the run that is resumed here, or is another's
+        end = min(batch_end, stop)
         ids, rows = _window_batch(stream, count, block, stride, first, last)
         if bos is not None:
             ids[1 if first == 0 else 0 :, 0] = bos  # the first window has the stream's own head
@@ -161,8 +187,18 @@ def _stream(
         wanted = (rows >= low) & (rows < end)
         yield _batch(forward, ids, wanted, stream, low, end, dtype)
         given = end
-    if given != count:
-        raise RuntimeError(f"hidden_states gave rows up to {given} of {count}: a defect in knnext")
+    if given != stop:
+        raise RuntimeError(f"hidden_states gave rows up to {given} of {stop}: a defect in knnext")
+
+
+def _batches(
+    count: int, block: int, stride: int, batch_size: int
+) -> Iterator[tuple[int, int, int]]:
+    """(first window, the one after the last, position after the last given) of each batch."""
+    windows = _num_windows(count, block, stride)
+    for first in range(0, windows, batch_size):
+        last = min(first + batch_size, windows)
+        yield first, last, min((last - 1) * stride + block, count)
 
 
 def _num_windows(count: int, block: int, stride: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from knnext.lm.hidden_states import HiddenStatesBatch, default_block_size, hidden_states
+from knnext.lm.hidden_states import (
+    HiddenStatesBatch,
+    batch_ends,
+    default_block_size,
+    hidden_states,
+)
 from tests.lm.tiny_models import num_hooks, random_tokens, tiny
 
 WINDOWS = {"block_size": 32, "stride": 20, "dtype": torch.float32}
@@ -107,6 +113,32 @@ def test_a_resumed_stream_has_the_same_bits(start: int) -> None:
         assert torch.equal(joined(rest, name) if rest else expected[:0], expected)
 
 
+@pytest.mark.parametrize(
+    ("length", "block", "stride", "batch"),
+    [(100, 16, 8, 3), (100, 16, 16, 2), (97, 16, 5, 1), (10, 16, 8, 2), (40, 7, 3, 9)],
+)
+def test_runs_between_batch_ends_share_a_stream(
+    length: int, block: int, stride: int, batch: int
+) -> None:
+    """They do the passes of one run, no more, and give its bits; whatever the cut, all rows."""
+    model, tokens = tiny("gpt2"), random_tokens(length)
+    options: dict[str, Any] = {"block_size": block, "stride": stride, "batch_size": batch}
+    whole = list(hidden_states(model, tokens, **options))
+    ends = batch_ends(length, block, stride, batch).tolist()
+    assert not len(batch_ends(1, block, stride, batch))
+    assert ends == [int(one.positions[-1]) + 1 for one in whole]
+    for cut in (ends[::2], [4, length // 3, length // 2]):  # at batches, and anywhere
+        bounds = sorted({0, length - 1, *cut})
+        parts = [
+            one
+            for a, b in itertools.pairwise(bounds)
+            for one in hidden_states(model, tokens, start=a, stop=b, **options)
+        ]
+        assert cut != ends[::2] or len(parts) == len(whole)
+        for name in ("positions", "keys", "targets"):
+            assert torch.equal(joined(parts, name), joined(whole, name))
+
+
 def test_logits_and_log_p_agree() -> None:
     tokens = random_tokens(50)
     for batch in hidden_states(tiny("llama"), tokens, with_log_p_lm=True, with_logits=True):
@@ -199,6 +231,8 @@ def test_keys_too_large_for_half() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"start": 20}, "start must be from 0 to 19, got 20"),
         ({"start": -1}, "start must be"),
+        ({"stop": 20}, "stop must be from start=0 to 19, got 20"),
+        ({"start": 5, "stop": 4}, "stop must be from start=5 to 19, got 4"),
         ({"key_layer": "mlp"}, "key_layer must be"),
     ],
 )
