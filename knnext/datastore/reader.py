@@ -149,6 +149,12 @@ class DatastoreReader:
             raise ValueError(f"index: got {index} of {num_shards} shards")
         first = index * self.num_entries // num_shards
         last = (index + 1) * self.num_entries // num_shards
+        return self.rows(first, last)
+
+    def rows(self, first: int, last: int) -> Self:
+        """Rows [first, last) as a view."""
+        if not 0 <= first <= last <= self.num_entries:
+            raise ValueError(f"rows: got [{first}, {last}) of {self.num_entries}")
         return self._view((self.keys.range(first, last), self.values.range(first, last)), first)
 
     def stored_rows(self, rows: Tensor) -> Tensor:

@@ -142,15 +142,23 @@ class ExactIndex(TokenTable):
         k = check_k(k)
         rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype)
         rounded = rounded.to(self.device)
-        count = rounded.shape[0]
+        offsets = self.datastore.document_offsets
+        groups = group_queries(exclude_documents, offsets, rounded.shape[0])
+        distances, indices = self.search_groups(rounded, k, groups)
+        return distances.to(queries.device), indices.to(queries.device)
+
+    def search_groups(
+        self, queries: Tensor, k: int, groups: list[QueryGroup]
+    ) -> tuple[Tensor, Tensor]:
+        """`search` of (Q, dim) queries in the keys' dtype, on the index's device, in groups."""
+        count = queries.shape[0]
         distances = torch.full((count, k), float("inf"), dtype=torch.float32, device=self.device)
         indices = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
-        groups = group_queries(exclude_documents, self.datastore.document_offsets, count)
         if groups:
             with self._reading(count * k):
                 for chunk in self._chunks():
-                    self._search_chunk(rounded, chunk, groups, distances, indices)
-        return distances.to(queries.device), indices.to(queries.device)
+                    self._search_chunk(queries, chunk, groups, distances, indices)
+        return distances, indices
 
     def __getstate__(self) -> dict[str, Any]:
         """What the datastore holds is left out and read again where it is wanted."""

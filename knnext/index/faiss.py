@@ -208,21 +208,34 @@ class FaissIndex(TokenTable):
             -1.
         """
         k = check_k(k)
-        nprobe = self.nprobe if nprobe is None else check_count("nprobe", nprobe)
         rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype).cpu()
-        distances = torch.full(
-            (rounded.shape[0], k), float("inf"), dtype=torch.float32, device="cpu"
-        )
-        indices = torch.full((rounded.shape[0], k), -1, dtype=torch.int64, device="cpu")
         offsets = self.datastore.document_offsets
-        for group in group_queries(exclude_documents, offsets, rounded.shape[0]):
-            for rows in _batches(group, rounded.shape[0], _QUERY_BATCH):
-                batch = faiss_library.as_float32(rounded[rows])
+        groups = group_queries(exclude_documents, offsets, rounded.shape[0])
+        distances, indices = self.search_groups(rounded, k, groups, rescore=rescore, nprobe=nprobe)
+        return distances.to(queries.device), indices.to(queries.device)
+
+    def search_groups(
+        self,
+        queries: Tensor,
+        k: int,
+        groups: list[QueryGroup],
+        *,
+        rescore: bool | None = None,
+        nprobe: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`search` of (Q, dim) queries in the keys' dtype, on the CPU, in groups."""
+        nprobe = self.nprobe if nprobe is None else check_count("nprobe", nprobe)
+        count = queries.shape[0]
+        distances = torch.full((count, k), float("inf"), dtype=torch.float32, device="cpu")
+        indices = torch.full((count, k), -1, dtype=torch.int64, device="cpu")
+        for group in groups:
+            for rows in _batches(group, count, _QUERY_BATCH):
+                batch = faiss_library.as_float32(queries[rows])
                 found = self._search_batch(batch, k, group.excluded, nprobe)
                 distances[rows], indices[rows] = merge_topk(*found, k)
         if self.rescore if rescore is None else rescore:
-            distances, indices = self._rescore(rounded, indices)
-        return distances.to(queries.device), indices.to(queries.device)
+            distances, indices = self._rescore(queries, indices)
+        return distances, indices
 
     def decode(self, rows: Tensor) -> Tensor:
         """(m, D) float32 vectors that the codes of (m,) rows stand for, on the CPU.
