@@ -1,8 +1,8 @@
 """Indexes: where the k nearest keys of a query are found.
 
 `ExactIndex` finds what comparing with every key would, by `StoredCodes` where there are some;
-`FaissIndex` asks an approximate index built with FAISS. A caller need not know which of the two it
-holds: both are an `Index`.
+`FaissIndex` asks an approximate index built with FAISS; `ShardedIndex` divides the rows of either
+among processes. A caller need not know which of them it holds: each is an `Index`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from knnext.index.codes import StoredCodes
 from knnext.index.exact import ExactIndex
 from knnext.index.exactness import ExactnessReport, check_exactness
 from knnext.index.faiss import FaissIndex
+from knnext.index.sharded import ShardedIndex
 from knnext.index.sidecar import IndexMismatchError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "FaissIndex",
     "Index",
     "IndexMismatchError",
+    "ShardedIndex",
     "StoredCodes",
     "check_exactness",
 ]

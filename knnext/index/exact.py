@@ -76,6 +76,7 @@ class ExactIndex(TokenTable):
             --kind codes` has put beside the datastore, where they are there and of it as it is now
             (other ones are passed over with a warning); True, the same or an error; False, none;
             or `StoredCodes`, or `KeyCodes` of these very keys. On the CPU only.
+        verify: compare checksums of stored codes, which reads them all, once in a process.
 
     Raises:
         FileNotFoundError, IndexMismatchError: codes were insisted on and cannot be had.
@@ -92,6 +93,7 @@ class ExactIndex(TokenTable):
         query_batch: int = 4096,
         refine: bool = True,
         codes: Codes = "auto",
+        verify: bool = True,
     ) -> None:
         self.datastore = datastore
         self.metric = datastore.metric if metric is None else metric
@@ -100,7 +102,7 @@ class ExactIndex(TokenTable):
         self.device = torch.device("cpu" if device is None else device)
         self.query_batch = check_count("query_batch", query_batch)
         self.refine = bool(refine)
-        self._choice = choose_codes(datastore, codes, self.device)
+        self._choice = choose_codes(datastore, codes, self.device, verify=verify)
         self.chunk_rows = max(1, check_count("chunk_bytes", chunk_bytes) // self._row_bytes())
         if resident_bytes is None:
             resident_bytes = _default_resident_bytes(self.device)
@@ -114,6 +116,11 @@ class ExactIndex(TokenTable):
     def codes(self) -> KeyCodes | StoredCodes | None:
         """What is searched by, if not the keys themselves."""
         return self._choice.codes
+
+    @property
+    def resident(self) -> bool:
+        """Whether what is searched by stays in memory between calls."""
+        return self._keep
 
     def describe(self) -> str:
         """One line: what a search goes through, how many bytes of it, where they are kept."""

@@ -1,0 +1,242 @@
+"""Processes that work on one thing together, by torch.distributed: their numbers, their exchanges.
+
+A `Ranks` is what one process sees of a group, or of itself alone. Tensors travel by gloo from and
+to the CPU, by NCCL between GPUs. Every wait ends: an answer that does not come within `timeout`
+seconds, or whose sender has gone, is a `RankLostError`, in one sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Made = TypeVar("Made")
+
+#: Seconds. Ranks differ by what one of them computes between two exchanges, never by more.
+DEFAULT_TIMEOUT = 1800.0
+
+#: What torchrun, or a script in its place, says to each process.
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+
+
+class RankLostError(RuntimeError):
+    """Another rank has gone, does not answer, or failed in what all did together."""
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun's environment has them; (0, 1) without one."""
+    found = [os.environ.get(name) for name in _VARIABLES]
+    if None in found:
+        return 0, 1
+    try:
+        rank, size = (int(text or "") for text in found[:2])
+    except ValueError:
+        rank, size = -1, -1
+    if not 0 <= rank < size:
+        raise ValueError(
+            f"RANK and WORLD_SIZE must be a number below another, got {found[0]!r} and {found[1]!r}"
+        )
+    return rank, size
+
+
+def local_rank() -> int:
+    """Which of the ranks of this machine this is, by which one of its GPUs is taken."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+@contextmanager
+def joined(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
+    """Within, the processes that torchrun started are one group; a process alone is one rank.
+
+    Args:
+        device: where tensors that are exchanged lie: "cuda" or "cuda:1" brings NCCL beside gloo.
+        timeout: seconds, for the ranks to find each other, and of every exchange.
+
+    A group that is there already is used and left. After an error nobody is waited for.
+    """
+    rank, size = launched()
+    if size == 1 or dist.is_initialized():
+        yield Ranks(dist.group.WORLD if dist.is_initialized() else None, timeout=timeout)
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "cpu:gloo"
+    try:
+        with _sentence(rank, size, timeout, "finding each other"):
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            found = Ranks(dist.group.WORLD, timeout=timeout)
+            found.gather([0])  # gloo connects pairs of ranks when first asked to
+        yield found
+        found.gather([1])  # nobody leaves whom another still asks
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Ranks:
+    """One process's view of a group of processes: its number, and exchanges with the others.
+
+    Args:
+        group: of torch.distributed; None: the process alone, whatever groups there are.
+        timeout: seconds that any one exchange may take.
+
+    Attributes:
+        rank, size: this process's number, and how many there are.
+        sent, received: bytes of tensors that `exchange` has moved to and from others.
+    """
+
+    def __init__(self, group: Any = None, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        if not timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}")
+        self.group, self.timeout = group, float(timeout)
+        self.rank: int = 0 if group is None else group.rank()
+        self.size: int = 1 if group is None else group.size()
+        self.sent = self.received = 0
+        self._cpu_group = _with_gloo(group, self.timeout)
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Equally many int64 numbers of every rank, in the order of the ranks."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        if self.size == 1:
+            return [mine.tolist()]
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with self.waiting("comparing notes"):
+            self._wait(self._cpu_group.allgather([found], [mine]))
+        return [one.tolist() for one in found]
+
+    def all_or_none(self, what: str, make: Callable[[], Made]) -> Made:
+        """What `make` gives, once it has ended on every rank; an error of one is one of all."""
+        try:
+            made = make()
+        except Exception:
+            self.gather([1])
+            raise
+        failed = [rank for rank, (flag,) in enumerate(self.gather([0])) if flag]
+        if failed:
+            raise RankLostError(f"rank {failed[0]} of {self.size} failed in {what}; it says why")
+        return made
+
+    def gather_tensor(self, mine: Tensor) -> list[Tensor]:
+        """A CPU tensor of every rank; their first sizes may differ, and nothing else."""
+        counts = [count for (count,) in self.gather([len(mine)])]
+        found = [mine.new_empty(count, *mine.shape[1:]) for count in counts]
+        found[self.rank] = mine
+        self.exchange(
+            [(peer, mine) for peer in self.others],
+            [(peer, found[peer]) for peer in self.others],
+        ).wait()
+        return found
+
+    def gather_text(self, text: str) -> list[str]:
+        """A text of every rank."""
+        data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+        return [bytes(one.tolist())[:-1].decode() for one in self.gather_tensor(data)]
+
+    @property
+    def others(self) -> list[int]:
+        """The other ranks, from the next one on, so that not all ask the same one at first."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        tag: int = 0,
+    ) -> Exchange:
+        """Begin to send contiguous tensors to ranks and to fill others from them; `wait` ends it.
+
+        A receiver knows the shape of what comes, and where that is empty nothing does. What goes
+        from one rank to another under one tag comes in the order in which it was sent.
+        """
+        sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
+        receives = [(peer, tensor) for peer, tensor in receives if tensor.numel()]
+        self.sent += sum(tensor.nbytes for _, tensor in sends)
+        self.received += sum(tensor.nbytes for _, tensor in receives)
+        with self.waiting("beginning an exchange"):
+            return Exchange(self, self._begin(sends, receives, tag), [*sends, *receives])
+
+    def _begin(
+        self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], tag: int
+    ) -> list[Any]:
+        moved = [*sends, *receives]
+        if moved and moved[0][1].is_cuda:
+            # Only as one bundle are sends and receives of NCCL free of each other's order.
+            ops = [(dist.irecv, one) for one in receives] + [(dist.isend, one) for one in sends]
+            return dist.batch_isend_irecv(
+                [
+                    dist.P2POp(op, tensor, dist.get_global_rank(self.group, peer), self.group, tag)
+                    for op, (peer, tensor) in ops
+                ]
+            )
+        group = self._cpu_group
+        return [group.recv([tensor], peer, tag) for peer, tensor in receives] + [
+            group.send([tensor], peer, tag) for peer, tensor in sends
+        ]
+
+    def _wait(self, work: Any) -> None:
+        work.wait(timedelta(seconds=self.timeout))
+
+    def waiting(self, what: str) -> Any:
+        """Within, the many ways in which torch says that a rank is lost are one sentence."""
+        return _sentence(self.rank, self.size, self.timeout, what)
+
+    def has_nccl(self) -> bool:
+        """Whether the group can exchange what lies on GPUs."""
+        return self.group is not None and "cuda:nccl" in _backends(self.group)
+
+
+class Exchange:
+    """An exchange under way. Its tensors are held, and must not be touched, until `wait` ends."""
+
+    def __init__(self, ranks: Ranks, works: list[Any], held: Any) -> None:
+        self._ranks, self._works, self._held = ranks, works, held
+
+    def wait(self) -> None:
+        """Until everything has come and gone."""
+        with self._ranks.waiting("an exchange"):
+            for work in self._works:
+                self._ranks._wait(work)
+        self._works, self._held = [], None
+
+
+@contextmanager
+def _sentence(rank: int, size: int, timeout: float, what: str) -> Iterator[None]:
+    try:
+        yield
+    except RankLostError:
+        raise
+    except RuntimeError as error:  # also DistError and its kin, of which there is no full list
+        text = " ".join(str(error).split())
+        late = "time" in text.lower() and "out" in text.lower()
+        cause = f"another did not answer within {timeout:g} s" if late else "another has gone"
+        raise RankLostError(
+            f"rank {rank} of {size} lost the others in {what}: {cause}; what is on disk is whole, "
+            f"run the same command again (torch says: {text[:160]})"
+        ) from error
+
+
+def _backends(group: Any) -> str:
+    if isinstance(group, dist.ProcessGroup):
+        return str(dist.get_backend_config(group))
+    return f"cpu:{group.name()}"  # a bare backend, which no registry knows
+
+
+def _with_gloo(group: Any, timeout: float) -> Any:
+    """The group, where it moves what lies on CPUs; else one of the same ranks that does."""
+    if group is None or "cpu:gloo" in _backends(group):
+        return group
+    return dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=timedelta(seconds=timeout),
+        backend="gloo",
+        use_local_synchronization=True,
+    )
