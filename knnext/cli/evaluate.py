@@ -147,6 +147,7 @@ def _scores(
         block_size=args.block_size,
         stride=args.stride,
         batch_size=args.batch_size,
+        keep_indices=bool(args.save_scores),
         bos="as built" if args.bos_each_window is None else bos_of(tokenizer, args.bos_each_window),
         allow_overlap=args.allow_overlap,
     )

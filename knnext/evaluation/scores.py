@@ -1,14 +1,16 @@
 """What one pass over a text leaves behind: enough to evaluate any temperature and lmbda at once.
 
 The language model and the search are the expensive parts, and neither depends on temperature or
-lmbda. Their results for every token of a text are kept here, in memory or as an `.npz` file.
+lmbda. Their results for every token of a text are kept here, and as an `.npz` file. What has k
+entries a token lies in memory or in a file as suits its size, and is gone through piece by piece.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnext.evaluation.spill import empty_rows, release, row_pieces
 from knnext.index.queries import check_k
 from knnext.ops import knn_target_log_prob
 from knnext.output import whole_file
@@ -86,12 +89,12 @@ class StreamScores:
     @property
     def has_neighbors(self) -> Tensor:
         """(n,) bool: rows that are not all padding."""
-        return (self.tokens >= 0).any(1)
+        return self._by_rows(lambda rows: (self.tokens[rows] >= 0).any(1))
 
     @property
     def target_found(self) -> Tensor:
         """(n,) bool: whether any neighbor stands for the target."""
-        return (self.tokens == self.targets[:, None]).any(1)
+        return self._by_rows(lambda rows: (self.tokens[rows] == self.targets[rows, None]).any(1))
 
     def truncate(self, k: int) -> StreamScores:
         """The same scores with the nearest k neighbors only; nothing is copied."""
@@ -105,9 +108,20 @@ class StreamScores:
 
     def log_p_knn(self, temperature: float) -> Tensor:
         """(n,) float64 log p_knn(target); -inf where no neighbor stands for the target."""
-        return knn_target_log_prob(
-            self.distances, self.tokens, self.targets, float(temperature)
-        ).double()
+        temperature = float(temperature)
+        return self._by_rows(
+            lambda rows: knn_target_log_prob(
+                self.distances[rows], self.tokens[rows], self.targets[rows], temperature
+            ).double()
+        )
+
+    def _by_rows(self, function: Callable[[slice], Tensor]) -> Tensor:
+        """What a function of a run of rows gives for all of them, in bounded memory."""
+        parts = []
+        for rows in row_pieces(self.num_tokens, 8 * self.k):
+            parts.append(function(rows))
+            release(self.distances, self.tokens)
+        return torch.cat(parts) if parts else function(slice(0, 0))
 
     def log_p(self, temperature: float, lmbda: float) -> Tensor:
         """(n,) float64 log-probability of each target under the mixture."""
@@ -117,25 +131,28 @@ class StreamScores:
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` without pickled objects; it appears under its name when whole."""
-        arrays = {name: getattr(self, name).numpy() for name in _TENSORS + _COUNTS}
-        if self.indices is not None:
-            arrays["indices"] = self.indices.numpy()
+        names = [*_TENSORS, *_COUNTS, *(() if self.indices is None else ("indices",))]
         header = {
             "format_version": FORMAT_VERSION,
             "document_names": list(self.document_names),
             "seconds": self.seconds,
         }
-        arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        with whole_file(path) as part, part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        written = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
+        with whole_file(path) as part, zipfile.ZipFile(part, "w") as archive:
+            for name in names:
+                _write_array(archive, name, getattr(self, name))
+            _write_array(archive, "header", written)
 
     @classmethod
     def load(cls, path: str | Path) -> StreamScores:
         """Read what `save` wrote. ValueError for any other file; nothing is unpickled."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            header = json.loads(arrays.pop("header").tobytes())
+            with zipfile.ZipFile(path) as archive:
+                found = {
+                    name.removesuffix(".npy"): _read_array(archive, name)
+                    for name in archive.namelist()
+                }
+            header = json.loads(found.pop("header").numpy().tobytes())
             version = header["format_version"]
         except FileNotFoundError:
             raise
@@ -146,11 +163,46 @@ class StreamScores:
                 f"{path} has format version {version}, this version of knnext reads "
                 f"{FORMAT_VERSION}"
             )
-        missing = [name for name in _TENSORS + _COUNTS if name not in arrays]
+        missing = [name for name in _TENSORS + _COUNTS if name not in found]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return cls(**tensors, document_names=header["document_names"], seconds=header["seconds"])
+        return cls(**found, document_names=header["document_names"], seconds=header["seconds"])
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:
+    """As `np.savez` does, piece by piece."""
+    array = tensor.numpy()
+    header = np.lib.format.header_data_from_array_1_0(np.empty((0, *array.shape[1:]), array.dtype))
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": array.shape})
+        for rows in row_pieces(len(array), array[:1].nbytes):
+            file.write(np.ascontiguousarray(array[rows]).tobytes())
+            release(tensor)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> Tensor:
+    """An array of numbers out of the archive, piece by piece; zipfile compares its checksum."""
+    with archive.open(name) as file:
+        np.lib.format.read_magic(file)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        size = math.prod(shape) * dtype.itemsize
+        if by_columns or dtype.kind not in "biuf" or not 1 <= len(shape) <= 2:
+            raise ValueError(f"{name} is no array of numbers as scores have them")
+        if not size <= archive.getinfo(name).file_size - file.tell() <= size:
+            raise ValueError(f"{name} does not hold the {size:,} bytes that it speaks of")
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        tensor = (
+            empty_rows(*shape, kind)
+            if len(shape) == 2
+            else torch.empty(shape[0], dtype=kind, device="cpu")
+        )
+        array = tensor.numpy()
+        for rows in row_pieces(len(array), array[:1].nbytes):
+            part = array[rows]
+            part[...] = np.frombuffer(file.read(part.nbytes) or b"", dtype).reshape(part.shape)
+            release(tensor)
+        file.read(1)  # the end, where the checksum is compared
+    return tensor
 
 
 def mix_log_probs(

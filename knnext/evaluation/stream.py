@@ -1,16 +1,22 @@
-"""One pass of the model and the search over a text."""
+"""One pass of the model and the search over a text, piece by piece.
+
+A piece is as many queries as are searched at once. The model gives them, every index searches them,
+what was found goes where it is kept (knnext/evaluation/spill.py), and the queries are forgotten: so
+no text is too long.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from knnext.datastore.overlap import check_overlap
 from knnext.evaluation.scores import StreamScores
+from knnext.evaluation.spill import empty_rows, release
 from knnext.index.base import Index
 from knnext.index.queries import check_count, check_k
 from knnext.progress import progress
@@ -18,6 +24,28 @@ from knnext.progress import progress
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
     from knnext.datastore import Datastore
+
+_PIECE_ROWS = 16_384
+
+
+class Piece(NamedTuple):
+    """Consecutive positions of a text, on the CPU: (n, D) queries, (n,) targets and log p_lm."""
+
+    first: int
+    queries: Tensor
+    targets: Tensor
+    log_p_lm: Tensor
+
+    @classmethod
+    def join(cls, first: int, parts: Sequence[tuple[Tensor, ...]]) -> Piece:
+        """Of (queries, targets, log p_lm) triples."""
+        queries, targets, log_p_lm = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(first, queries, targets, log_p_lm.float())
+
+    @property
+    def rows(self) -> slice:
+        """Where they stand among all positions."""
+        return slice(self.first, self.first + len(self.targets))
 
 
 @overload
@@ -64,7 +92,7 @@ def search_stream(
     block_size: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
-    query_batch: int = 16_384,
+    query_batch: int = _PIECE_ROWS,
     keep_indices: bool = True,
     exclude_documents: Tensor | Sequence[int] | None = None,
     bos: int | Literal["as built"] | None = "as built",
@@ -80,7 +108,8 @@ def search_stream(
         k: neighbors kept per position.
         key_layer: where queries are taken; by default where the datastore's keys were.
         block_size, stride, batch_size: the model's windows, see `hidden_states`.
-        query_batch: queries per search. An exact index reads its datastore once per batch.
+        query_batch: queries per search. An exact index reads its datastore once per batch, and no
+            more queries are held in memory.
         keep_indices: keep (n, k) int64 row numbers, needed to show neighbors as text.
         exclude_documents: documents of the datastore that must not be found: ids for all, or one
             a position in an (n,) integer tensor.
@@ -90,8 +119,9 @@ def search_stream(
             `exclude_documents` are not looked at.
 
     Returns:
-        `StreamScores`, or a dict of them under the names given. All queries are held in memory
-        for the time of the call: n x dim values of the keys' dtype.
+        `StreamScores`, or a dict of them under the names given. Neighbors of more than a few
+        megabytes lie in a temporary file (knnext/evaluation/spill.py): 8 bytes each on the disk of
+        TMPDIR, 16 with their indices.
     """
     indexes = dict(index) if isinstance(index, Mapping) else {"": index}
     k = check_k(k)
@@ -101,17 +131,21 @@ def search_stream(
         check_overlap(store, tokenized, _excluded(exclude_documents))
     if bos == "as built":
         bos = _built_with(indexes, "bos")
-    start = time.perf_counter()
     windows = {"block_size": block_size, "stride": stride, "batch_size": batch_size, "bos": bos}
-    queries, targets, log_p_lm = run_model(model, tokenized, layer, dtype, windows)
-    lm_seconds = time.perf_counter() - start
-    shared = describe_stream(tokenized, targets, log_p_lm)
-    results = {}
-    for name, one in indexes.items():
+    count = num_scored(tokenized)
+    found = {name: _Found(one, count, k, keep_indices) for name, one in indexes.items()}
+    targets = torch.empty(count, dtype=torch.int64, device="cpu")
+    log_p_lm = torch.empty(count, dtype=torch.float32, device="cpu")
+    lm_seconds, start = 0.0, time.perf_counter()
+    for piece in model_pieces(model, tokenized, layer, dtype, windows, query_batch):
+        lm_seconds += time.perf_counter() - start
+        targets[piece.rows], log_p_lm[piece.rows] = piece.targets, piece.log_p_lm
+        for one in found.values():
+            one.search(piece, exclude_documents)
         start = time.perf_counter()
-        found = _search(one, queries, k, query_batch, keep_indices, exclude_documents, name)
-        seconds = {"lm": lm_seconds, "search": time.perf_counter() - start}
-        results[name] = StreamScores(**shared, **found, seconds=seconds)
+    lm_seconds += time.perf_counter() - start
+    shared = describe_stream(tokenized, targets, log_p_lm)
+    results = {name: one.scores(shared, lm_seconds) for name, one in found.items()}
     return results if isinstance(index, Mapping) else results[""]
 
 
@@ -155,6 +189,49 @@ def _common_keys(indexes: Mapping[str, Index], key_layer: str | None) -> tuple[s
     return layer, dtype
 
 
+def num_scored(tokenized: TokenizedDocuments) -> int:
+    """Targets of a text; ValueError where it has none."""
+    count = max(0, len(tokenized.tokens) - 1)
+    if count == 0:
+        raise ValueError("tokenized holds fewer than two tokens, there is nothing to score")
+    return count
+
+
+def model_pieces(
+    model: nn.Module,
+    tokenized: TokenizedDocuments,
+    key_layer: str,
+    dtype: torch.dtype,
+    windows: dict[str, Any],
+    size: int,
+) -> Iterator[Piece]:
+    """What the model gives of positions 0 to T - 2, in order; the last piece may be smaller."""
+    from knnext.lm.hidden_states import hidden_states
+
+    count = num_scored(tokenized)
+    parts: list[tuple[Tensor, ...]] = []
+    first = held = 0
+    with progress(count, "scoring", unit="tokens") as bar:
+        for batch in hidden_states(
+            model, tokenized.tokens, key_layer=key_layer, dtype=dtype, with_log_p_lm=True, **windows
+        ):
+            assert batch.log_p_lm is not None  # asked for above
+            begin = 0
+            while begin < len(batch):
+                rows = slice(begin, begin + size - held)
+                columns = (batch.keys, batch.targets, batch.log_p_lm)
+                parts.append(tuple(column[rows].cpu() for column in columns))
+                begin, held = begin + len(parts[-1][1]), held + len(parts[-1][1])
+                if held == size:
+                    yield Piece.join(first, parts)
+                    first, held, parts = first + held, 0, []
+            bar.update(len(batch))
+        if parts:
+            yield Piece.join(first, parts)
+    if first + held != count:
+        raise RuntimeError(f"hidden_states gave {first + held} positions, wanted {count}")
+
+
 def run_model(
     model: nn.Module,
     tokenized: TokenizedDocuments,
@@ -163,23 +240,18 @@ def run_model(
     windows: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, D) queries, (n,) targets and (n,) log p_lm of positions 0 to T - 2, on the CPU."""
-    from knnext.lm.hidden_states import hidden_states
-
-    count = max(0, len(tokenized.tokens) - 1)
-    if count == 0:
-        raise ValueError("tokenized holds fewer than two tokens, there is nothing to score")
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    with progress(count, "running the model", unit="tokens") as bar:
-        for batch in hidden_states(
-            model, tokenized.tokens, key_layer=key_layer, dtype=dtype, with_log_p_lm=True, **windows
-        ):
-            assert batch.log_p_lm is not None  # asked for above
-            parts.append((batch.keys.cpu(), batch.targets.cpu(), batch.log_p_lm.cpu()))
-            bar.update(len(batch.targets))
-    queries, targets, log_p_lm = (torch.cat(part) for part in zip(*parts, strict=True))
-    if targets.shape[0] != count:
-        raise RuntimeError(f"hidden_states gave {targets.shape[0]} positions, wanted {count}")
-    return queries, targets, log_p_lm.float()
+    count = num_scored(tokenized)
+    queries: Tensor | None = None
+    targets = torch.empty(count, dtype=torch.int64, device="cpu")
+    log_p_lm = torch.empty(count, dtype=torch.float32, device="cpu")
+    for piece in model_pieces(model, tokenized, key_layer, dtype, windows, _PIECE_ROWS):
+        if queries is None:
+            queries = empty_rows(count, piece.queries.shape[1], dtype)
+        queries[piece.rows] = piece.queries
+        targets[piece.rows], log_p_lm[piece.rows] = piece.targets, piece.log_p_lm
+        release(queries)
+    assert queries is not None  # there is a row
+    return queries, targets, log_p_lm
 
 
 def describe_stream(
@@ -200,29 +272,34 @@ def describe_stream(
     }
 
 
-def _search(
-    index: Index,
-    queries: Tensor,
-    k: int,
-    query_batch: int,
-    keep_indices: bool,
-    exclude_documents: Tensor | Sequence[int] | None,
-    name: str,
-) -> dict[str, Any]:
-    """Neighbors of all queries, written batch by batch into arrays of their final size."""
-    count = queries.shape[0]
-    distances = torch.empty(count, k, dtype=torch.float32, device="cpu")
-    tokens = torch.empty(count, k, dtype=torch.int32, device="cpu")
-    indices = torch.empty(count, k, dtype=torch.int64, device="cpu") if keep_indices else None
-    with progress(count, f"searching {name}".rstrip(), unit="tokens") as bar:
-        for begin in range(0, count, query_batch):
-            part = slice(begin, min(begin + query_batch, count))
-            excluded = exclude_documents
-            if isinstance(excluded, Tensor):
-                excluded = excluded[part]
-            distances[part], found = index.search(queries[part], k, excluded)
-            tokens[part] = index.tokens(found)
-            if indices is not None:
-                indices[part] = found
-            bar.update(part.stop - begin)
-    return {"distances": distances, "tokens": tokens, "indices": indices}
+class _Found:
+    """Neighbors of the positions of a text in one index, as they come in."""
+
+    def __init__(self, index: Index, count: int, k: int, keep_indices: bool) -> None:
+        self.index, self.k, self.seconds = index, k, 0.0
+        self.distances = empty_rows(count, k, torch.float32)
+        self.tokens = empty_rows(count, k, torch.int32)
+        self.indices = empty_rows(count, k, torch.int64) if keep_indices else None
+
+    def search(self, piece: Piece, exclude_documents: Tensor | Sequence[int] | None) -> None:
+        """Add a piece's rows."""
+        start = time.perf_counter()
+        if isinstance(exclude_documents, Tensor):
+            exclude_documents = exclude_documents[piece.rows]
+        distances, indices = self.index.search(piece.queries, self.k, exclude_documents)
+        self.distances[piece.rows] = distances
+        self.tokens[piece.rows] = self.index.tokens(indices)
+        if self.indices is not None:
+            self.indices[piece.rows] = indices
+        release(self.distances, self.tokens, self.indices)
+        self.seconds += time.perf_counter() - start
+
+    def scores(self, shared: dict[str, Any], lm_seconds: float) -> StreamScores:
+        """All of them, with what does not depend on the index."""
+        return StreamScores(
+            **shared,
+            distances=self.distances,
+            tokens=self.tokens,
+            indices=self.indices,
+            seconds={"lm": lm_seconds, "search": self.seconds},
+        )
