@@ -34,10 +34,10 @@ from knnext.datastore.meta import (
     Origin,
     TextFacts,
     check_byte_order,
-    creation_time,
-    installed_version,
+    new_meta,
 )
 from knnext.datastore.meta_file import read_finished, read_meta
+from knnext.datastore.parts import join
 from knnext.datastore.reader import DatastoreReader
 from knnext.datastore.resume import open_writer
 from knnext.datastore.verify import Progress, check_sizes
@@ -53,8 +53,6 @@ __all__ = [
     "IncompatibleDatastoreError",
     "UnfinishedDatastoreError",
 ]
-
-_SHARD_BYTES = 1 << 30
 
 
 class Datastore(DatastoreReader):
@@ -113,29 +111,20 @@ class Datastore(DatastoreReader):
             IncompatibleDatastoreError: a resumed build has other parameters; names each.
             DatastoreLockedError: another process is writing to it.
         """
-        check_byte_order()
-        if not isinstance(dim, int) or not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dim, dtype: got {dim!r}, {dtype!r}, want an int and a torch.dtype")
-        fitting = max(1, _SHARD_BYTES // max(1, dim * dtype.itemsize))
-        meta = DatastoreMeta(
-            dim=dim,
-            dtype=dtype,
+        meta = new_meta(
+            dim,
+            dtype,
+            entries_per_shard,
             metric=metric,
-            num_entries=0,
-            entries_per_shard=fitting if entries_per_shard is None else entries_per_shard,
             key_layer=key_layer,
             model_id=model_id,
             model_revision=model_revision,
+            model=model,
             tokenizer_hash=tokenizer_hash,
             vocab_size=vocab_size,
             corpus=corpus,
-            origin=None if origin is None else dict(origin),
-            created=creation_time(),
-            knnext_version=installed_version(),
-            documents=None,
-            shards=(),
-            text=None if text is None else dict(text),
-            model=None if model is None else dict(model),
+            text=text,
+            origin=origin,
         )
         writer = open_writer(
             Path(path),
@@ -286,6 +275,16 @@ class Datastore(DatastoreReader):
         with stores[0]._create_like(path, {"merge_of": prints}, resume, **facts) as target:
             merge_rows(target._writing("merge"), stores, progress)
         return target
+
+    @staticmethod
+    def join(path: str | Path) -> Datastore:
+        """The datastore whose parts lie in ``path``, opened; joined first, if it is not yet.
+
+        Parts are made by ``build_datastore(..., part=)`` or ``parts=``. No row is copied.
+        UnfinishedDatastoreError names those that are missing.
+        """
+        join(Path(path))
+        return Datastore.open(path)
 
     @staticmethod
     def import_legacy(

@@ -16,12 +16,13 @@ from torch import nn
 
 from knnext.corpus import SplitFacts, TokenizedDocuments, separator_token, window_bos
 from knnext.datastore import Datastore
+from knnext.datastore.build_job import BuildJob, build_in_parts
+from knnext.datastore.parts import read_plan
 from knnext.datastore.room import check_room, row_bytes
-from knnext.lm.hidden_states import default_block_size, find_key_module, hidden_states
+from knnext.lm.hidden_states import default_block_size, find_key_module
 from knnext.lm.key_layer import capture_hidden_states
 from knnext.lm.load import model_identity, model_parts, sha256, tokenizer_hash
 from knnext.lm.running import evaluating, trace_inputs
-from knnext.progress import Progress
 
 
 def build_datastore(
@@ -38,6 +39,9 @@ def build_datastore(
     batch_size: int = 8,
     corpus: str | SplitFacts | None = None,
     bos_each_window: bool | None = None,
+    part: tuple[int, int] | None = None,
+    parts: int | None = None,
+    rank: tuple[int, int] = (0, 1),
     resume: bool = True,
     **renamed: Any,
 ) -> Datastore:
@@ -52,6 +56,14 @@ def build_datastore(
     splits and know the text again; or a description for people. See ``hidden_states`` for the
     windows; ``bos_each_window`` begins each with the tokenizer's bos, by default where the
     tokenizer does so by itself.
+
+    Several processes build one datastore in ``parts``, cut at batches, so that keys, values and
+    documents have the bytes of one process: each takes parts that nobody has taken until none is
+    left, and returns when the datastore is joined. ``rank`` (of how many) says with which parts a
+    process begins; of more than one, each gets 8 parts if ``parts`` does not say. A folder that was
+    begun in parts is gone on with in as many. ``part=(3, 64)`` builds the third of 64 parts alone,
+    counted from 1; where it was the last that was missing the datastore is joined and returned,
+    else the part.
     """
     _refuse(renamed)
     block = default_block_size(model) if block_size is None else block_size
@@ -63,47 +75,37 @@ def build_datastore(
     width = key_width(model, key_layer)
     check_room(path, total, row_bytes(width, key_dtype))
     model_id, revision = model_identity(model)
-    store = Datastore.create(
-        path,
+    job = BuildJob(
+        model,
+        tokenized,
+        {"block_size": block, "stride": step, "batch_size": batch_size, "bos": bos},
         width,
         key_dtype,
-        metric=metric,
-        key_layer=key_layer,
-        model_id=model_id,
-        model_revision=revision,
-        model=model_parts(model),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        vocab_size=_vocab_size(model),
-        corpus=name,
-        text=None if facts is None else facts.to_dict(),
-        origin={
+        {
+            "metric": metric,
+            "key_layer": key_layer,
+            "model_id": model_id,
+            "model_revision": revision,
+            "model": model_parts(model),
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "vocab_size": _vocab_size(model),
+            "corpus": name,
+            "text": None if facts is None else facts.to_dict(),
+        },
+        {
             "tokens": sha256(tokenized.tokens.tobytes()),
             "block_size": block,
             "stride": step,
             "batch_size": batch_size,
             **({} if bos is None else {"bos": bos}),
         },
-        resume=resume,
     )
-    with store, Progress(total, "build the datastore", "tokens") as bar:
-        store.set_document_names(tokenized.names, tokenized.hashes)
-        bar.update(store.num_entries)
-        batches = hidden_states(
-            model,
-            tokenized.tokens,
-            key_layer=key_layer,
-            block_size=block,
-            stride=step,
-            batch_size=batch_size,
-            dtype=key_dtype,
-            start=store.num_entries,
-            bos=bos,
-        )
-        for batch in batches:
-            documents = tokenized.document_of(batch.positions.cpu().numpy() + 1)
-            store.append(batch.keys, batch.targets, torch.from_numpy(documents))
-            bar.update(len(batch))
-    return store
+    alone = part is None and parts is None and rank[1] == 1
+    if alone and read_plan(Path(path)) is None:
+        return job.write(path, "build the datastore", (0, total), job.origin, resume=resume)
+    if not resume:
+        raise ValueError("resume=False: a build in parts goes on with what other processes began")
+    return build_in_parts(job, Path(path), part, parts, rank)
 
 
 def _refuse(renamed: dict[str, Any]) -> None:

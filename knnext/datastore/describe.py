@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta
+from knnext.datastore.meta_file import missing_parts, ranges
 from knnext.say import binary_size
 
 
@@ -18,6 +19,7 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
         f"of at most {meta.entries_per_shard:,}",
         "keys": f"{DTYPE_NAMES[meta.dtype]} x {meta.dim:,}, {size(keys)}",
         "values": f"int32, {size(values)}",
+        **({} if meta.parts is None else {"parts": _parts(path, meta)}),
         "documents": "not kept" if meta.documents is None else f"{meta.documents.count:,}",
         "metric": meta.metric,
         "key_layer": meta.key_layer,
@@ -39,6 +41,15 @@ def size(num_bytes: int) -> str:
     if num_bytes < 1024:
         return f"{num_bytes} bytes"
     return f"{num_bytes:,} bytes ({binary_size(num_bytes)})"
+
+
+def _parts(path: Path, meta: DatastoreMeta) -> str:
+    count, rows = len(meta.parts or ()), sum(part.rows for part in meta.parts or ())
+    if meta.num_entries or not rows:
+        return f"{count:,}, joined"
+    missing = missing_parts(path, meta)
+    lacking = f"missing {ranges(missing)}" if missing else "not joined yet"
+    return f"{count - len(missing):,} of {count:,} whole, of {rows:,} entries in all; {lacking}"
 
 
 def _with_revision(meta: DatastoreMeta) -> str | None:

@@ -158,7 +158,7 @@ class DocumentWriter:
         used, positions = np.unique(ids, return_index=True)
         fresh = used >= self._begun
         if fresh.any():
-            self._begin(used[fresh], positions[fresh] + first_row)
+            self.begin(used[fresh], positions[fresh] + first_row)
 
     def append_runs(self, runs: DocumentRuns, first_row: int) -> None:
         """``(name, rows)`` pairs in row order. Neighbouring pairs of one name are one document."""
@@ -177,7 +177,7 @@ class DocumentWriter:
         """Store every planned name, so that ids of documents without rows keep their meaning."""
         self._name(len(self._planned))
 
-    def _begin(self, used: Int64Array, starts: Int64Array) -> None:
+    def begin(self, used: Int64Array, starts: Int64Array) -> None:
         """Begin all documents up to ``used[-1]``; ``starts`` are the first rows of ``used``."""
         if int(used[-1]) - self._begun - len(used) > _MAX_EMPTY:
             raise ValueError(

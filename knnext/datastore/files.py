@@ -185,11 +185,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 class WriterLock:
-    """Exclusive advisory lock on a datastore; the kernel drops it when the process dies."""
+    """Exclusive advisory lock on a datastore; the kernel drops it when the process dies.
 
-    def __init__(self, directory: Path) -> None:
+    ``name`` is the file that is locked. Where the file system has no locks there is a warning, and
+    with ``needed`` a DatastoreError.
+    """
+
+    def __init__(self, directory: Path, name: str = LOCK_FILE, *, needed: bool = False) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(directory / LOCK_FILE, flags, 0o666), "r+b", buffering=0)
+        self._file = os.fdopen(os.open(directory / name, flags, 0o666), "r+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -198,6 +202,12 @@ class WriterLock:
                 raise DatastoreLockedError(
                     f"{directory}: another process is writing to this datastore; "
                     "wait for it, or end it and resume"
+                ) from None
+            if needed:
+                self.release()
+                raise DatastoreError(
+                    f"{directory}: its file system has no locks ({error}), by which processes "
+                    "could share the parts between them; give each its own, as --part 3/64"
                 ) from None
             # Some network file systems have no locks; a build there is still worth having.
             warnings.warn(f"{directory}: no lock against a second writer ({error})", stacklevel=4)

@@ -19,6 +19,8 @@ from knnext.datastore.errors import (
 
 MAGIC = "knnext-datastore"
 FORMAT_VERSION = 1
+#: Of datastores that are joined from parts, which no reader of version 1 could find.
+PARTS_VERSION = 2
 META_FILE = "meta.json"
 BUILD_FILE = "build.json"
 
@@ -31,6 +33,7 @@ STARTS_FILE = "document-starts.bin"
 NAMES_FILE = "document-names.jsonl"
 HASHES_FILE = "document-hashes.bin"
 HASH_BYTES = 16
+_SHARD_BYTES = 1 << 30  # of keys in a shard, where nobody says otherwise
 
 Origin = Mapping[str, str | int | float | bool]
 #: Part by part what the states depend on, to name what differs (`knnext.lm.load.model_parts`).
@@ -44,9 +47,17 @@ def shard_names(index: int) -> tuple[str, str]:
     return f"keys-{index:05d}.bin", f"values-{index:05d}.bin"
 
 
+def part_folder(number: int) -> str:
+    """The folder of part ``number``, counted from 1."""
+    return f"part-{number:05d}"
+
+
 @dataclass(frozen=True)
 class FileMeta:
-    """One file: its name in the folder, its committed bytes, the checksum of those bytes."""
+    """One file: its name in the folder, its committed bytes, the checksum of those bytes.
+
+    Of a shard of a joined datastore the name begins with the part's folder and a slash.
+    """
 
     file: str
     num_bytes: int
@@ -60,6 +71,14 @@ class ShardMeta:
     rows: int
     keys: FileMeta
     values: FileMeta
+
+
+@dataclass(frozen=True)
+class PartMeta:
+    """A part of a joined datastore: the folder, in its own, of a datastore of ``rows`` rows."""
+
+    folder: str
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,10 @@ class DocumentsMeta:
 
 @dataclass(frozen=True)
 class DatastoreMeta:
-    """Everything in ``meta.json``. ``None`` means: not known to whoever built the datastore."""
+    """Everything in ``meta.json``. ``None`` means: not known to whoever built the datastore.
+
+    ``parts`` are those that a datastore is joined from, or is to be: until then it has no rows.
+    """
 
     dim: int
     dtype: torch.dtype
@@ -101,6 +123,7 @@ class DatastoreMeta:
     shards: tuple[ShardMeta, ...]
     text: TextFacts | None = None
     model: ModelParts | None = None
+    parts: tuple[PartMeta, ...] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -113,6 +136,37 @@ class DatastoreMeta:
         if self.documents is not None:
             found += self.documents.files()
         return found
+
+
+def new_meta(
+    dim: int,
+    dtype: torch.dtype,
+    entries_per_shard: int | None = None,
+    *,
+    origin: Origin | None = None,
+    text: TextFacts | None = None,
+    model: ModelParts | None = None,
+    **facts: Any,
+) -> DatastoreMeta:
+    """Of a datastore that begins now; ``Datastore.create`` tells what the arguments are."""
+    check_byte_order()
+    if not isinstance(dim, int) or not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dim, dtype: got {dim!r}, {dtype!r}, want an int and a torch.dtype")
+    fitting = max(1, _SHARD_BYTES // max(1, dim * dtype.itemsize))
+    return DatastoreMeta(
+        dim=dim,
+        dtype=dtype,
+        num_entries=0,
+        entries_per_shard=fitting if entries_per_shard is None else entries_per_shard,
+        origin=None if origin is None else dict(origin),
+        created=creation_time(),
+        knnext_version=installed_version(),
+        documents=None,
+        shards=(),
+        text=None if text is None else dict(text),
+        model=None if model is None else dict(model),
+        **facts,
+    )
 
 
 # What a resumed build must repeat. The rest follows from the rows, or stays as the first
@@ -185,7 +239,13 @@ def differences(expected: DatastoreMeta, actual: DatastoreMeta, names: tuple[str
     found = []
     for name in names:
         want, have = getattr(expected, name), getattr(actual, name)
-        if want != have:
+        if want != have and name == "origin" and want and have:
+            found += [
+                f"{key}: datastore has {have.get(key)!r}, asked for {want.get(key)!r}"
+                for key in dict.fromkeys([*have, *want])
+                if have.get(key) != want.get(key)
+            ]
+        elif want != have:
             found.append(f"{name}: datastore has {have!r}, asked for {want!r}")
             if name == "model_revision" and (
                 why := model_differences(actual.model, expected.model)
@@ -230,6 +290,14 @@ def check_same_text(asked: TextFacts | None, stored: TextFacts | None, where: st
     ]
     reason = "; ".join(differ) or "its documents have changed since then"
     raise IncompatibleDatastoreError(f"{where}: it was begun with another text: {reason}")
+
+
+def check_same_build(expected: DatastoreMeta, actual: DatastoreMeta, where: str) -> None:
+    """IncompatibleDatastoreError naming what differs, unless both are of one build."""
+    same_text = check_same_text(expected.text, actual.text, where)
+    # The same documents may have moved to another folder since.
+    wanted = tuple(n for n in BUILD_PARAMETERS if not (same_text and n == "corpus"))
+    check_same(expected, actual, wanted, where)
 
 
 def check_same(

@@ -29,23 +29,28 @@ from knnext.datastore.meta import (
     MAGIC,
     META_FILE,
     NAMES_FILE,
+    PARTS_VERSION,
     STARTS_FILE,
     VALUE_BYTES,
     DatastoreMeta,
     DocumentsMeta,
     FileMeta,
+    PartMeta,
     ShardMeta,
     check_parameters,
+    part_folder,
     shard_names,
 )
 
 #: What came to the format after its first datastores; null in none of them, but not there.
-_LATER = ("text", "model")
+_LATER = ("text", "model", "parts")
+_VERSIONS = (FORMAT_VERSION, PARTS_VERSION)
 
 
 def to_json(meta: DatastoreMeta) -> bytes:
     """The bytes of ``meta.json``: the same meta gives the same bytes."""
-    body: dict[str, Any] = {"magic": MAGIC, "format_version": FORMAT_VERSION}
+    version = FORMAT_VERSION if meta.parts is None else PARTS_VERSION
+    body: dict[str, Any] = {"magic": MAGIC, "format_version": version}
     for field in fields(meta):
         body[field.name] = getattr(meta, field.name)
     for name in _LATER:  # files without them stay as they were, to the byte
@@ -54,6 +59,8 @@ def to_json(meta: DatastoreMeta) -> bytes:
     body["dtype"] = DTYPE_NAMES[meta.dtype]
     body["documents"] = None if meta.documents is None else _plain(meta.documents)
     body["shards"] = [_plain(shard) for shard in meta.shards]
+    if meta.parts is not None:
+        body["parts"] = [_plain(part) for part in meta.parts]
     body["checksum"] = _self_checksum(body)
     return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii")
 
@@ -69,10 +76,10 @@ def from_json(content: bytes, where: Path) -> DatastoreMeta:
         raise FormatVersionError(
             f"{where}: not a knnext datastore: magic is {got!r}, want {MAGIC!r}"
         )
-    if body.get("format_version") != FORMAT_VERSION:
+    if body.get("format_version") not in _VERSIONS:
         raise FormatVersionError(
             f"{where}: format version {body.get('format_version')!r}; this knnext reads "
-            f"{FORMAT_VERSION}. Open it with the knnext that wrote it"
+            f"{' and '.join(map(str, _VERSIONS))}. Open it with the knnext that wrote it"
         )
     stated = body.pop("checksum", None)
     if stated != _self_checksum(body):
@@ -114,6 +121,10 @@ def _parse(body: dict[str, Any]) -> DatastoreMeta:
         ShardMeta(int(shard["rows"]), FileMeta(**shard["keys"]), FileMeta(**shard["values"]))
         for shard in body["shards"]
     )
+    if (body["format_version"] == PARTS_VERSION) != ("parts" in body):
+        raise ValueError("parts are there in format version 2, and in no other")
+    if values["parts"] is not None:
+        values["parts"] = tuple(PartMeta(**part) for part in values["parts"])
     documents = body["documents"]
     if documents is not None:
         values["documents"] = DocumentsMeta(
@@ -128,12 +139,10 @@ def _parse(body: dict[str, Any]) -> DatastoreMeta:
 def _check_layout(meta: DatastoreMeta, where: Path) -> None:
     """The parts of one meta must agree with each other before any file is opened."""
     for file in meta.files():
-        inside(where.parent, file.file)
+        # Those of parts are compared with the only names that they may have.
+        if meta.parts is None or "/" not in file.file:
+            inside(where.parent, file.file)
         parse_checksum(file.checksum)
-    for index, shard in enumerate(meta.shards):
-        keys, values = shard_names(index)
-        _check_part(where, shard.keys, keys, shard.rows * meta.row_bytes)
-        _check_part(where, shard.values, values, shard.rows * VALUE_BYTES)
     if meta.documents is not None:
         starts, names = meta.documents.starts, meta.documents.names
         begun = min(int(starts.num_bytes) // 8, meta.documents.count)
@@ -142,10 +151,41 @@ def _check_layout(meta: DatastoreMeta, where: Path) -> None:
         if meta.documents.hashes is not None:
             size = meta.documents.count * HASH_BYTES
             _check_part(where, meta.documents.hashes, HASHES_FILE, size)
-    rows = [shard.rows for shard in meta.shards]
+    if meta.parts is None:
+        _check_shards(meta, where, meta.shards, "", meta.num_entries)
+    else:
+        _check_parts(meta, where, meta.parts)
+
+
+def _check_parts(meta: DatastoreMeta, where: Path, parts: tuple[PartMeta, ...]) -> None:
+    joined, left = bool(meta.num_entries or meta.shards), meta.shards
+    for number, part in enumerate(parts, start=1):
+        if isinstance(part.rows, bool) or not isinstance(part.rows, int) or part.rows < 0:
+            raise ValueError(f"part {number} has {part.rows!r} rows")
+        if part.folder != part_folder(number):
+            raise ValueError(f"part {number} lies in {part.folder!r}")
+        count = -(-part.rows // meta.entries_per_shard) if joined else 0
+        wanted = part.rows if joined else 0
+        _check_shards(meta, where, left[:count], f"{part.folder}/", wanted)
+        left = left[count:]
+    rows = sum(part.rows for part in parts)
+    if left or not parts or (joined and rows != meta.num_entries):
+        problem = f"{where}: its {len(parts)} parts hold {rows:,} rows, want {meta.num_entries:,}"
+        raise CorruptDatastoreError(problem, [problem])
+
+
+def _check_shards(
+    meta: DatastoreMeta, where: Path, shards: tuple[ShardMeta, ...], folder: str, wanted: int
+) -> None:
+    """``shards`` hold the ``wanted`` rows of one part, or of a whole."""
+    for index, shard in enumerate(shards):
+        keys, values = shard_names(index)
+        _check_part(where, shard.keys, folder + keys, shard.rows * meta.row_bytes)
+        _check_part(where, shard.values, folder + values, shard.rows * VALUE_BYTES)
+    rows = [shard.rows for shard in shards]
     full = all(count == meta.entries_per_shard for count in rows[:-1])
-    if sum(rows) != meta.num_entries or not full or any(count < 1 for count in rows):
-        problem = f"{where}: its shards hold {rows} rows, want {meta.num_entries:,} in all"
+    if sum(rows) != wanted or not full or any(count < 1 for count in rows):
+        problem = f"{where}: its shards hold {rows} rows, want {wanted:,} in all"
         raise CorruptDatastoreError(problem, [problem])
 
 
@@ -171,11 +211,44 @@ def read_finished(directory: Path) -> DatastoreMeta:
     except (FileNotFoundError, NotADirectoryError):
         pass
     if (directory / BUILD_FILE).exists():
-        rows = read_meta(directory, BUILD_FILE).num_entries
+        meta = read_meta(directory, BUILD_FILE)
         raise UnfinishedDatastoreError(
-            f"{directory}: the build has not ended ({rows:,} entries committed). Go on with "
-            "Datastore.create(..., resume=True), or read what is there with "
+            f"{directory}: the build has not ended ({meta.num_entries:,} entries committed). Go on "
+            "with Datastore.create(..., resume=True), or read what is there with "
             "Datastore.open(path, allow_unfinished=True)"
+            if meta.parts is None
+            else not_joined(directory, meta)
         )
     what = "has no meta.json" if directory.is_dir() else "does not exist"
     raise DatastoreError(f"{directory}: not a datastore: the folder {what}")
+
+
+def missing_parts(directory: Path, meta: DatastoreMeta) -> list[int]:
+    """Numbers, from 1, of the parts that are not whole yet."""
+    parts = enumerate(meta.parts or (), start=1)
+    return [n for n, part in parts if not (directory / part.folder / META_FILE).is_file()]
+
+
+def not_joined(directory: Path, meta: DatastoreMeta) -> str:
+    """What a datastore in parts lacks, and the commands that make it."""
+    missing, count = missing_parts(directory, meta), len(meta.parts or ())
+    if not missing:
+        return f"{directory}: its {count} parts are whole and not joined: `knnext join {directory}`"
+    return (
+        f"{directory}: of its {count} parts {count - len(missing)} are whole; missing: "
+        f"{ranges(missing)}. The `knnext build {directory}` of the others makes each with "
+        f"--part {missing[0]}/{count}{' and so on' if len(missing) > 1 else ''}, or all that are "
+        f"missing with --parts {count}"
+    )
+
+
+def ranges(numbers: list[int], most: int = 20) -> str:
+    """``"1, 3-5, 9"`` of ascending numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] + 1 == number:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    said = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:most]]
+    return ", ".join(said) + (" and more" if len(runs) > most else "")

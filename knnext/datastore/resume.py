@@ -9,14 +9,12 @@ from knnext.datastore.errors import DatastoreError
 from knnext.datastore.files import LOCK_FILE, WriterLock, replace_file, sync_directory
 from knnext.datastore.meta import (
     BUILD_FILE,
-    BUILD_PARAMETERS,
     META_FILE,
     DatastoreMeta,
     check_parameters,
-    check_same,
-    check_same_text,
+    check_same_build,
 )
-from knnext.datastore.meta_file import read_meta, to_json
+from knnext.datastore.meta_file import not_joined, read_meta, to_json
 from knnext.datastore.writer import DatastoreWriter
 
 
@@ -36,9 +34,9 @@ def open_writer(
     directory.mkdir(parents=True, exist_ok=True)
     lock = WriterLock(directory)
     try:
-        state = _read_state(directory)
+        state = read_state(directory)
         if state is None:
-            _check_empty(directory)
+            check_empty(directory)
             replace_file(directory / BUILD_FILE, to_json(meta))
             sync_directory(directory.parent)
             state = meta
@@ -49,18 +47,16 @@ def open_writer(
             )
         if entries_per_shard is None:
             meta = replace(meta, entries_per_shard=state.entries_per_shard)
-        where = f"{directory}: cannot resume"
-        same_text = check_same_text(meta.text, state.text, where)
-        # The same documents may have moved to another folder since.
-        wanted = tuple(n for n in BUILD_PARAMETERS if not (same_text and n == "corpus"))
-        check_same(meta, state, wanted, where)
+        if state.parts is not None:
+            raise DatastoreError(_in_parts(directory, state))
+        check_same_build(meta, state, f"{directory}: cannot resume")
         return DatastoreWriter(directory, state, lock, commit_seconds)
     except BaseException:
         lock.release()
         raise
 
 
-def _read_state(directory: Path) -> DatastoreMeta | None:
+def read_state(directory: Path) -> DatastoreMeta | None:
     """The last commit: of a build, else of the finished datastore."""
     for name in (BUILD_FILE, META_FILE):
         try:
@@ -70,7 +66,7 @@ def _read_state(directory: Path) -> DatastoreMeta | None:
     return None
 
 
-def _check_empty(directory: Path) -> None:
+def check_empty(directory: Path) -> None:
     # A build killed before its first commit leaves these two, and nothing else.
     own = {LOCK_FILE, f"{BUILD_FILE}.tmp"}
     foreign = sorted({path.name for path in directory.iterdir()} - own)
@@ -79,3 +75,12 @@ def _check_empty(directory: Path) -> None:
             f"{directory}: not empty (it holds {foreign[0]!r}) and not a datastore; "
             "choose a new or an empty folder"
         )
+
+
+def _in_parts(directory: Path, state: DatastoreMeta) -> str:
+    if (directory / BUILD_FILE).exists():
+        return f"{not_joined(directory, state)}. It is not written to as a whole"
+    return (
+        f"{directory}: is joined from {len(state.parts or ())} parts, and nothing can be appended "
+        "to it; Datastore.merge copies it together with other rows"
+    )

@@ -21,8 +21,8 @@ def row_bytes(dim: int, dtype: torch.dtype) -> int:
 def check_room(path: str | Path, rows: int, bytes_of_row: int, also: str = "") -> None:
     """DatastoreWriteError where the disk of ``path`` has not the room for ``rows`` rows.
 
-    Rows that an earlier build left there are there already. ``also``: what the row's bytes hold
-    beside key and value, for the message.
+    Rows that an earlier build left there are there already, and so are those of parts. ``also``:
+    what the row's bytes hold beside key and value, for the message.
     """
     needed = max(0, rows - _committed(Path(path))) * bytes_of_row
     free = free_bytes(path)
@@ -45,7 +45,13 @@ def free_bytes(path: str | Path) -> int:
 def _committed(path: Path) -> int:
     for name in (BUILD_FILE, META_FILE):
         try:
-            return read_meta(path, name).num_entries
+            meta = read_meta(path, name)
+            return meta.num_entries or sum(_written(path / p.folder) for p in meta.parts or ())
         except (OSError, DatastoreError):
             continue  # the build itself says what is wrong there
     return 0
+
+
+def _written(part: Path) -> int:
+    """Rows of a part that others may be writing now: what they have taken of the disk is gone."""
+    return sum(file.stat().st_size for file in part.glob("values-*.bin")) // VALUE_BYTES

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from knnext.datastore.errors import CorruptDatastoreError
+from knnext.datastore.errors import CorruptDatastoreError, DatastoreError
 from knnext.datastore.files import check_file, file_checksum, parse_checksum
 from knnext.datastore.meta import META_FILE, DatastoreMeta, FileMeta
 
@@ -19,6 +19,12 @@ _THREADS = 4  # checksums run outside the interpreter lock, and disks like sever
 def check_sizes(path: Path, meta: DatastoreMeta) -> None:
     """CorruptDatastoreError naming every file that is missing or too short."""
     problems: list[str] = []
+    for part in meta.parts or ():
+        folder = path / part.folder
+        if folder.is_symlink():
+            raise DatastoreError(
+                f"{folder}: links out of the datastore's folder are not followed (move it there)"
+            )
     for file in meta.files():
         try:
             check_file(path / file.file, file.num_bytes)

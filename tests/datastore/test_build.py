@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from knnext.corpus import Document, TokenizedDocuments
-from knnext.datastore import DatastoreError, IncompatibleDatastoreError, build
+from knnext.datastore import DatastoreError, IncompatibleDatastoreError, build_job
 from knnext.datastore.build import build_datastore
 from knnext.lm.hidden_states import hidden_states
 from knnext.lm.load import model_identity, tokenizer_hash
@@ -82,7 +82,7 @@ def test_a_stopped_build_goes_on_to_the_same_bytes(
             yield batch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build, "hidden_states", breaking)
+        patch.setattr(build_job, "hidden_states", breaking)
         build_datastore(model, tokenizer, text, tmp_path / "broken", **WINDOWS)
     again = build_datastore(model, tokenizer, text, tmp_path / "broken", **WINDOWS)
     assert len(again) == len(text) - 1

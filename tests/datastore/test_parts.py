@@ -1,0 +1,393 @@
+"""A datastore that several processes build: the bytes of one, whatever the cut, and who died."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from knnext.corpus import Document, TokenizedDocuments
+from knnext.datastore import (
+    Datastore,
+    DatastoreError,
+    DatastoreLockedError,
+    IncompatibleDatastoreError,
+    UnfinishedDatastoreError,
+    build_job,
+    claims,
+    parts,
+)
+from knnext.datastore.build import build_datastore
+from knnext.lm.hidden_states import hidden_states
+from knnext.lm.train import train_tokenizer
+from tests.lm.tiny_models import random_tokens, tiny
+
+#: Documents of no token, of one, of many batches; two at the end that have no rows.
+LENGTHS = [1, 0, 40, 7, 0, 0, 90, 3, 1, 60, 0, 0]
+WINDOWS: dict[str, Any] = {"block_size": 16, "stride": 8, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer([Document("a", "some text to learn from\n" * 9)], vocab_size=260)
+
+
+def stream(lengths: list[int], *, hashed: bool = True) -> TokenizedDocuments:
+    tokens = random_tokens(sum(lengths)).numpy().astype(np.int32)
+    offsets, count = np.cumsum([0, *lengths]), len(lengths)
+    names = [f"döc {i}" for i in range(count)]
+    hashes = np.arange(count * 16, dtype=np.uint8).reshape(count, 16) if hashed else None
+    ones = np.ones(count, int)
+    return TokenizedDocuments(tokens, offsets, names, ones, ones, hashes)
+
+
+@pytest.fixture(scope="module")
+def text() -> TokenizedDocuments:
+    return stream(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer: Any, text: TokenizedDocuments, tmp_path_factory: Any) -> Datastore:
+    path = tmp_path_factory.mktemp("whole") / "store"
+    return build_datastore(tiny("gpt2"), tokenizer, text, path, **WINDOWS)
+
+
+def check_same(store: Datastore, whole: Datastore) -> None:
+    """Keys, values and the files of documents have the same bytes; the rest agrees."""
+    again = Datastore.open(store.path, verify=True)
+    assert again.fingerprint == store.fingerprint and len(again) == len(whole)
+    for name in ("keys", "values"):
+        got, want = (getattr(one, name)[0 : len(one)].view(torch.uint8) for one in (again, whole))
+        assert torch.equal(got, want)
+    found, wanted = again.meta.documents, whole.meta.documents
+    assert found == wanted
+    for file in () if wanted is None else wanted.files():
+        assert (again.path / file.file).read_bytes() == (whole.path / file.file).read_bytes()
+    same = ("dim", "dtype", "metric", "key_layer", "origin", "text", "vocab_size", "model_revision")
+    assert all(getattr(again.meta, name) == getattr(whole.meta, name) for name in same)
+    assert not (again.path / "build.json").exists() and not again.unfinished
+
+
+def make_parts(
+    tokenizer: Any, text: TokenizedDocuments, path: Path, numbers: Any, count: int, **options: Any
+) -> Datastore:
+    for number in numbers:
+        store = build_datastore(
+            tiny("gpt2"), tokenizer, text, path, part=(number, count), **{**WINDOWS, **options}
+        )
+    return store
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_parts_have_the_bytes_of_one_process(
+    tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path, count: int
+) -> None:
+    """Whatever the order; the last joins, and nothing is copied. With 40 some are empty."""
+    order = [*range(2, count + 1), 1]
+    store = make_parts(tokenizer, text, tmp_path / "store", order, count)
+    check_same(store, whole)
+    assert store.meta.parts is not None and len(store.meta.parts) == count
+    files = {file.name for file in (tmp_path / "store").iterdir() if file.is_file()}
+    documents = {"document-starts.bin", "document-names.jsonl", "document-hashes.bin"}
+    assert files == {"meta.json", ".lock", *documents}
+    rows = [len(Datastore.open(tmp_path / "store" / part.folder)) for part in store.meta.parts]
+    assert rows == [part.rows for part in store.meta.parts] and (0 in rows) == (count == 40)
+
+
+@pytest.mark.parametrize(
+    ("windows", "lengths"),
+    [
+        ({"block_size": 16, "stride": 16, "batch_size": 1}, LENGTHS),
+        ({"block_size": 9, "stride": 2, "batch_size": 5}, [30, 1, 50]),
+        ({"block_size": 64, "stride": 32, "batch_size": 8}, [20]),  # one batch
+        ({"block_size": 16, "stride": 8, "batch_size": 2}, [1]),  # no row
+    ],
+)
+def test_other_grids(
+    tokenizer: Any, tmp_path: Path, windows: dict[str, Any], lengths: list[int]
+) -> None:
+    text = stream(lengths, hashed=False)
+    model = tiny("gpt2")
+    whole = build_datastore(model, tokenizer, text, tmp_path / "whole", **windows)
+    for count in (3, 7):
+        path = tmp_path / str(count)
+        check_same(build_datastore(model, tokenizer, text, path, parts=count, **windows), whole)
+
+
+def test_parts_whose_shards_are_small(
+    tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Shards end inside the parts, too; every way to read goes across them."""
+    from knnext.datastore import meta
+
+    monkeypatch.setattr(meta, "_SHARD_BYTES", 11 * 64)
+    store = make_parts(tokenizer, text, tmp_path / "store", [1, 2, 3], 3)
+    check_same(store, whole)
+    rows = [shard.rows for shard in store.meta.shards]
+    assert max(rows) == 11 and len(rows) == sum(-(-p.rows // 11) for p in store.meta.parts or ())
+    picked = torch.tensor([[200, 0], [66, 67]])
+    assert torch.equal(store.keys[picked], whole.keys[picked])
+    assert torch.equal(store.document_of(picked), whole.document_of(picked))
+    assert [first for first, _ in store.keys.pieces(1000)][:2] == [0, 11]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_stopped_part_goes_on(
+    tokenizer: Any,
+    text: TokenizedDocuments,
+    whole: Datastore,
+    tmp_path: Path,
+    alone: bool,
+    monkeypatch: Any,
+) -> None:
+    """By its number, or by whoever shares the rest; committed rows are not computed again."""
+    path, begun = tmp_path / "store", []
+
+    def breaking(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        begun.append(kwargs["start"])
+        for i, batch in enumerate(hidden_states(*args, **kwargs)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build_job, "hidden_states", breaking)
+        make_parts(tokenizer, text, path, [2], 3)
+    with pytest.raises(UnfinishedDatastoreError, match=r"of its 3 parts 0 are whole; missing: 1-3"):
+        Datastore.open(path)
+    seen = Datastore.open(path, allow_unfinished=True)
+    assert len(seen) == 0 and "0 of 3 whole, of 201 entries" in seen.describe()
+    with pytest.raises(UnfinishedDatastoreError, match=r"--part 1/3 and so on, .*--parts 3"):
+        Datastore.join(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_job, "hidden_states", lambda *a, **k: breaking_never(begun, *a, **k))
+        if alone:
+            store = make_parts(tokenizer, text, path, [2, 1, 3], 3)
+        else:  # without a word of parts, as they were begun
+            store = build_datastore(tiny("gpt2"), tokenizer, text, path, **WINDOWS)
+    check_same(store, whole)
+    assert begun[0] < begun[1 if alone else 2] and len(begun) == 4
+
+
+def breaking_never(begun: list[int], *args: Any, **kwargs: Any) -> Any:
+    begun.append(kwargs["start"])
+    return hidden_states(*args, **kwargs)
+
+
+def test_another_build_is_refused_by_name(
+    tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path
+) -> None:
+    model, other = tiny("gpt2"), copy.deepcopy(tiny("gpt2"))
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.add_(1e-3)
+    path = tmp_path / "store"
+    make_parts(tokenizer, text, path, [1], 3)
+    changed = copy.deepcopy(text)
+    changed.tokens[5] = 9
+    cases: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (other, text, {}, r"model_revision: .*differ in weights"),
+        (model, changed, {}, "tokens: datastore has"),
+        (model, text, {"stride": 4}, "stride: datastore has 8, asked for 4"),
+        (model, text, {"batch_size": 1}, "batch_size: datastore has 2, asked for 1"),
+        (model, text, {"key_layer": "ffn"}, "key_layer: datastore has 'att', asked for 'ffn'"),
+        (model, text, {"key_dtype": torch.float32}, "dtype"),
+        (model, text, {"part": (1, 4)}, "parts: datastore has 3, asked for 4"),
+        (model, text, {"part": None, "parts": 2}, "parts: datastore has 3, asked for 2"),
+    ]
+
+    def refused() -> None:
+        for wrong, tokenized, options, message in cases:
+            every = {"part": (2, 3), **WINDOWS, **options}
+            with pytest.raises(IncompatibleDatastoreError, match=message):
+                build_datastore(wrong, tokenizer, tokenized, path, **every)
+
+    refused()
+    make_parts(tokenizer, text, path, [2, 3], 3)
+    refused()  # of what is joined, too
+    with pytest.raises(ValueError, match="goes on with what other"):
+        build_datastore(model, tokenizer, text, path, resume=False, **WINDOWS)
+    check_same(build_datastore(model, tokenizer, text, path, **WINDOWS), whole)
+    with pytest.raises(DatastoreError, match=r"joined from 3 parts.*Datastore\.merge"):
+        Datastore.create(path, 32, resume=True)
+
+
+@pytest.mark.parametrize("number", [0, -1, 4])
+def test_parts_are_counted_from_one(
+    tokenizer: Any, text: TokenizedDocuments, tmp_path: Path, number: int
+) -> None:
+    hint = "task 0 of 3 makes part 1/3" if number == 0 else "want 1/3 to 3/3"
+    with pytest.raises(ValueError, match=rf"part: got {number}/3.*{hint}"):
+        make_parts(tokenizer, text, tmp_path / "store", [number], 3)
+    assert not (tmp_path / "store").exists()
+
+
+def test_one_process_and_parts_do_not_mix(
+    tokenizer: Any, text: TokenizedDocuments, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    with pytest.raises(DatastoreError, match="does not exist"):
+        Datastore.join(path)
+    build_datastore(tiny("gpt2"), tokenizer, text, path, **WINDOWS)
+    with pytest.raises(DatastoreError, match="holds a datastore of one process"):
+        make_parts(tokenizer, text, path, [1], 3)
+    with pytest.raises(DatastoreError, match="built by one process, there is nothing to join"):
+        Datastore.join(path)
+    with pytest.raises(DatastoreError, match=r"not empty.*'store'"):
+        make_parts(tokenizer, text, tmp_path, [1], 3)
+
+
+def joining(tokenizer: Any, text: TokenizedDocuments, path: Path) -> None:
+    """All parts whole, and not joined yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_job, "missing_parts", lambda *_: [1])
+        make_parts(tokenizer, text, path, [1, 2, 3], 3)
+    with pytest.raises(UnfinishedDatastoreError, match="3 parts are whole and not joined: `knnext"):
+        Datastore.open(path)
+
+
+def test_a_wrong_part_is_not_joined(
+    tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path
+) -> None:
+    good, path = tmp_path / "good", tmp_path / "store"
+    joining(tokenizer, text, good)
+    make_parts(tokenizer, text, tmp_path / "layer", [1, 2], 3, key_layer="ffn")
+    make_parts(tokenizer, text, tmp_path / "two", [1], 2)
+    for wrong, message in (
+        (tmp_path / "layer" / "part-00002", "key_layer: datastore has 'ffn', asked for 'att'"),
+        (tmp_path / "two" / "part-00001", "parts: datastore has 2, asked for 3"),
+        (good / "part-00003", "part: datastore has 3, asked for 2"),
+    ):
+        shutil.copytree(good, path)
+        shutil.rmtree(path / "part-00002")
+        shutil.copytree(wrong, path / "part-00002")
+        with pytest.raises(IncompatibleDatastoreError, match=rf"not part 2 of 3.*{message}"):
+            Datastore.join(path)
+        shutil.rmtree(path)
+    shutil.copytree(good, path)
+    (path / "part-00002" / "keys-00000.bin").unlink()
+    with pytest.raises(DatastoreError, match=r"part-00002/keys-00000\.bin: missing"):
+        Datastore.join(path)
+    check_same(Datastore.join(good), whole)
+    check_same(Datastore.join(good), whole)  # once more changes nothing
+
+
+def test_a_joined_datastore_moves_as_one_folder_and_reads_nothing_outside(
+    tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path
+) -> None:
+    make_parts(tokenizer, text, tmp_path / "here", [1, 2], 2)
+    (tmp_path / "here").rename(tmp_path / "there")
+    store = Datastore.open(tmp_path / "there", verify=True)
+    check_same(store, whole)
+    assert "2, joined" in store.describe()
+    copied = store.subsample(0.5, path=tmp_path / "half")
+    assert copied.meta.parts is None
+    wanted = whole.subsample(0.5)
+    assert torch.equal(copied.keys[:], wanted.keys[:])
+    merged = Datastore.merge([store, whole], tmp_path / "merged")
+    assert len(merged) == 2 * len(whole) and merged.num_documents == 2 * len(LENGTHS)
+    part = tmp_path / "there" / "part-00001"
+    part.rename(tmp_path / "elsewhere")
+    part.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DatastoreError, match="part-00001: links out of the datastore"):
+        Datastore.open(tmp_path / "there")
+    part.unlink()
+    (tmp_path / "elsewhere").rename(part)
+    body = json.loads((tmp_path / "there" / "meta.json").read_text())
+    assert body["format_version"] == 2 and body["parts"][0] == {"folder": "part-00001", "rows": 104}
+    keys = part / "keys-00000.bin"
+    content = bytearray(keys.read_bytes())
+    content[9] ^= 1
+    keys.write_bytes(content)
+    with pytest.raises(DatastoreError, match=r"1 of 7 files .*part-00001/keys-00000\.bin"):
+        Datastore.open(tmp_path / "there", verify=True)
+
+
+def test_a_claimed_part_is_left_to_its_process_and_waited_for(
+    tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What a process holds is taken by nobody; when it ends, however, by whoever waits."""
+    path = tmp_path / "store"
+    make_parts(tokenizer, text, path, [3], 3)
+    (path / "part-00002").mkdir()
+    held = claims.WriterLock(path / "part-00002")
+    with pytest.raises(DatastoreLockedError):
+        make_parts(tokenizer, text, path, [2], 3)
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            held.release()  # as the kernel does when the process dies
+
+    monkeypatch.setattr(claims.time, "sleep", sleep)
+    with pytest.warns(UserWarning, match="waiting for part 2, of other processes"):
+        store = build_datastore(tiny("gpt2"), tokenizer, text, path, parts=3, **WINDOWS)
+    assert len(looks) == 3
+    check_same(store, whole)
+
+
+def test_nobody_waits_for_a_part_that_stands_still(
+    tokenizer: Any, text: TokenizedDocuments, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path = tmp_path / "store"
+    make_parts(tokenizer, text, path, [1], 2)
+    (path / "part-00002").mkdir()
+    held = claims.WriterLock(path / "part-00002")
+    monkeypatch.setattr(claims, "_SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(claims, "_LOOK_SECONDS", 0.01)
+    try:
+        with (
+            pytest.warns(UserWarning, match="waiting"),
+            pytest.raises(
+                DatastoreLockedError, match=r"part 2: claimed .* End it, and run the same"
+            ),
+        ):
+            build_datastore(tiny("gpt2"), tokenizer, text, path, parts=2, **WINDOWS)
+    finally:
+        held.release()
+
+
+def test_without_locks_nothing_is_shared(
+    tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """By its number each process can still make its own."""
+    import errno
+    import fcntl
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = tmp_path / "store"
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.warns(UserWarning, match="no lock against"),
+        pytest.raises(DatastoreError, match=r"has no locks .*as --part 3/64"),
+    ):
+        build_datastore(tiny("gpt2"), tokenizer, text, path, parts=2, **WINDOWS)
+    with pytest.warns(UserWarning, match="no lock against"):
+        store = make_parts(tokenizer, text, path, [1, 2], 2)
+    check_same(store, whole)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (8, 3), (2, 4), (64, 8)])
+def test_ranks_begin_apart_and_go_through_all(count: int, size: int) -> None:
+    orders = [claims.in_turn(count, rank, size) for rank in range(size)]
+    assert all(sorted(order) == [*range(1, count + 1)] for order in orders)
+    assert len({order[0] for order in orders}) == min(count, size)
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 64])
+def test_cuts_are_near_equal_and_at_batches(count: int) -> None:
+    ends = np.cumsum(np.random.default_rng(0).integers(1, 9, 50))
+    found = parts.cut(ends, count)
+    rows = np.cumsum([part.rows for part in found])
+    assert len(found) == count and rows[-1] == ends[-1] and {*rows} <= {0, *ends}
+    batches = np.diff(np.searchsorted(ends, rows, side="right"), prepend=0)
+    assert batches.max() - batches.min() <= 1
