@@ -16,6 +16,7 @@ from knnext.datastore.errors import (
     DatastoreError,
     IncompatibleDatastoreError,
 )
+from knnext.lm.config_facts import settings_differences
 
 MAGIC = "knnext-datastore"
 FORMAT_VERSION = 1
@@ -251,6 +252,8 @@ def differences(expected: DatastoreMeta, actual: DatastoreMeta, names: tuple[str
                 why := model_differences(actual.model, expected.model)
             ):
                 found.append(why)
+        elif name == "model_revision":
+            found += settings_differences(actual.model, expected.model)
     return "; ".join(found)
 
 

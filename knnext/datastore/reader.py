@@ -20,6 +20,7 @@ from knnext.datastore.meta import DatastoreMeta, model_differences
 from knnext.datastore.meta_file import to_json
 from knnext.datastore.rows import LazyRows, Place, ShardFiles, check_rows
 from knnext.datastore.verify import Progress, verify
+from knnext.lm.config_facts import settings_differences
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -175,7 +176,8 @@ class DatastoreReader:
 
         Keywords are fields of :attr:`meta` (model_id, key_layer, dim, dtype, metric,
         tokenizer_hash, vocab_size, ...). What is None, here or in the datastore, is not compared.
-        ``model`` decides nothing by itself: it tells in what a ``model_revision`` differs.
+        ``model`` tells in what a ``model_revision`` differs, and where that is the same, decides by
+        what no weights tell: a quantization's kind, settings of the model's config.
         """
         unknown = expected.keys() - DatastoreMeta.__dataclass_fields__.keys()
         if unknown:
@@ -188,6 +190,8 @@ class DatastoreReader:
         ]
         if any(text.startswith("model_revision:") for text in found):
             found += filter(None, [model_differences(self.meta.model, model)])
+        else:
+            found += settings_differences(self.meta.model, model)
         if found:
             raise IncompatibleDatastoreError(f"{self.path}: " + "; ".join(found))
 

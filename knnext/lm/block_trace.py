@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from knnext.lm.positions import Place, dependence, output_tensor, positions_first, replaced
-from knnext.lm.running import TRACE_LENGTH, first_tensor, here, trace_inputs
+from knnext.lm.quantized import is_quantized
+from knnext.lm.running import first_tensor, here, trace_inputs, trace_length
 
 #: Without derivatives: above this share of the change elsewhere, a change is no rounding.
 _MIXING_SHARE = 0.02
+#: Where eight bits of a row are cut by the range of all rows, rounding is more than that.
+_MIXING_SHARE_QUANTIZED = 0.1
 
 
 @dataclass(eq=False)
@@ -77,6 +80,7 @@ class BlockTrace:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.length = trace_length(model)
         self.root = _traced(model)
         self._alone: dict[tuple[int, int], bool] = {}
         self.block = self._last_block()
@@ -92,7 +96,7 @@ class BlockTrace:
         return self._alone[known]
 
     def _asked(self, inner: Call, outer: Call) -> bool:
-        length = _length(inner.read)
+        length = _length(inner.read, self.length)
         if length < 2:
             return False
         slopes = dependence(
@@ -106,7 +110,14 @@ class BlockTrace:
         )
         if slopes is not None and bool(slopes[-1] > 0):
             return not bool(slopes[:-1].any())
-        return _unmoved(inner, length) if inner is outer else True
+        share = _MIXING_SHARE_QUANTIZED if is_quantized(self.model) else _MIXING_SHARE
+        return _unmoved(inner, length, share) if inner is outer else True
+
+    def peers(self) -> list[nn.Module]:
+        """The last block and those that stand in one list with it, in their order there."""
+        lists = _outer_lists(self.model)
+        owner = lists[id(self.block.module)]
+        return [m for m in self.model.modules() if lists.get(id(m)) == owner]
 
     def _head(self) -> list[Call]:
         getter = getattr(self.model, "get_output_embeddings", None)
@@ -132,7 +143,7 @@ class BlockTrace:
                 return block
         raise ValueError(
             f"{type(self.model).__name__} has no list of blocks that ran in a forward pass of "
-            f"{TRACE_LENGTH} tokens; {how_to_name()}"
+            f"{self.length} tokens; {how_to_name()}"
         )
 
 
@@ -141,12 +152,18 @@ def num_matrices(module: nn.Module) -> int:
 
 
 def _matrices(module: nn.Module) -> set[int]:
-    """Of a layer that an adapter is wrapped around (PEFT): the layer's own."""
+    """Of a layer that an adapter is wrapped around (PEFT): the layer's own.
+
+    A linear layer has one, also where it is packed into what is no parameter (quantized).
+    """
     base = getattr(module, "base_layer", None)
     if isinstance(base, nn.Module):
         return _matrices(base)
     found = {id(p) for p in module.parameters(recurse=False) if p.ndim >= 2}
-    return found.union(*map(_matrices, module.children()))
+    found = found.union(*map(_matrices, module.children()))
+    return found or (
+        {id(module)} if isinstance(getattr(module, "out_features", None), int) else found
+    )
 
 
 def how_to_name() -> str:
@@ -192,16 +209,16 @@ def _outer_lists(model: nn.Module) -> dict[int, int]:
     return found
 
 
-def _length(read: Tensor | None) -> int:
+def _length(read: Tensor | None, length: int) -> int:
     """The number of positions of what a call reads; 0 where it has no such axis."""
     if read is None or read.ndim < 2:
         return 0
-    if positions_first(read, TRACE_LENGTH) is not None:
-        return TRACE_LENGTH
+    if positions_first(read, length) is not None:
+        return length
     return read.shape[-2] if read.ndim == 3 else 0
 
 
-def _unmoved(call: Call, length: int) -> bool:
+def _unmoved(call: Call, length: int, share: float) -> bool:
     """Whether changing the earlier positions leaves the last one's output nearly as it was.
 
     Only for kernels without derivatives, where a small mixing cannot be told from rounding.
@@ -225,4 +242,4 @@ def _unmoved(call: Call, length: int) -> bool:
     change = positions_first((now.float() - was.float()).abs(), length)
     if change is None:
         return False
-    return bool(change[-1].max() <= _MIXING_SHARE * change[:-1].max())
+    return bool(change[-1].max() <= share * change[:-1].max())

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from knnext.lm.positions import Place, at_place, dependence, positions_first
-from knnext.lm.running import context_length, evaluating, trace_inputs
+from knnext.lm.quantized import is_quantized
+from knnext.lm.running import context_length, evaluating, num_known_tokens, trace_inputs
 
 #: Tokens of the trial, or as many as the model reads; the first half must not see the second.
 _TRIAL_LENGTH = 16
 _TRIALS = 3
 #: Above this share of the change where tokens changed, a change before them is no rounding.
 _SHARE = {torch.float64: 1e-6, torch.float32: 1e-3}
+#: Layers that round what they read by what they read beside it (eight bits, one scale for all) let
+#: a change through in their rounding.
 _SHARE_HALF = 0.05
 
 _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -40,7 +43,8 @@ class NotCausalError(ValueError):
 def check_causal(model: nn.Module) -> None:
     """NotCausalError (a ValueError) where a state of the model depends on later tokens.
 
-    A model object is tried once, in the attention that it runs with.
+    A model object is tried once, in the attention that it runs with. ValueError also where it has
+    not one state for each token.
     """
     if model in _causal:
         return
@@ -48,10 +52,11 @@ def check_causal(model: nn.Module) -> None:
     length = min(context_length(model) or _TRIAL_LENGTH, _TRIAL_LENGTH)
     if length > 1:
         with evaluating(model):
+            states = _states(model, length, 0)
             slopes = _slopes(model, length)
             if slopes is not None and bool(slopes[length // 2 :].any()):
                 raise NotCausalError(_refusal(model, length))
-            if _changes(model, length):
+            if _changes(model, length, states):
                 raise NotCausalError(_refusal(model, length))
     _causal.add(model)
 
@@ -89,7 +94,7 @@ def _seen(model: nn.Module) -> Place:
 def _trial(model: nn.Module, length: int, number: int) -> dict[str, Any]:
     """Inputs whose first half is always the same; the second differs from trial to trial."""
     inputs = trace_inputs(model)
-    device, size = inputs["input_ids"].device, _vocabulary(model)
+    device, size = inputs["input_ids"].device, num_known_tokens(model)
     usable = [i for i in range(min(size, 512)) if i not in _special(model)] or list(range(size))
     generator = torch.Generator().manual_seed(1234)
     chosen = torch.randint(len(usable), (length,), generator=generator, device="cpu")
@@ -99,11 +104,6 @@ def _trial(model: nn.Module, length: int, number: int) -> dict[str, Any]:
         chosen = torch.cat([chosen[: length // 2], other[length // 2 :]])
     ids = torch.tensor(usable, dtype=torch.int64, device="cpu")[chosen].to(device)
     return {**inputs, "input_ids": ids[None]}
-
-
-def _vocabulary(model: nn.Module) -> int:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return int(next(embedding.parameters()).shape[0])
 
 
 def _special(model: nn.Module) -> set[int]:
@@ -136,12 +136,11 @@ def _slopes(model: nn.Module, length: int) -> Tensor | None:
     return slopes if slopes is not None and bool(slopes[: length // 2].any()) else None
 
 
-def _changes(model: nn.Module, length: int) -> bool:
+def _changes(model: nn.Module, length: int, was: Tensor | None) -> bool:
     """Whether each of several changes of the second half changes states of the first."""
-    was = _states(model, length, 0)
     if was is None:
         return False
-    share = _SHARE.get(was.dtype, _SHARE_HALF)
+    share = _SHARE_HALF if is_quantized(model) else _SHARE.get(was.dtype, _SHARE_HALF)
     for number in range(1, _TRIALS + 1):
         now = _states(model, length, number)
         if now is None or now.shape != was.shape:
@@ -158,4 +157,12 @@ def _states(model: nn.Module, length: int, number: int) -> Tensor | None:
     with at_place(_seen(model), lambda tensor: found.append(tensor.detach().clone())):
         model(**_trial(model, length, number))
     first = positions_first(found[0], length) if found else None
-    return None if first is None else first.flatten(1)
+    if first is None:
+        return None
+    streams = first.numel() // (length * first.shape[-1])
+    if streams > 1:
+        raise ValueError(
+            f"{type(model).__name__} has {streams} states for each token, which its output layer "
+            f"reads as {tuple(found[0].shape)}; knnext needs a causal language model of one"
+        )
+    return first.flatten(1)

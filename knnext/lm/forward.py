@@ -14,22 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnext.lm.key_layer import KeyModule, capture_hidden_states, find_key_module
-from knnext.lm.running import evaluating, first_tensor, here, trace_inputs
+from knnext.lm.compiled import uncompiled
+from knnext.lm.key_layer import (
+    CapturedStates,
+    KeyModule,
+    capture_hidden_states,
+    find_key_module,
+)
+from knnext.lm.running import evaluating, first_tensor, here, input_device, trace_inputs
+from knnext.lm.wrapped import plain_model
 
 #: Bytes of float32 logits held at once while log-probabilities are taken.
 _LOGITS_BYTES = 64 << 20
 
 
 class ModelForward:
-    """Calls a causal LM for keys, target log-probabilities and logits of chosen positions."""
+    """Calls a causal LM for keys, target log-probabilities and logits of chosen positions.
+
+    All of them come out where the model's tokens go in (``device``), also of a model that is spread
+    over several devices.
+    """
 
     def __init__(
         self, model: nn.Module, key: KeyModule, with_log_p_lm: bool, with_logits: bool
     ) -> None:
+        model = plain_model(model)
         self.model, self.key = model, key
         self.with_log_p_lm, self.with_logits = with_log_p_lm, with_logits
-        self.device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
+        self.device = input_device(model)
         base, head = _plain_parts(model)
         self._key_is_head = key.module is head and key.side == "input"
         #: The key is read in the base model, where ``logits_to_keep`` cuts nothing off yet.
@@ -44,7 +56,8 @@ class ModelForward:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(keys (n, D), log_p_lm (n,) or None, logits (n, V) or None) of the n wanted cells.
 
-        ``ids`` (B, L) int64, ``wanted`` (B, L) bool, ``targets`` (n,) int64 in the cells' order.
+        ``ids`` (B, L) int64, ``targets`` (n,) int64 in the cells' order; ``wanted`` (B, L) bool on
+        the CPU, so that nobody waits for a GPU to count them.
         """
         with evaluating(self.model):
             if self._base is not None and self._head is not None:
@@ -56,17 +69,27 @@ class ModelForward:
 
     def _run_base(self, base: nn.Module, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         if self._key_is_head:
-            output = _last_state(base(input_ids=ids, **self._extra))[wanted]
+            output = _chosen(_last_state(base(input_ids=ids, **self._extra)), wanted)
             return output, output
         with capture_hidden_states(self.model, self.key) as captured:
             output = _last_state(base(input_ids=ids, **self._extra))
-        return captured.states(len(ids))[wanted], output[wanted]
+        return self._states(captured, wanted), _chosen(output, wanted)
+
+    def _states(self, captured: CapturedStates, wanted: Tensor) -> Tensor:
+        """(n, D) of the wanted cells; the model may have run its last positions only."""
+        states, length = captured.states(len(wanted)), wanted.shape[1]
+        if states.shape[1] > length:
+            raise ValueError(
+                f"{self.key} has {states.shape[1]} states for {length} tokens, where knnext needs "
+                "one for each: several streams, or padding; name another module as the key layer"
+            )
+        return _chosen(states, wanted[:, length - states.shape[1] :])
 
     def _apply_head(
         self, head: nn.Module, states: Tensor, targets: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         if self.with_logits:
-            logits = head(states)
+            logits = head(states).to(targets.device)
             return (_log_p(logits, targets) if self.with_log_p_lm else None), logits
         if not self.with_log_p_lm:
             return None, None
@@ -86,12 +109,16 @@ class ModelForward:
             extra["logits_to_keep"] = 1 if only_keys and self._key_in_base else length - first
         with capture_hidden_states(self.model, self.key) as captured:
             output = self.model(input_ids=ids, **extra)
-        states = captured.states(len(ids))
-        chosen = wanted[:, length - states.shape[1] :]
+        states = self._states(captured, wanted)
         if not (self.with_log_p_lm or self.with_logits):
-            return states[chosen], None
+            return states, None
         logits = output.logits
-        return states[chosen], logits[wanted[:, length - logits.shape[1] :]]
+        return states, _chosen(logits, wanted[:, length - logits.shape[1] :])
+
+
+def _chosen(tensor: Tensor, wanted: Tensor) -> Tensor:
+    """(n, ...) cells of a (B, L, ...) tensor, on the device of ``wanted`` (B, L) bool."""
+    return tensor[wanted.to(tensor.device)].to(wanted.device)
 
 
 def _plain_parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -106,14 +133,21 @@ def _plain_parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     outputs: list[Any] = []
     handle = base.register_forward_hook(here(lambda *call: outputs.append(call[-1])))
     try:
-        with evaluating(model):
+        with evaluating(model), uncompiled(model):
             logits = model(**trace_inputs(model)).logits
-            plain = len(outputs) == 1 and torch.equal(head(_last_state(outputs[0])), logits)
+            given = head(_last_state(outputs[0])).to(logits.device) if len(outputs) == 1 else None
+            plain = given is not None and torch.equal(given, logits)
     except (AttributeError, RuntimeError, TypeError):
         plain = False  # whatever it does, it is more than that
     finally:
         handle.remove()
     return base, head if plain else None
+
+
+def _cells(values: Tensor, wanted: Tensor) -> Tensor:
+    """(n, D) of (B, L, D) where ``wanted`` (B, L), on the CPU, is set."""
+    chosen = wanted.flatten().nonzero().squeeze(1)
+    return values.flatten(0, 1)[chosen.to(values.device)]
 
 
 def _last_state(output: Any) -> Tensor:
@@ -125,10 +159,11 @@ def _last_state(output: Any) -> Tensor:
 
 
 def _num_outputs(head: nn.Module) -> int:
-    return max(p.shape[0] for p in head.parameters())
+    size = getattr(head, "out_features", None)  # which also packed weights have
+    return size if isinstance(size, int) else max(p.shape[0] for p in head.parameters())
 
 
 def _log_p(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.float()
-    target = logits.gather(1, targets[:, None]).squeeze(1)
+    logits = logits.to(targets.device).float()
+    target = logits.gather(1, targets.to(logits.device)[:, None]).squeeze(1)
     return target - logits.logsumexp(dim=1)

@@ -1,26 +1,26 @@
 """A model's hidden states over a token stream: the datastore's keys and the search's queries.
 
-The stream is read in windows of ``block_size`` tokens that advance by ``stride``. A window gives
-only the states that no earlier one gave: its last ``stride`` (the first window: all), so past the
-first window each state has seen at least ``block_size - stride`` tokens before it. The state at
-position i is paired with the token at i + 1; the last position has no next token and no row. Each
-of the positions 0 .. T - 2 comes exactly once, in order, and this is counted.
+The stream is read in windows (knnext/lm/windows.py), across documents or not. The state at position
+i is paired with the token at i + 1; the last position has no next token and no row. Each of the
+positions 0 .. T - 2 comes exactly once, in order, and this is counted.
 
 The grid of windows and batches depends on the stream alone and not on ``start`` or ``stop``: a
-resumed run repeats the forward pass of the batch it stopped in, and gives the same bits. So do runs
-that share a stream, where each goes from one of ``batch_ends`` to another.
+resumed run repeats the forward passes of the batch it stopped in, and gives the same bits. So do
+runs that share a stream, where each goes from one of ``batch_ends`` to another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from knnext.lm.batching import choose_batch_size, length_matters
 from knnext.lm.forward import ModelForward
 from knnext.lm.key_layer import (
     KEY_LAYERS,
@@ -29,7 +29,8 @@ from knnext.lm.key_layer import (
     capture_hidden_states,
     find_key_module,
 )
-from knnext.lm.running import context_length
+from knnext.lm.running import context_length, num_known_tokens
+from knnext.lm.windows import Windows, check_documents, half_stride
 
 __all__ = [
     "KEY_LAYERS",
@@ -77,35 +78,45 @@ def hidden_states(
     key_layer: str | KeyModule = "att",
     block_size: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     dtype: torch.dtype = torch.float16,
     with_log_p_lm: bool = False,
     with_logits: bool = False,
     start: int = 0,
     stop: int | None = None,
     bos: int | None = None,
+    separate_documents: Any = False,
+    full_last_window: bool = False,
 ) -> Iterator[HiddenStatesBatch]:
     """Yields the states of positions ``start`` .. T - 2 in order, one batch of windows at a time.
 
     ``stop`` ends before that position instead.
 
-    ``tokens`` (T,): integers, as array, tensor or list. ``block_size`` defaults to the model's
-    context (at most 1,024), ``stride`` to half of it. ``dtype`` is that of the keys.
-    ``with_log_p_lm`` adds the targets' log-probabilities, computed in float32 over a bounded
+    ``tokens`` (T,): integers, as array, tensor or list; or ``TokenizedDocuments``. ``block_size``
+    defaults to the model's context (at most 1,024), ``stride`` to half of it, ``batch_size`` (full
+    windows at once) to what suits the device and fits into its memory. ``dtype`` is that of the
+    keys. ``with_log_p_lm`` adds the targets' log-probabilities, computed in float32 over a bounded
     number of rows at a time; ``with_logits`` adds the whole (n, V) logits. The output layer runs
     once, and only for rows that are given. The model is left as it was, also on an error and
     between batches. ``bos`` is a token that every window begins with, in the place of the first
     one that it sees; that one gives no state there, so ``stride`` must be below ``block_size``.
 
+    ``separate_documents``: no state sees another document than its own. True for
+    ``TokenizedDocuments``; for other tokens the places where documents begin, and T. The state of a
+    document's last position is still paired with the token at which the next one begins.
+    ``full_last_window``: see ``Windows.over``.
+
     Arguments are checked here and not at the first batch. ValueError for bad arguments, and for
     keys that overflow ``dtype``.
     """
-    stream = _checked_tokens(model, tokens)
+    stream, documents = _stream_of(model, tokens, separate_documents)
     block = default_block_size(model) if block_size is None else block_size
-    step = max(1, block // 2) if stride is None else stride
-    _check_windows(block, step, batch_size)
+    step = half_stride(max(1, block)) if stride is None else stride
+    windows = Windows.over(len(stream), block, step, documents, full_last=full_last_window)
+    batch = choose_batch_size(model, block) if batch_size is None else batch_size
+    _check_batch_size(batch)
     last = _check_range(start, stop, max(0, len(stream) - 1))
-    if bos is not None and step == block and len(stream) - 1 > block:
+    if bos is not None and bool((~windows.heads & (windows.begins == windows.gives)).any()):
         raise ValueError(
             f"stride must be below block_size={block} where every window begins with bos, got "
             f"{step}: a window's first token is then bos, and cannot be due a state "
@@ -113,19 +124,46 @@ def hidden_states(
         )
     key = find_key_module(model, key_layer)
     forward = ModelForward(model, key, with_log_p_lm, with_logits)
-    return _stream(forward, stream, block, step, batch_size, dtype, start, last, bos)
+    shelves = list(windows.shelves(batch, most=1) if with_logits else windows.shelves(batch))
+    grid = _Grid(windows, shelves, batch, length_matters(model, block))
+    return _batches(forward, stream, grid, dtype, start, last, bos)
 
 
-def batch_ends(length: int, block_size: int, stride: int, batch_size: int) -> np.ndarray:
+def batch_ends(
+    length: int,
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    separate_documents: Any = None,
+) -> np.ndarray:
     """(batches,) int64, ascending: the position after the last that each batch of windows gives.
 
     Of a stream of ``length`` tokens. Runs of ``hidden_states`` that start and stop at these do the
     same forward passes as one that goes from the beginning to the end.
     """
-    count = max(0, length - 1)
-    _check_windows(block_size, stride, batch_size)
-    ends = [end for _, _, end in _batches(count, block_size, stride, batch_size)]
+    _check_batch_size(batch_size)
+    documents = None
+    if separate_documents is not None and separate_documents is not False:
+        documents = check_documents(separate_documents, length)
+    windows = Windows.over(length, block_size, stride, documents)
+    ends = [int(windows.ends[last - 1]) for _, last in windows.shelves(batch_size)]
     return np.asarray(ends, dtype=np.int64)
+
+
+def _stream_of(
+    model: nn.Module, tokens: Any, separate: Any
+) -> tuple[Tensor, NDArray[np.int64] | None]:
+    """The stream, and the places of its documents where they are to be kept apart."""
+    places = getattr(tokens, "document_offsets", None)
+    stream = _checked_tokens(model, tokens if places is None else tokens.tokens)
+    if separate is None or separate is False:
+        return stream, None
+    if separate is True and places is None:
+        raise ValueError(
+            "separate_documents=True wants TokenizedDocuments, which know where documents begin; "
+            "beside plain tokens give the places themselves"
+        )
+    return stream, check_documents(places if separate is True else separate, len(stream))
 
 
 def _checked_tokens(model: nn.Module, tokens: Any) -> Tensor:
@@ -134,7 +172,7 @@ def _checked_tokens(model: nn.Module, tokens: Any) -> Tensor:
         raise ValueError(
             f"tokens must be one-dimensional integers, got {array.dtype} of shape {array.shape}"
         )
-    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    size = num_known_tokens(model)
     if array.size and (array.min() < 0 or array.max() >= size):
         raise ValueError(
             f"tokens must lie in [0, {size}), the model's vocabulary; got "
@@ -143,11 +181,7 @@ def _checked_tokens(model: nn.Module, tokens: Any) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _check_windows(block: int, stride: int, batch_size: int) -> None:
-    if block < 1:
-        raise ValueError(f"block_size must be at least 1, got {block}")
-    if not 1 <= stride <= block:
-        raise ValueError(f"stride must be from 1 to block_size={block}, got {stride}")
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
@@ -161,93 +195,124 @@ def _check_range(start: int, stop: int | None, count: int) -> int:
     return count if stop is None else stop
 
 
-def _stream(
+class _Grid(NamedTuple):
+    """Windows, those that are given together, how many full ones are read at once, and whether
+    none may be filled up."""
+
+    windows: Windows
+    shelves: list[tuple[int, int]]
+    batch_size: int
+    one_length: bool
+
+
+def _batches(
     forward: ModelForward,
     stream: Tensor,
-    block: int,
-    stride: int,
-    batch_size: int,
+    grid: _Grid,
     dtype: torch.dtype,
     start: int,
     stop: int,
     bos: int | None,
 ) -> Iterator[HiddenStatesBatch]:
-    count = max(0, len(stream) - 1)  # rows, and tokens that the model reads
-    given = start
-    for first, last, batch_end in _batches(count, block, stride, batch_size):
-        if given == stop:
+    given, ahead = start, None
+    # A GPU works on a batch while the one before is copied and written.
+    wait = forward.device.type == "cuda"
+    for shelf in grid.shelves:
+        begin, end = int(grid.windows.gives[shelf[0]]), int(grid.windows.ends[shelf[1] - 1])
+        low, high = max(begin, start), min(end, stop)
+        if low >= high:
+            continue  # it was given before the run that is resumed here, or is another's
+        if low != given:
             break
-        if batch_end <= given:
-            continue  # all of it was given before the run that is resumed here, or is another's
-        end = min(batch_end, stop)
-        ids, rows = _window_batch(stream, count, block, stride, first, last)
-        if bos is not None:
-            ids[1 if first == 0 else 0 :, 0] = bos  # the first window has the stream's own head
-        low = max(given, _first_new(first, block, stride))
-        wanted = (rows >= low) & (rows < end)
-        yield _batch(forward, ids, wanted, stream, low, end, dtype)
-        given = end
+        rows = _Rows(low, high)
+        for chosen in grid.windows.batches(shelf, grid.batch_size, one_length=grid.one_length):
+            ids, positions = _cells_of(stream, grid.windows, chosen, bos)
+            rows.run(forward, ids, positions, stream, dtype)
+        given = high
+        if ahead is not None:
+            yield ahead.batch(forward, stream, dtype)
+        ahead = rows
+        if not wait:
+            yield ahead.batch(forward, stream, dtype)
+            ahead = None
+    if ahead is not None:
+        yield ahead.batch(forward, stream, dtype)
     if given != stop:
         raise RuntimeError(f"hidden_states gave rows up to {given} of {stop}: a defect in knnext")
 
 
-def _batches(
-    count: int, block: int, stride: int, batch_size: int
-) -> Iterator[tuple[int, int, int]]:
-    """(first window, the one after the last, position after the last given) of each batch."""
-    windows = _num_windows(count, block, stride)
-    for first in range(0, windows, batch_size):
-        last = min(first + batch_size, windows)
-        yield first, last, min((last - 1) * stride + block, count)
-
-
-def _num_windows(count: int, block: int, stride: int) -> int:
-    return 0 if count == 0 else 1 + max(0, -(-(count - block) // stride))
-
-
-def _first_new(window: int, block: int, stride: int) -> int:
-    """The first position that window gives and the one before it did not reach."""
-    return 0 if window == 0 else (window - 1) * stride + block
-
-
-def _window_batch(
-    stream: Tensor, count: int, block: int, stride: int, first: int, last: int
+def _cells_of(
+    stream: Tensor, windows: Windows, chosen: NDArray[np.int64], bos: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (B, L) and the position that each cell gives, -1 where it gives none.
+    """Token ids (B, L) of some windows, and the position that each cell gives, -1 for none.
 
-    The last window may be short. Its right side is filled with a token of the stream and gives
-    nothing; a causal model needs no mask for that, as nothing before it can see it.
+    A shorter window is filled up at its right with its last token, and gives nothing there; a
+    causal model needs no mask for that, as nothing before it can see it.
     """
-    length = min(block, count)
-    starts = torch.arange(first, last, device="cpu") * stride
-    positions = starts[:, None] + torch.arange(length, device="cpu")
-    new_from = torch.tensor(
-        [_first_new(w, block, stride) for w in range(first, last)], dtype=torch.int64, device="cpu"
+    begins, ends, gives = (
+        torch.from_numpy(part[chosen])[:, None]
+        for part in (windows.begins, windows.ends, windows.gives)
     )
-    gives = (positions >= new_from[:, None]) & (positions < count)
-    ids = stream[positions.clamp(max=count - 1)]
-    return ids, torch.where(gives, positions, -1)
+    positions = begins + torch.arange(int((ends - begins).max()), device="cpu")
+    ids = stream[torch.minimum(positions, ends - 1)]
+    if bos is not None:
+        ids[torch.from_numpy(~windows.heads[chosen]), 0] = bos  # a document has its own head
+    return ids, torch.where((positions >= gives) & (positions < ends), positions, -1)
 
 
-def _batch(
-    forward: ModelForward,
-    ids: Tensor,
-    wanted: Tensor,
-    stream: Tensor,
-    low: int,
-    end: int,
-    dtype: torch.dtype,
-) -> HiddenStatesBatch:
-    device = forward.device
-    targets = stream[low + 1 : end + 1].to(device)
-    if int(wanted.sum()) != end - low:
-        raise RuntimeError("hidden_states lost or repeated a position: a defect in knnext")
-    states, log_p, logits = forward(ids.to(device), wanted.to(device), targets)
-    keys = states.to(dtype)
-    if not bool(torch.isfinite(keys).all()):
-        raise ValueError(
-            f"the hidden states of {forward.key} do not fit {dtype} (largest magnitude "
-            f"{states.abs().max().item():.4g}): use dtype=torch.bfloat16 or torch.float32"
-        )
-    positions = torch.arange(low, end, device=device)
-    return HiddenStatesBatch(positions, keys, targets, log_p, logits)
+class _Rows:
+    """Rows [low, high) of the stream, as the forward passes give them, in any order."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high, self.filled = low, high, 0
+        self.keys: Tensor | None = None
+        self.log_p: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.bounds: list[Tensor] = []
+
+    def run(
+        self,
+        forward: ModelForward,
+        ids: Tensor,
+        positions: Tensor,
+        stream: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        """One forward pass, where it gives any of these rows."""
+        wanted = (positions >= self.low) & (positions < self.high)
+        places = positions[wanted]
+        if not len(places):
+            return
+        device = forward.device
+        states, log_p, logits = forward(ids.to(device), wanted, stream[places + 1].to(device))
+        self.filled += len(places)
+        whole = len(places) == self.high - self.low and bool((places.diff() == 1).all())
+        rows = None if whole else places - self.low
+        # The extremes carry any NaN or infinity, and are found faster than all are looked at.
+        self.bounds += states.aminmax()
+        self.keys = self._put(self.keys, states.to(dtype), rows)
+        self.log_p = self._put(self.log_p, log_p, rows)
+        self.logits = self._put(self.logits, logits, rows)
+
+    def _put(self, held: Any, found: Any, rows: Tensor | None) -> Any:
+        if found is None or rows is None:  # all of them at once, in order
+            return found
+        if held is None:
+            held = found.new_empty(self.high - self.low, *found.shape[1:])
+        held[rows.to(held.device)] = found
+        return held
+
+    def batch(self, forward: ModelForward, stream: Tensor, dtype: torch.dtype) -> HiddenStatesBatch:
+        """All of them, looked at for what does not fit."""
+        if self.filled != self.high - self.low or self.keys is None:
+            raise RuntimeError("hidden_states lost or repeated a position: a defect in knnext")
+        bounds = torch.stack(self.bounds)
+        if not bool(bounds.to(dtype).isfinite().all()):
+            largest = bounds.abs().amax().item()
+            raise ValueError(
+                f"the hidden states of {forward.key} do not fit {dtype} (largest magnitude "
+                f"{largest:.4g}): use dtype=torch.bfloat16 or torch.float32"
+            )
+        positions = torch.arange(self.low, self.high, device=forward.device)
+        targets = stream[self.low + 1 : self.high + 1].to(forward.device)
+        return HiddenStatesBatch(positions, self.keys, targets, self.log_p, self.logits)

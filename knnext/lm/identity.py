@@ -10,12 +10,16 @@ long as reading the weights once: a second for 135 million in float32 on one CPU
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from knnext.lm.config_facts import state_facts
+from knnext.lm.quantized import quantization_of
+from knnext.lm.tensors import Load, named_tensors
+from knnext.lm.wrapped import plain_model
 
 _PREFIX = "tensors:"
 #: Where ``load_lm`` notes what the weights alone do not tell.
@@ -38,10 +42,11 @@ def model_identity(model: nn.Module, recorded: str | None = None) -> tuple[str, 
     ``recorded``: the revision in a datastore; one of an older knnext is answered in its own form
     (a hash of sampled values, or the claimed commit).
     """
+    model = plain_model(model)
     config: Any = getattr(model, "config", None)
     commit = getattr(config, "_commit_hash", None)
     name = getattr(config, "_name_or_path", "") if commit else ""
-    label = str(name or type(_inner(model)).__name__)
+    label = str(name or type(model).__name__)
     if recorded is None or recorded.startswith(_PREFIX):
         return label, _PREFIX + _hash(model)
     if recorded.startswith(_SAMPLED_PREFIX):
@@ -52,42 +57,42 @@ def model_identity(model: nn.Module, recorded: str | None = None) -> tuple[str, 
 def model_parts(model: nn.Module) -> dict[str, str]:
     """What the states of a model depend on, part by part, to say in which two models differ.
 
-    ``dtype`` of the weights, their hash ``weights``, and where there is one ``adapter`` (a hash of
-    a PEFT adapter's own weights and scale, or "merged " and that), ``quantization`` ("GGUF Q4_1",
-    "bitsandbytes") and ``commit``, which a hub's config claims.
+    ``dtype`` of the weights that are not packed, the hash ``weights`` of all, and where there is
+    one ``adapter`` (a hash of a PEFT adapter's own weights and scale, or "merged " and that),
+    ``quantization`` ("GGUF Q4_1", "bitsandbytes 8bit"), ``commit``, which a hub's config claims,
+    and ``config``: what of it bears on the states (knnext/lm/config_facts.py).
     """
+    model = plain_model(model)
     config: Any = getattr(model, "config", None)
     base, adapter = _split(model)
-    sizes: dict[str, int] = {}
-    for _, tensor in base:
-        name = str(tensor.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + tensor.nbytes
-    parts = {
-        "dtype": max(sizes, key=lambda name: sizes[name], default="none"),
-        "weights": _hash_of(base),
-    }
+    parts = {"dtype": _dtype(model), "weights": _hash_of(base)}
     if adapter:
         parts["adapter"] = _hash_of(adapter, _scales(model))
-    quantized = getattr(config, "quantization_config", None)
+    quantized = quantization_of(model)
     if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        method = method or getattr(quantized, "quant_method", "unknown")
-        parts["quantization"] = str(getattr(method, "value", method))
+        parts["quantization"] = quantized
+    facts = state_facts(config)
+    if facts:
+        parts["config"] = facts
     commit = getattr(config, "_commit_hash", None)
     if commit:
         parts["commit"] = str(commit)
-    return parts | getattr(_inner(model), _NOTE, {})
+    return parts | getattr(model, _NOTE, {})
+
+
+def _dtype(model: nn.Module) -> str:
+    """That of most bytes in parameters of floating point, as they were loaded."""
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            name = str(parameter.dtype).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + parameter.numel() * parameter.dtype.itemsize
+    return max(sizes, key=lambda name: sizes[name], default="none")
 
 
 def note_origin(model: nn.Module, facts: dict[str, str]) -> None:
     """Keep with the model what ``model_parts`` cannot see in it."""
-    object.__setattr__(_inner(model), _NOTE, dict(facts))
-
-
-def _inner(model: nn.Module) -> Any:
-    """The model of transformers inside peft's wrapper."""
-    getter = getattr(model, "get_base_model", None)
-    return model if getter is None else getter()
+    object.__setattr__(plain_model(model), _NOTE, dict(facts))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -110,10 +115,11 @@ def _hash(model: nn.Module) -> str:
     return hashlib.sha256(both.encode()).hexdigest()[:32]
 
 
-def _hash_of(tensors: list[tuple[str, Tensor]], *more: str) -> str:
+def _hash_of(tensors: list[tuple[str, Load]], *more: str) -> str:
     digest = hashlib.sha256()
     factors: dict[torch.device, Tensor] = {}
-    for name, tensor in tensors:
+    for name, load in tensors:
+        tensor = load()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.device not in factors:
             factors[tensor.device] = _factors().to(tensor.device)
@@ -123,17 +129,17 @@ def _hash_of(tensors: list[tuple[str, Tensor]], *more: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _split(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+def _split(model: nn.Module) -> tuple[list[tuple[str, Load]], list[tuple[str, Load]]]:
     """Names and tensors of the model, and of peft's adapters in it.
 
     The first are named as they are without an adapter, so that its base model is known again.
     """
-    own = {n for module in model.modules() for n in getattr(module, "adapter_layer_names", ())}
+    own = {n for module in model.modules() for n in _adapter_names(module)}
     if not own:
-        return list(_tensors(model)), []
+        return list(named_tensors(model)), []
     own |= {"modules_to_save"}
     base, adapter = [], []
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model):
         parts = name.removeprefix("base_model.model.").split(".")
         if own & set(parts):
             adapter.append((".".join(parts), tensor))
@@ -141,6 +147,12 @@ def _split(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, 
             plain = [part for part in parts if part not in ("base_layer", "original_module")]
             base.append((".".join(plain), tensor))
     return sorted(base, key=lambda item: item[0]), adapter
+
+
+def _adapter_names(module: nn.Module) -> tuple[str, ...]:
+    """What peft calls the parts that an adapter has in this layer, or shares with others."""
+    own = tuple(getattr(module, "adapter_layer_names", ()))
+    return own + tuple(getattr(module, "other_param_names", ())) if own else ()
 
 
 def _scales(model: nn.Module) -> str:
@@ -157,22 +169,6 @@ def _scales(model: nn.Module) -> str:
             f"{name.removeprefix('base_model.model.')} {type(module).__name__} {scales} {off}"
         )
     return "\n".join(lines)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers, each once, in the order of their names."""
-    seen: set[int] = set()
-    saved = model.state_dict(keep_vars=True)
-    for name in sorted(saved):
-        tensor = saved[name]
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            if tensor.is_meta:
-                raise ValueError(
-                    f"the weights of {type(model).__name__} are not in memory ({name} is on the "
-                    "meta device), so the model cannot be told from others"
-                )
-            yield name, tensor.detach()
 
 
 def _factors() -> Tensor:

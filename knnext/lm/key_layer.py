@@ -21,8 +21,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from knnext.lm.causal import check_causal
+from knnext.lm.compiled import uncompiled
 from knnext.lm.feed_forward import find_feed_forward
 from knnext.lm.running import first_tensor, here
+from knnext.lm.wrapped import plain_model, plain_name
 
 KEY_LAYERS = ("att", "ffn")
 _WANTED = "'att', 'ffn' or 'module:NAME:input' / 'module:NAME:output'"
@@ -71,20 +73,21 @@ def find_key_module(model: nn.Module, key_layer: str | KeyModule) -> KeyModule:
 
     ValueError for an unknown layer or module, or where the structure gives no answer; the message
     then lists the modules of the last block and how to name one. ValueError also for a model that
-    sees the future (knnext/lm/causal.py): all that reads keys passes here first.
+    sees the future (knnext/lm/causal.py), or has virtual tokens: all that reads keys passes here
+    first. Names are those of the model inside peft's and torch.compile's wrappers.
     """
     if isinstance(key_layer, KeyModule):
         return key_layer
     known = isinstance(key_layer, str) and key_layer in KEY_LAYERS
     if not known and not (isinstance(key_layer, str) and key_layer.startswith("module:")):
         raise ValueError(f"key_layer must be {_WANTED}, got {key_layer!r}")
-    check_causal(model)
-    if key_layer == "att":
-        found = find_feed_forward(model)
-        return KeyModule(found.name, found.module, "input")
-    if key_layer == "ffn":
-        return _output_layer(model)
-    return _named_module(model, key_layer)
+    plain = plain_model(model)
+    with uncompiled(plain):
+        check_causal(plain)
+        if key_layer == "att":
+            found = find_feed_forward(plain)
+            return KeyModule(plain_name(found.name), found.module, "input")
+    return _output_layer(plain) if key_layer == "ffn" else _named_module(model, key_layer)
 
 
 def _output_layer(model: nn.Module) -> KeyModule:
@@ -92,7 +95,7 @@ def _output_layer(model: nn.Module) -> KeyModule:
     head = getter() if getter is not None else None
     for name, module in model.named_modules():
         if head is not None and module is head:
-            return KeyModule(name, module, "input")
+            return KeyModule(plain_name(name), module, "input")
     raise ValueError(
         f"{type(model).__name__} has no output layer (get_output_embeddings() gives none): load it "
         "as a causal LM, or name a module as key_layer='module:NAME:input'"
@@ -104,12 +107,15 @@ def _named_module(model: nn.Module, key_layer: str) -> KeyModule:
     name, _, side = rest.rpartition(":")
     if side not in ("input", "output"):
         raise ValueError(f"key_layer must be {_WANTED}, got {key_layer!r}")
-    modules = dict(model.named_modules())
+    plain = plain_model(model)
+    modules = {plain_name(n): module for n, module in plain.named_modules()}
+    if name and name not in modules:  # as it is called in a wrapper
+        modules |= {plain_name(n): module for n, module in model.named_modules()}
     if not name or name not in modules:
         tail = name.rsplit(".", 1)[-1]
         near = [n for n in modules if n and n.rsplit(".", 1)[-1] == tail][-3:]
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"{type(model).__name__} has no module named {name!r}{hint}")
+        raise ValueError(f"{type(plain).__name__} has no module named {name!r}{hint}")
     return KeyModule(name, modules[name], "input" if side == "input" else "output")
 
 
@@ -134,6 +140,7 @@ def capture_hidden_states(model: nn.Module, key_layer: str | KeyModule) -> Itera
     else:
         handle = key.module.register_forward_hook(here(after))
     try:
-        yield captured
+        with uncompiled(plain_model(model), key.module):
+            yield captured
     finally:
         handle.remove()

@@ -6,6 +6,9 @@ import math
 import warnings
 from typing import Any
 
+from knnext.lm.running import num_known_tokens
+from knnext.lm.tensors import leaves
+
 
 def check_weights(info: Any, source: str) -> None:
     """ValueError that names the tensors that would be left at random numbers."""
@@ -39,10 +42,14 @@ def check_finite(model: Any, source: str) -> None:
 
 
 def _is_finite(parameter: Any) -> bool:
-    if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+    return all(_leaf_is_finite(leaf) for _, leaf in leaves(parameter.detach()))
+
+
+def _leaf_is_finite(tensor: Any) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return True
     try:
-        low, high = parameter.detach().aminmax()  # nan comes through
+        low, high = tensor.aminmax()  # nan comes through
     except (RuntimeError, NotImplementedError):  # an 8-bit type that torch only stores
         return True
     return math.isfinite(float(low)) and math.isfinite(float(high))
@@ -64,7 +71,7 @@ def check_in_memory(model: Any, source: str) -> None:
 
 
 def check_tokenizer(tokenizer: Any, model: Any, given: Any, source: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = num_known_tokens(model)
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer {given} has {len(tokenizer):,} tokens; {source} knows {rows:,}"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Tokens of a trial pass: a number that no count of heads or experts equals.
+#: Tokens of a trial pass: a number that no count of heads or experts equals. Fewer where the model
+#: reads no more.
 TRACE_LENGTH = 7
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 
@@ -51,16 +52,53 @@ def context_length(model: nn.Module) -> int | None:
     return next((n for n in lengths if isinstance(n, int) and n > 0), None)
 
 
+def trace_length(model: nn.Module) -> int:
+    return min(TRACE_LENGTH, context_length(model) or TRACE_LENGTH)
+
+
 def trace_inputs(model: nn.Module) -> dict[str, Any]:
     """Arguments of a forward pass of a few tokens, on the model's device and without a cache."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    weight = next(embedding.parameters())
-    ids = torch.arange(1, TRACE_LENGTH + 1, device=weight.device) % weight.shape[0]
+    ids = torch.arange(1, trace_length(model) + 1, device=input_device(model)) % num_known_tokens(
+        model
+    )
     inputs: dict[str, Any] = {"input_ids": ids[None]}
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):
         inputs["use_cache"] = False
     return inputs
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's tokens go: of one that is spread over devices, where its embedding runs.
+
+    That of weights that were moved out of the way (accelerate's offloading) is kept by their hook.
+    """
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    for module in (embedding, *embedding.modules(), model):
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", None) or [hook]:
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    tensors = (*embedding.parameters(), *embedding.buffers(), *model.parameters())
+    found = next((t.device for t in tensors if t.device.type != "meta"), None)
+    if found is None:
+        raise ValueError(
+            f"the weights of {type(model).__name__} are on the meta device: it is empty"
+        )
+    return found
+
+
+def num_known_tokens(model: nn.Module) -> int:
+    """How many tokens the model's embedding has a row for."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():  # packed, or a method
+        size = getattr(embedding, "num_embeddings", None)
+        if isinstance(size, int):
+            return size
+        weight = next(embedding.parameters())
+    return int(weight.shape[0])
 
 
 def first_tensor(value: Any) -> Tensor | None:
