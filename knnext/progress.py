@@ -7,6 +7,7 @@ second and erased at the end.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -160,6 +161,8 @@ def _format_rate(rate: float) -> str:
 
 
 def _is_terminal(file: TextIO) -> bool:
+    if os.environ.get("RANK", "0") != "0":
+        return False  # of ranks that share a terminal, the first draws
     try:
         return file.isatty()
     except (AttributeError, ValueError):  # closed, or a minimal stand-in for a stream

@@ -27,7 +27,11 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 
 
 class RankLostError(RuntimeError):
-    """Another rank has gone, does not answer, or failed in what all did together."""
+    """Another rank has gone or does not answer: nothing more can be done with the group."""
+
+
+class RankFailedError(RuntimeError):
+    """Another rank could not do its part, and says why; the group is ready for the next thing."""
 
 
 def launched() -> tuple[int, int]:
@@ -72,7 +76,6 @@ def joined(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ra
             found = Ranks(dist.group.WORLD, timeout=timeout)
             found.gather([0])  # gloo connects pairs of ranks when first asked to
         yield found
-        found.gather([1])  # nobody leaves whom another still asks
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -122,7 +125,7 @@ class Ranks:
             raise
         failed = [rank for rank, (flag,) in enumerate(self.gather([0])) if flag]
         if failed:
-            raise RankLostError(f"rank {failed[0]} of {self.size} failed in {what}; it says why")
+            raise RankFailedError(f"rank {failed[0]} of {self.size} failed in {what}; it says why")
         return made
 
     def gather_tensor(self, mine: Tensor) -> list[Tensor]:
@@ -212,7 +215,7 @@ class Exchange:
 def _sentence(rank: int, size: int, timeout: float, what: str) -> Iterator[None]:
     try:
         yield
-    except RankLostError:
+    except (RankLostError, RankFailedError):
         raise
     except RuntimeError as error:  # also DistError and its kin, of which there is no full list
         text = " ".join(str(error).split())

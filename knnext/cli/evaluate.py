@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from knnext.cli.session import (
     Settings,
     check_model,
+    is_first,
     open_datastore,
     open_index,
     open_model,
+    ranks_of,
 )
 from knnext.cli.text import text_to_score
 from knnext.output import check_outputs
@@ -38,6 +40,8 @@ def tune(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     settings = Settings.of(args, tuned=False)
     path = Path(args.out) if args.out else tuning_path(args.datastore)
     scores = _scores(args, settings, say, path, picture_path(path))
+    if not is_first(args):
+        return {}
     grid = {"temperatures": args.temperatures, "lmbdas": args.lmbdas}
     found = tuning.tune(scores, **{name: values for name, values in grid.items() if values})
     search = {**asdict(settings), "k": scores.k}
@@ -82,9 +86,11 @@ def evaluate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         open_datastore(args)  # a missing one is not a missing temperature
     settings = Settings.of(args)
     temperature, lmbda = settings.mixture()
-    if args.token_log:
+    if args.token_log and is_first(args):
         check_token_log(args.token_log)
     scores = _scores(args, settings, say, args.token_log)
+    if not is_first(args):
+        return {}
     evaluation = evaluate(scores, temperature, lmbda)
     name = f"kNN-LM, {settings.index}" + (", real score" if settings.rescore else "")
     say(text_table(table_rows({name: evaluation}, {})))
@@ -130,7 +136,8 @@ def _scores(
     from knnext.datastore.build import bos_of
     from knnext.evaluation import StreamScores, search_stream
 
-    check_outputs(args.save_scores, *outputs, reads=(args.scores,))
+    if is_first(args):
+        check_outputs(args.save_scores, *outputs, reads=(args.scores,))
     if args.scores:
         scores = StreamScores.load(args.scores)
         return scores.truncate(args.k) if args.k else scores
@@ -150,7 +157,8 @@ def _scores(
         keep_indices=bool(args.save_scores),
         bos="as built" if args.bos_each_window is None else bos_of(tokenizer, args.bos_each_window),
         allow_overlap=args.allow_overlap,
+        ranks=ranks_of(args),
     )
-    if args.save_scores:
+    if args.save_scores and is_first(args):
         scores.save(args.save_scores)
     return scores

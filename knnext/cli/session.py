@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knnext.ranks import launched, local_rank
 from knnext.say import Say
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
     from knnext.index.base import Index
+    from knnext.ranks import Ranks
 
 DEFAULT_K = 1024
 _LOADING = (
     *("trust_remote_code", "model_dtype", "attn_implementation", "revision", "tokenizer", "gguf"),
-    *("adapter", "merge_adapter", "device_map"),
+    *("adapter", "merge_adapter", "device_map", "quantization", "compile"),
 )
 _MEMORY = ("query_batch", "chunk_bytes", "resident_bytes")
 _TUNED = ("temperature", "lmbda", "k", "index", "nprobe", "rescore")
@@ -82,6 +84,8 @@ def device_of(args: argparse.Namespace) -> str:
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.device in (None, "cuda") and found and launched()[1] > 1:
+        return f"cuda:{local_rank() % found}"  # each rank of a machine its own
     if args.device is None:
         return "cuda" if found else "cpu"
     try:
@@ -132,6 +136,17 @@ def _dtype_as_built(store: Datastore) -> str:
     return found if found in MODEL_DTYPES else "auto"
 
 
+def ranks_of(args: argparse.Namespace) -> Ranks | None:
+    """The ranks that run this command together (knnext/cli/ranks.py), where there are several."""
+    return getattr(args, "ranks", None)
+
+
+def is_first(args: argparse.Namespace) -> bool:
+    """Whether this process is the one that speaks and writes."""
+    ranks = ranks_of(args)
+    return ranks is None or ranks.rank == 0
+
+
 def open_datastore(args: argparse.Namespace) -> Datastore:
     from knnext.datastore import Datastore
 
@@ -155,12 +170,17 @@ def open_index(
     args: argparse.Namespace, store: Datastore, settings: Settings, say: Say | None = None
 ) -> Index:
     """Says what an exact search goes through, where there is somebody to say it to."""
-    from knnext.index import ExactIndex, FaissIndex
+    from knnext.index import FaissIndex, ShardedIndex
+    from knnext.index.sharded_crew import open_exact
 
     if settings.index == "exact":
         given = {name: getattr(args, name, None) for name in _MEMORY}
         limits: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
-        exact = ExactIndex(store, device=device_of(args), **limits)
+        limits["device"] = device_of(args)
+        ranks = ranks_of(args)
+        exact = (
+            open_exact(store, **limits) if ranks is None else ShardedIndex(store, ranks, **limits)
+        )
         if say is not None:
             say(exact.describe())
         return exact

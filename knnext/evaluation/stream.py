@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from knnext.datastore.overlap import check_overlap
 from knnext.evaluation.scores import StreamScores
+from knnext.evaluation.shares import shares_of
 from knnext.evaluation.spill import empty_rows, release
 from knnext.index.base import Index
 from knnext.index.queries import check_count, check_k
 from knnext.progress import progress
+from knnext.ranks import Ranks
 
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
@@ -41,6 +43,12 @@ class Piece(NamedTuple):
         """Of (queries, targets, log p_lm) triples."""
         queries, targets, log_p_lm = (torch.cat(part) for part in zip(*parts, strict=True))
         return cls(first, queries, targets, log_p_lm.float())
+
+    @classmethod
+    def empty(cls, store: Datastore) -> Piece:
+        """Of no position."""
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        return cls(0, none.new_empty(0, store.dim, dtype=store.dtype), none, none.float())
 
     @property
     def rows(self) -> slice:
@@ -64,6 +72,7 @@ def search_stream(
     exclude_documents: Tensor | Sequence[int] | None = ...,
     bos: int | Literal["as built"] | None = ...,
     allow_overlap: bool = ...,
+    ranks: Ranks | None = ...,
 ) -> StreamScores: ...
 @overload
 def search_stream(
@@ -81,6 +90,7 @@ def search_stream(
     exclude_documents: Tensor | Sequence[int] | None = ...,
     bos: int | Literal["as built"] | None = ...,
     allow_overlap: bool = ...,
+    ranks: Ranks | None = ...,
 ) -> dict[str, StreamScores]: ...
 def search_stream(
     model: nn.Module,
@@ -97,6 +107,7 @@ def search_stream(
     exclude_documents: Tensor | Sequence[int] | None = None,
     bos: int | Literal["as built"] | None = "as built",
     allow_overlap: bool = False,
+    ranks: Ranks | None = None,
 ) -> StreamScores | dict[str, StreamScores]:
     """Run the model over a text once, then search every position's neighbors.
 
@@ -117,6 +128,8 @@ def search_stream(
         allow_overlap: score documents that are in a datastore too. By default an OverlapError (a
             ValueError) names them, as their figures would be too good; those in
             `exclude_documents` are not looked at.
+        ranks: processes that score the text together, each the windows of its share; all call
+            this alike, and all get the whole result. By default those of a `ShardedIndex`.
 
     Returns:
         `StreamScores`, or a dict of them under the names given. Neighbors of more than a few
@@ -133,17 +146,24 @@ def search_stream(
         bos = _built_with(indexes, "bos")
     windows = {"block_size": block_size, "stride": stride, "batch_size": batch_size, "bos": bos}
     count = num_scored(tokenized)
+    shares = shares_of(ranks, indexes.values(), model, count + 1, windows)
     found = {name: _Found(one, count, k, keep_indices) for name, one in indexes.items()}
     targets = torch.empty(count, dtype=torch.int64, device="cpu")
     log_p_lm = torch.empty(count, dtype=torch.float32, device="cpu")
-    lm_seconds, start = 0.0, time.perf_counter()
-    for piece in model_pieces(model, tokenized, layer, dtype, windows, query_batch):
+    lm_seconds, start, number = 0.0, time.perf_counter(), 0
+    for piece in model_pieces(model, tokenized, layer, dtype, windows, query_batch, shares.mine):
         lm_seconds += time.perf_counter() - start
         targets[piece.rows], log_p_lm[piece.rows] = piece.targets, piece.log_p_lm
         for one in found.values():
             one.search(piece, exclude_documents)
-        start = time.perf_counter()
+        start, number = time.perf_counter(), number + 1
     lm_seconds += time.perf_counter() - start
+    for _ in range(number, shares.most_pieces(query_batch)):  # others' queries come here too
+        for one in found.values():
+            one.search(Piece.empty(one.index.datastore), exclude_documents)
+    shares.complete([targets, log_p_lm])
+    for one in found.values():
+        shares.complete([one.distances, one.tokens, one.indices])
     shared = describe_stream(tokenized, targets, log_p_lm)
     results = {name: one.scores(shared, lm_seconds) for name, one in found.items()}
     return results if isinstance(index, Mapping) else results[""]
@@ -204,16 +224,27 @@ def model_pieces(
     dtype: torch.dtype,
     windows: dict[str, Any],
     size: int,
+    share: tuple[int, int] | None = None,
 ) -> Iterator[Piece]:
-    """What the model gives of positions 0 to T - 2, in order; the last piece may be smaller."""
+    """What the model gives of positions [first, last), or of all, in order; the last is smaller.
+
+    A `share` begins and ends where a batch of windows does.
+    """
     from knnext.lm.hidden_states import hidden_states
 
-    count = num_scored(tokenized)
+    first, last = share or (0, num_scored(tokenized))
     parts: list[tuple[Tensor, ...]] = []
-    first = held = 0
-    with progress(count, "scoring", unit="tokens") as bar:
+    held = 0
+    with progress(last - first, "scoring", unit="tokens") as bar:
         for batch in hidden_states(
-            model, tokenized.tokens, key_layer=key_layer, dtype=dtype, with_log_p_lm=True, **windows
+            model,
+            tokenized.tokens,
+            key_layer=key_layer,
+            dtype=dtype,
+            with_log_p_lm=True,
+            start=first,
+            stop=last,
+            **windows,
         ):
             assert batch.log_p_lm is not None  # asked for above
             begin = 0
@@ -228,8 +259,8 @@ def model_pieces(
             bar.update(len(batch))
         if parts:
             yield Piece.join(first, parts)
-    if first + held != count:
-        raise RuntimeError(f"hidden_states gave {first + held} positions, wanted {count}")
+    if first + held != last:
+        raise RuntimeError(f"hidden_states gave positions to {first + held}, wanted to {last}")
 
 
 def run_model(

@@ -22,7 +22,7 @@ from knnext.index.base import TokenTable
 from knnext.index.exact import ExactIndex
 from knnext.index.queries import check_count, check_k, group_queries, prepare_queries
 from knnext.index.sharded_rounds import FAILED, FINISHED, SEARCHING, Excluded, Request, Rounds
-from knnext.ranks import DEFAULT_TIMEOUT, RankLostError, Ranks, local_rank
+from knnext.ranks import DEFAULT_TIMEOUT, RankFailedError, Ranks, local_rank
 from knnext.say import binary_size
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class ShardedIndex(TokenTable):
 
     Raises:
         ValueError: bounds or weights that are none, or ranks that were given different ones.
-        RankLostError: another rank failed or has gone.
+        RankFailedError, RankLostError: another rank could not open its shard, or has gone.
     """
 
     def __init__(
@@ -220,11 +220,11 @@ class ShardedIndex(TokenTable):
         return local.search(queries, k, excluded)
 
     def _meet(self, request: Request) -> list[Request]:
-        """What all ranks ask for in the next search; RankLostError where one cannot."""
+        """What all ranks ask for in the next search; RankFailedError where one cannot."""
         requests = [Request(*numbers) for numbers in self.ranks.gather(request)]
         failed = [r for r, one in enumerate(requests) if one.state == FAILED]
         if failed and request.state != FAILED:
-            raise RankLostError(
+            raise RankFailedError(
                 f"rank {failed[0]} of {self.ranks.size} refused its part of a search; it says why"
             )
         return requests

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from knnext.index.queries import QueryGroup, Range, group_queries
 from knnext.ops import merge_topk
-from knnext.ranks import Exchange, RankLostError, Ranks
+from knnext.ranks import Exchange, RankFailedError, Ranks
 
 if TYPE_CHECKING:
     from knnext.index.exact import ExactIndex
@@ -306,7 +306,7 @@ class Rounds:
         if self._error is not None:
             raise self._error
         if self._failed:
-            raise RankLostError(
+            raise RankFailedError(
                 f"rank {min(self._failed)} of {self.ranks.size} failed in searching its rows; "
                 "it says why"
             )

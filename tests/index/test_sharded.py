@@ -17,7 +17,7 @@ from torch import Tensor
 from knnext.datastore import Datastore
 from knnext.index import ExactIndex, Index, ShardedIndex, StoredCodes, check_exactness
 from knnext.index.sharded_rounds import NEIGHBOR_BYTES
-from knnext.ranks import RankLostError, Ranks
+from knnext.ranks import RankFailedError, RankLostError, Ranks
 from tests.index.test_exact import DIM, grid_keys, make_datastore
 from tests.index.threads import PATIENCE, on_ranks
 
@@ -256,7 +256,7 @@ def test_a_bad_argument_of_one_rank_is_an_error_of_all(
 
     def work(group: Any, rank: int) -> None:
         index = sharded(store, group)
-        kind: type[Exception] = RankLostError if rank else ValueError
+        kind: type[Exception] = RankFailedError if rank else ValueError
         if not rank and "floating" in message:
             kind = TypeError
         said = "rank 0 of 2 refused" if rank else message
@@ -276,7 +276,7 @@ def test_a_shard_that_cannot_be_read_is_an_error_of_all_who_asked(store: Datasto
         if rank == 1:
             index.local = copy.copy(whole)
             index.local.search_groups = fail  # type: ignore[union-attr, method-assign]
-        with pytest.raises(OSError if rank == 1 else RankLostError) as caught:
+        with pytest.raises(OSError if rank == 1 else RankFailedError) as caught:
             index.search(grid_keys(3), 5)
         assert ("disk" if rank == 1 else "rank 1 of 3 failed") in str(caught.value)
         index.local = whole
@@ -329,7 +329,7 @@ def test_bad_options_are_said_by_all(
     found = on_ranks(
         2, lambda group, rank: sharded(store, group, **(options if rank else {})), errors=True
     )
-    assert isinstance(found[0], RankLostError) and "rank 1 of 2 failed" in str(found[0])
+    assert isinstance(found[0], RankFailedError) and "rank 1 of 2 failed" in str(found[0])
     assert isinstance(found[1], ValueError)
 
 
