@@ -24,6 +24,7 @@ from knnext.index.codes_meta import (
     check_content,
     check_datastore,
     check_sizes,
+    read_center,
     read_meta,
 )
 from knnext.index.sidecar import IndexMismatchError
@@ -47,7 +48,7 @@ class StoredCodes:
         self.datastore = datastore
         self.path = folder
         self.meta = meta
-        self.center = codes_build.read_center(folder)
+        self.center = read_center(folder)
         place = datastore.keys.place()
         self._codes, self._stats = (
             LazyRows(
@@ -61,7 +62,13 @@ class StoredCodes:
 
     @classmethod
     def build(
-        cls, datastore: Datastore, path: str | Path | None = None, *, overwrite: bool = False
+        cls,
+        datastore: Datastore,
+        path: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        parts: int | None = None,
+        rank: tuple[int, int] = (0, 1),
     ) -> StoredCodes:
         """Encode the keys of a datastore, or go on with an encoding that was interrupted.
 
@@ -73,6 +80,9 @@ class StoredCodes:
             path: the folder of the codes; by default `<datastore folder>.codes` beside it, where
                 `ExactIndex` looks for them.
             overwrite: discard whatever codes, finished or not, are in the folder.
+            parts: several processes share so many parts, with the result of one; each returns when
+                all are encoded. By default 8 for each of the processes that `rank` tells of.
+            rank: of how many: which parts this process begins with.
 
         Raises:
             IndexMismatchError: the folder holds damaged codes, or those of another datastore.
@@ -80,7 +90,17 @@ class StoredCodes:
             DatastoreWriteError: the disk refused; what was committed before stands.
         """
         folder = default_path(datastore) if path is None else Path(path)
-        codes_build.build(datastore, folder, overwrite=overwrite)
+        codes_build.build(datastore, folder, overwrite=overwrite, parts=parts, rank=rank)
+        return cls.open(datastore, folder, verify=False)
+
+    @classmethod
+    def build_part(
+        cls, datastore: Datastore, part: tuple[int, int], path: str | Path | None = None
+    ) -> StoredCodes | None:
+        """Encode one part alone: (3, 64) is the third of 64. The codes, if it was the last."""
+        folder = default_path(datastore) if path is None else Path(path)
+        if not codes_build.build(datastore, folder, part=part):
+            return None
         return cls.open(datastore, folder, verify=False)
 
     @classmethod

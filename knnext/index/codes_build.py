@@ -8,17 +8,15 @@ codes exist. A datastore that has grown is encoded on from there, with the cente
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from knnext.datastore.errors import DatastoreError, DatastoreLockedError, DatastoreWriteError
+from knnext.datastore.claims import folder_state, take_all
+from knnext.datastore.errors import DatastoreError, DatastoreLockedError
 from knnext.datastore.files import (
     LOCK_FILE,
     AppendFile,
@@ -29,6 +27,7 @@ from knnext.datastore.files import (
     sync_directory,
 )
 from knnext.datastore.meta import FileMeta, creation_time, installed_version
+from knnext.index import codes_parts
 from knnext.index.codes_meta import (
     BUILD_FILE,
     CENTER_FILE,
@@ -39,6 +38,8 @@ from knnext.index.codes_meta import (
     check_content,
     check_continues,
     key_files,
+    naming_the_disk,
+    read_center,
     read_meta,
 )
 from knnext.ops import encode_keys, mean_key
@@ -53,8 +54,19 @@ CENTER_ROWS = 1 << 14  # whose mean is the center, or what fits _CHUNK_BYTES; in
 _CENTER_RUNS = 64
 
 
-def build(datastore: Datastore, folder: Path, *, overwrite: bool = False) -> None:
+def build(
+    datastore: Datastore,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    part: tuple[int, int] | None = None,
+    parts: int | None = None,
+    rank: tuple[int, int] = (0, 1),
+) -> bool:
     """Encode what is not yet; codes that are finished stay as they are, unless `overwrite`.
+
+    Several processes share `parts` that each takes as `rank` of so many, or make one `part` alone,
+    as (3, 64). What was begun in parts is gone on with so. Whether the codes are finished.
 
     Raises:
         IndexMismatchError: the folder holds codes of another datastore, or damaged ones.
@@ -65,17 +77,59 @@ def build(datastore: Datastore, folder: Path, *, overwrite: bool = False) -> Non
         raise ValueError(
             "codes are made of a whole datastore, this is a view of one: its parts find theirs"
         )
+    alone = part is None and parts is None and rank[1] == 1
+    if overwrite and not alone:
+        raise ValueError(
+            "overwrite is for one process, as each of several would discard what the others have "
+            f"made: remove {folder} first"
+        )
     if not overwrite and _is_finished(datastore, folder):
-        return
+        return True
+    planned = codes_parts.is_planned(folder)
+    if not alone and not planned and any((folder / n).exists() for n in (BUILD_FILE, META_FILE)):
+        # Begun by one process, of a datastore that has grown, or all but joined: one goes on.
+        take_all(
+            [1],
+            done=lambda _: _is_finished(datastore, folder),
+            work=lambda _: build(datastore, folder),
+            state=lambda _: folder_state(folder),
+            what="what is left of the codes: part",
+        )
+        return True
+    if not overwrite and (planned or not alone):
+        return _share(datastore, folder, part, parts, rank)
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
         if overwrite:
+            codes_parts.check_unclaimed(folder)
             discard(folder)
         if not _is_finished(datastore, folder):
             _Encoding(datastore, folder).run()
+            codes_parts.discard_parts(folder)
     finally:
         lock.release()
+    return True
+
+
+def _share(
+    datastore: Datastore,
+    folder: Path,
+    part: tuple[int, int] | None,
+    parts: int | None,
+    rank: tuple[int, int],
+) -> bool:
+    row_bytes = datastore.meta.row_bytes
+    return codes_parts.build_parts(
+        datastore,
+        folder,
+        lambda: _begin(datastore, folder),
+        part=part,
+        parts=parts,
+        rank=rank,
+        chunk_rows=max(1, _CHUNK_BYTES // row_bytes),
+        commit_rows=max(1, _COMMIT_BYTES // row_bytes),
+    )
 
 
 def _is_finished(datastore: Datastore, folder: Path) -> bool:
@@ -91,6 +145,7 @@ def discard(folder: Path) -> None:
     names = (META_FILE, BUILD_FILE, CODES_FILE, STATS_FILE, CENTER_FILE)
     for name in names:  # what makes the others count goes first
         (folder / name).unlink(missing_ok=True)
+    codes_parts.discard_parts(folder)
     sync_directory(folder)
 
 
@@ -126,7 +181,7 @@ class _Encoding:
         self._committed = 0
 
     def run(self) -> None:
-        with self._naming_the_disk():
+        with naming_the_disk(self.folder, self.datastore.num_entries, lambda: self._committed):
             begun = self._begun() or self._begin()
             self._committed = begun.num_entries
             check_content(self.folder, *(file for file in begun.files() if file.num_bytes))
@@ -157,29 +212,7 @@ class _Encoding:
         return None
 
     def _begin(self) -> CodesMeta:
-        own = {LOCK_FILE, CENTER_FILE, CODES_FILE, STATS_FILE}
-        own |= {f"{name}.tmp" for name in (BUILD_FILE, CENTER_FILE)}
-        foreign = sorted({path.name for path in self.folder.iterdir()} - own)
-        if foreign:
-            raise DatastoreError(
-                f"{self.folder}: not empty (it holds {foreign[0]!r}) and not of codes; remove it"
-            )
-        discard(self.folder)  # what was left by a death before the first commit
-        sample = sample_of_center(self.datastore)
-        center = mean_key(sample).numpy().tobytes()
-        replace_file(self.folder / CENTER_FILE, center)
-        meta = CodesMeta(
-            dim=self.datastore.dim,
-            num_entries=0,
-            datastore=self.datastore.fingerprint,
-            key_files=key_files(self.datastore),
-            center_rows=len(sample),
-            center=FileMeta(CENTER_FILE, len(center), format_checksum(zlib.crc32(center))),
-            codes=FileMeta(CODES_FILE, 0, format_checksum(0)),
-            stats=FileMeta(STATS_FILE, 0, format_checksum(0)),
-            created=creation_time(),
-            knnext_version=installed_version(),
-        )
+        meta = _begin(self.datastore, self.folder)
         replace_file(self.folder / BUILD_FILE, meta.to_json())
         sync_directory(self.folder.parent)
         return meta
@@ -214,20 +247,29 @@ class _Encoding:
         replace_file(self.folder / BUILD_FILE, meta.to_json())
         self._committed = rows
 
-    @contextmanager
-    def _naming_the_disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            free = disk_usage(self.folder).free
-            raise DatastoreWriteError(
-                f"{self.folder}: {error.strerror or error} after {self._committed:,} of "
-                f"{self.datastore.num_entries:,} rows ({free:,} bytes free on this disk). Nothing "
-                "written before is lost: make room and encode again, which goes on from there"
-            ) from error
 
-
-def read_center(folder: Path) -> Tensor:
-    """(dim,) float32."""
-    content = bytearray((folder / CENTER_FILE).read_bytes())
-    return torch.frombuffer(content, dtype=torch.float32)
+def _begin(datastore: Datastore, folder: Path) -> CodesMeta:
+    """Write the center of codes of which there are none yet."""
+    own = {LOCK_FILE, CENTER_FILE, CODES_FILE, STATS_FILE}
+    own |= {f"{name}.tmp" for name in (BUILD_FILE, CENTER_FILE, codes_parts.PLAN_FILE)}
+    foreign = sorted({path.name for path in folder.iterdir()} - own)
+    if foreign:
+        raise DatastoreError(
+            f"{folder}: not empty (it holds {foreign[0]!r}) and not of codes; remove it"
+        )
+    discard(folder)  # what was left by a death before the first commit
+    sample = sample_of_center(datastore)
+    center = mean_key(sample).numpy().tobytes()
+    replace_file(folder / CENTER_FILE, center)
+    return CodesMeta(
+        dim=datastore.dim,
+        num_entries=0,
+        datastore=datastore.fingerprint,
+        key_files=key_files(datastore),
+        center_rows=len(sample),
+        center=FileMeta(CENTER_FILE, len(center), format_checksum(zlib.crc32(center))),
+        codes=FileMeta(CODES_FILE, 0, format_checksum(0)),
+        stats=FileMeta(STATS_FILE, 0, format_checksum(0)),
+        created=creation_time(),
+        knnext_version=installed_version(),
+    )

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
-from knnext.datastore.errors import CorruptDatastoreError, DatastoreError
+import torch
+from torch import Tensor
+
+from knnext.datastore.errors import CorruptDatastoreError, DatastoreError, DatastoreWriteError
 from knnext.datastore.files import (
     check_file,
     file_checksum,
@@ -90,8 +95,7 @@ def read_meta(path: Path) -> CodesMeta:
             f"{path}: its own checksum does not match; it was damaged or edited by hand"
         )
     try:
-        meta = _parse(body)
-        _check_layout(meta)
+        meta = parse_meta(body)
     except (KeyError, TypeError, ValueError) as error:
         raise IndexMismatchError(f"{path} is malformed: {error}") from None
     return meta
@@ -102,12 +106,15 @@ def _self_checksum(body: dict[str, Any]) -> str:
     return format_checksum(zlib.crc32(canonical.encode("ascii")))
 
 
-def _parse(body: dict[str, Any]) -> CodesMeta:
+def parse_meta(body: dict[str, Any]) -> CodesMeta:
+    """KeyError, TypeError or ValueError for what is no meta."""
     values = {field.name: body[field.name] for field in fields(CodesMeta)}
     values["key_files"] = tuple((int(size), str(crc)) for size, crc in values["key_files"])
     for name in ("center", "codes", "stats"):
         values[name] = FileMeta(**values[name])
-    return CodesMeta(**values)
+    meta = CodesMeta(**values)
+    _check_layout(meta)
+    return meta
 
 
 def _check_layout(meta: CodesMeta) -> None:
@@ -162,7 +169,7 @@ def check_sizes(meta: CodesMeta, folder: Path) -> None:
         for file in meta.files():
             check_file(folder / file.file, file.num_bytes)
     except DatastoreError as error:
-        raise _damaged(str(error)) from None
+        raise damaged(str(error)) from None
 
 
 def check_content(folder: Path, *files: FileMeta) -> None:
@@ -172,10 +179,31 @@ def check_content(folder: Path, *files: FileMeta) -> None:
         try:
             check_file(path, file.num_bytes)
         except CorruptDatastoreError as error:
-            raise _damaged(str(error)) from None
+            raise damaged(str(error)) from None
         if file_checksum(path, file.num_bytes) != parse_checksum(file.checksum):
-            raise _damaged(f"{path} is damaged: its content has changed (checksum)")
+            raise damaged(f"{path} is damaged: its content has changed (checksum)")
 
 
-def _damaged(what: str) -> IndexMismatchError:
+def damaged(what: str) -> IndexMismatchError:
+    """Says what to do about it."""
     return IndexMismatchError(f"{what}; encode again with overwrite=True (--overwrite)")
+
+
+def read_center(folder: Path) -> Tensor:
+    """(dim,) float32."""
+    content = bytearray((folder / CENTER_FILE).read_bytes())
+    return torch.frombuffer(content, dtype=torch.float32)
+
+
+@contextmanager
+def naming_the_disk(folder: Path, total: int, done: Callable[[], int]) -> Iterator[None]:
+    """Within, an OSError is a DatastoreWriteError that says what stands: ``done()`` of the rows."""
+    try:
+        yield
+    except OSError as error:
+        free = disk_usage(folder).free
+        raise DatastoreWriteError(
+            f"{folder}: {error.strerror or error} after {done():,} of {total:,} rows "
+            f"({free:,} bytes free on this disk). Nothing written before is lost: make room and "
+            "encode again, which goes on from there"
+        ) from error
