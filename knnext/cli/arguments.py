@@ -50,6 +50,16 @@ def add_loading(c: argparse.ArgumentParser, default: str = "auto") -> None:
     c.add_argument(
         "--device-map", choices=("auto",), help="auto: spread the model over the GPUs here"
     )
+    c.add_argument(
+        "--quantization",
+        choices=("8bit", "4bit", "torchao:int8wo", "torchao:int8dq", "torchao:float8wo"),
+        help="load the weights in fewer bits: by bitsandbytes, or by torchao",
+    )
+    c.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model's blocks, which takes a while and makes long runs faster",
+    )
 
 
 class Renamed(argparse.Action):
@@ -116,16 +126,62 @@ def add_text_errors(c: argparse.ArgumentParser, default: str = "default: strict"
     )
 
 
-def add_windows(c: argparse.ArgumentParser) -> None:
+def add_ranks(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--rank-timeout",
+        type=positive_float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="under torchrun: how long a rank waits for another; default: 1800",
+    )
+
+
+def add_windows(c: argparse.ArgumentParser, *, build: bool = False) -> None:
     c.add_argument(
         "--block-size", type=positive, help="tokens of a window; default: the context, at most 1024"
     )
-    c.add_argument("--stride", type=positive, help="tokens between windows; default: half of it")
-    c.add_argument("--batch-size", type=positive, default=8, help="windows at once; default: 8")
+    part = "three quarters" if build else "half"
+    c.add_argument(
+        "--stride", type=positive, help=f"tokens between windows; default: {part} of a window"
+    )
+    c.add_argument(
+        "--batch-size", type=positive, help="windows at once; default: as the memory has room"
+    )
+    c.add_argument(
+        "--separate-documents",
+        action=argparse.BooleanOptionalAction,
+        default=False if build else None,
+        help="read each document alone: what stands before a token is then of its own document; "
+        + ("default: one stream" if build else "default: as the datastore was built"),
+    )
+    if not build:
+        c.add_argument(
+            "--full-last-window",
+            action="store_true",
+            help="let the last window reach back until it is full, as lm-evaluation-harness does",
+        )
     c.add_argument(
         "--bos-each-window",
         action=argparse.BooleanOptionalAction,
         help="begin every window with bos; default: where the tokenizer does so by itself",
+    )
+
+
+def add_parts(c: argparse.ArgumentParser, what: str) -> None:
+    """How several processes share the work; under torchrun they do without a word."""
+    c.add_argument(
+        "--parts",
+        type=positive,
+        metavar="N",
+        help=f"share {what} with other processes that run this same command, anywhere: each takes "
+        "parts of N that nobody has taken; default under torchrun: 8 a process",
+    )
+    c.add_argument(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="make part I of N alone, counted from 1: 1/64 to 64/64 (task 0 of an array of tasks "
+        "that counts from 0 makes 1/64); the last one to end joins them, or `knnext join`",
     )
 
 
@@ -181,8 +237,31 @@ def positive(text: str) -> int:
     return checked(int, text, lambda value: value >= 1, "a whole number of at least 1")
 
 
+def part(text: str) -> tuple[int, int]:
+    """``3/64``: a part and of how many, counted from 1."""
+    number, slash, count = text.partition("/")
+    wanted = "a part and their number, counted from 1, as 3/64"
+    if not slash:
+        raise argparse.ArgumentTypeError(f"wanted is {wanted}, got {text!r}")
+    found = natural(number), positive(count)
+    if found[0] == 0:
+        raise argparse.ArgumentTypeError(
+            f"parts are counted from 1, got {text!r}: of tasks that are counted from 0, task T "
+            f"makes part T + 1, here 1/{found[1]}"
+        )
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(
+            f"the parts are 1/{found[1]} to {found[1]}/{found[1]}, got {text!r}"
+        )
+    return found
+
+
 def natural(text: str) -> int:
     return checked(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def port(text: str) -> int:
+    return checked(int, text, lambda n: 0 <= n <= 65535, "a port from 0 (any free one) to 65535")
 
 
 def positive_float(text: str) -> float:

@@ -22,6 +22,8 @@ from knnext.output import check_outputs
 from knnext.say import Say
 
 if TYPE_CHECKING:
+    from knnext.corpus import TokenizedDocuments
+    from knnext.datastore import Datastore
     from knnext.evaluation import Evaluation
     from knnext.evaluation.scores import StreamScores
 
@@ -135,6 +137,7 @@ def _scores(
     """From the file, or from one pass of the model and the search; `outputs` are tried before."""
     from knnext.datastore.build import bos_of
     from knnext.evaluation import StreamScores, search_stream
+    from knnext.evaluation.stream import settled
 
     if is_first(args):
         check_outputs(args.save_scores, *outputs, reads=(args.scores,))
@@ -146,19 +149,44 @@ def _scores(
     check_model(store, model, tokenizer)
     text, _ = text_to_score(args, tokenizer, store, say)
     say(f"{args.split}: {len(text) - 1:,} tokens of {text.num_documents:,} documents")
+    ranks = ranks_of(args)
+    grid = settled(model, args.block_size, args.stride, args.batch_size, ranks)
+    apart = _apart(args, store, say)
+    say(_windows(text, grid, apart, args.full_last_window))
     scores = search_stream(
         model,
         open_index(args, store, settings, say),
         text,
         k=settings.k,
-        block_size=args.block_size,
-        stride=args.stride,
-        batch_size=args.batch_size,
+        **grid,
+        separate_documents=apart,
+        full_last_window=args.full_last_window,
         keep_indices=bool(args.save_scores),
         bos="as built" if args.bos_each_window is None else bos_of(tokenizer, args.bos_each_window),
         allow_overlap=args.allow_overlap,
-        ranks=ranks_of(args),
+        ranks=ranks,
     )
     if args.save_scores and is_first(args):
         scores.save(args.save_scores)
     return scores
+
+
+def _apart(args: argparse.Namespace, store: Datastore, say: Say) -> bool:
+    """Whether documents are read one by one: as the datastore was built, unless somebody says."""
+    built = bool((store.meta.origin or {}).get("separate_documents"))
+    given = built if args.separate_documents is None else bool(args.separate_documents)
+    if given != built:
+        ways = {True: "each document alone", False: "documents as one stream"}
+        say(
+            f"note: the datastore was built from {ways[built]}, and this reads {ways[given]}: "
+            "queries at the head of a document differ from the keys there"
+        )
+    return given
+
+
+def _windows(text: TokenizedDocuments, grid: dict[str, int], apart: bool, full_last: bool) -> str:
+    from knnext.lm.windows import Windows
+
+    offsets = text.document_offsets if apart else None
+    sizes = (grid["block_size"], grid["stride"])
+    return Windows.over(len(text), *sizes, offsets, full_last=full_last).describe()

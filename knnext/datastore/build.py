@@ -8,6 +8,7 @@ the same text has exactly one row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ from torch import nn
 from knnext.corpus import SplitFacts, TokenizedDocuments, separator_token, window_bos
 from knnext.datastore import Datastore
 from knnext.datastore.build_job import BuildJob, build_in_parts
+from knnext.datastore.errors import DatastoreError
+from knnext.datastore.meta import BUILD_FILE, META_FILE
+from knnext.datastore.meta_file import read_meta
 from knnext.datastore.parts import read_plan
 from knnext.datastore.room import check_room, row_bytes
+from knnext.lm.batching import choose_batch_size
 from knnext.lm.hidden_states import default_block_size, find_key_module
 from knnext.lm.key_layer import capture_hidden_states
 from knnext.lm.load import model_identity, model_parts, sha256, tokenizer_hash
 from knnext.lm.running import evaluating, trace_inputs
+from knnext.lm.windows import build_stride, check_windows
+
+#: Windows at once, where several processes must agree without asking.
+_BATCH_SIZE = 8
 
 
 def build_datastore(
@@ -36,9 +45,10 @@ def build_datastore(
     key_dtype: torch.dtype = torch.float16,
     block_size: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     corpus: str | SplitFacts | None = None,
     bos_each_window: bool | None = None,
+    separate_documents: bool = False,
     part: tuple[int, int] | None = None,
     parts: int | None = None,
     rank: tuple[int, int] = (0, 1),
@@ -54,8 +64,11 @@ def build_datastore(
     for (DatastoreWriteError), before anything is written. ``resume=False`` refuses any datastore
     that is there. ``corpus`` is ``Corpus.facts(split)``, by which later evaluations find the other
     splits and know the text again; or a description for people. See ``hidden_states`` for the
-    windows; ``bos_each_window`` begins each with the tokenizer's bos, by default where the
-    tokenizer does so by itself.
+    windows, which advance by three quarters of their size if ``stride`` does not say (each token is
+    then read 1.33 times); what is left out here is as an earlier run of the build had it.
+    ``bos_each_window`` begins each with the tokenizer's bos, by default where the tokenizer does so
+    by itself. With ``separate_documents`` no state sees another document than its own; the row of a
+    document's last state and of the separator that opens the next one is there all the same.
 
     Several processes build one datastore in ``parts``, cut at batches, so that keys, values and
     documents have the bytes of one process: each takes parts that nobody has taken until none is
@@ -66,8 +79,8 @@ def build_datastore(
     else the part.
     """
     _refuse(renamed)
-    block = default_block_size(model) if block_size is None else block_size
-    step = max(1, block // 2) if stride is None else stride
+    alone = part is None and parts is None and rank[1] == 1 and read_plan(Path(path)) is None
+    grid = settled(model, path, block_size, stride, batch_size, alone=alone)
     total = max(0, len(tokenized) - 1)
     bos = bos_of(tokenizer, bos_each_window)
     facts = corpus if isinstance(corpus, SplitFacts) else None
@@ -78,7 +91,7 @@ def build_datastore(
     job = BuildJob(
         model,
         tokenized,
-        {"block_size": block, "stride": step, "batch_size": batch_size, "bos": bos},
+        {**grid, "bos": bos, "separate_documents": separate_documents},
         width,
         key_dtype,
         {
@@ -94,18 +107,54 @@ def build_datastore(
         },
         {
             "tokens": sha256(tokenized.tokens.tobytes()),
-            "block_size": block,
-            "stride": step,
-            "batch_size": batch_size,
+            **grid,
             **({} if bos is None else {"bos": bos}),
+            **({"separate_documents": True} if separate_documents else {}),
         },
     )
-    alone = part is None and parts is None and rank[1] == 1
-    if alone and read_plan(Path(path)) is None:
+    if alone:
         return job.write(path, "build the datastore", (0, total), job.origin, resume=resume)
     if not resume:
         raise ValueError("resume=False: a build in parts goes on with what other processes began")
     return build_in_parts(job, Path(path), part, parts, rank)
+
+
+def settled(
+    model: nn.Module,
+    path: str | Path,
+    block_size: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    *,
+    alone: bool = True,
+) -> dict[str, int]:
+    """The windows of a build with what was not said: as it was begun, else what is usual.
+
+    Processes that share a build (not ``alone``) must have the same windows whatever is free on
+    their machines.
+    """
+    begun = _begun_with(path)
+    block = block_size or int(begun.get("block_size", default_block_size(model)))
+    same = begun.get("block_size") == block
+    usual = {"stride": build_stride(block), "batch_size": _BATCH_SIZE}
+    if alone and batch_size is None and not same:
+        usual["batch_size"] = choose_batch_size(model, block)
+    found = {"stride": stride, "batch_size": batch_size}
+    for name, value in found.items():
+        if value is None:
+            found[name] = int(begun.get(name, usual[name])) if same else usual[name]
+    check_windows(block if block_size is None else block_size, int(found["stride"] or 0))
+    return {"block_size": block, **{name: int(value or 0) for name, value in found.items()}}
+
+
+def _begun_with(path: str | Path) -> Mapping[str, Any]:
+    """What a build that was begun in the folder, or ended there, says of its windows."""
+    for name in (BUILD_FILE, META_FILE):
+        try:
+            return read_meta(Path(path), name).origin or {}
+        except (OSError, DatastoreError):
+            continue  # the build itself says what is wrong there
+    return {}
 
 
 def _refuse(renamed: dict[str, Any]) -> None:

@@ -50,8 +50,10 @@ class BuildJob:
 
     def batch_ends(self) -> np.ndarray:
         """(batches,) the row after the last of each forward pass: where the work may be cut."""
-        grid = (self.windows[name] for name in ("block_size", "stride", "batch_size"))
-        return batch_ends(len(self.tokenized), *grid)
+        grid = {name: self.windows[name] for name in ("block_size", "stride", "batch_size")}
+        apart = self.windows["separate_documents"]
+        documents = self.tokenized.document_offsets if apart else None
+        return batch_ends(len(self.tokenized), **grid, separate_documents=documents)
 
     def write(
         self,
@@ -85,7 +87,7 @@ class BuildJob:
             bar.update(store.num_entries)
             batches = hidden_states(
                 self.model,
-                self.tokenized.tokens,
+                self.tokenized,
                 key_layer=self.facts["key_layer"],
                 dtype=self.key_dtype,
                 start=first + store.num_entries,

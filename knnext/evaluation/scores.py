@@ -26,6 +26,7 @@ from knnext.output import whole_file
 FORMAT_VERSION = 1
 _TENSORS = ("log_p_lm", "targets", "document_ids", "ends_document", "distances", "tokens")
 _COUNTS = ("num_words", "num_bytes")
+_OPTIONAL = ("indices", "positions")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class StreamScores:
     Attributes:
         log_p_lm: (n,) float32, the base model's log-probability of each target.
         targets: (n,) int64 token ids; position i of the stream has token i + 1 as its target.
+        positions: (n,) int64, where in the stream each target stands; None: at 1, 2, ..., n.
         document_ids: (n,) int64, the document that position i belongs to.
         ends_document: (n,) bool, whether the target is the mark between two documents.
         distances: (n, k) float32, smaller is nearer, +inf is padding.
@@ -61,6 +63,7 @@ class StreamScores:
         default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu")
     )
     seconds: dict[str, float] = field(default_factory=dict)
+    positions: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = self.num_tokens
@@ -131,7 +134,8 @@ class StreamScores:
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` without pickled objects; it appears under its name when whole."""
-        names = [*_TENSORS, *_COUNTS, *(() if self.indices is None else ("indices",))]
+        there = (name for name in _OPTIONAL if getattr(self, name) is not None)
+        names = [*_TENSORS, *_COUNTS, *there]
         header = {
             "format_version": FORMAT_VERSION,
             "document_names": list(self.document_names),

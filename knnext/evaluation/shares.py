@@ -6,17 +6,20 @@ process would do, and its floats are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from knnext.evaluation.spill import release, row_pieces
 from knnext.index.base import Index
 from knnext.index.sharded import ShardedIndex
 from knnext.ranks import Ranks
+
+if TYPE_CHECKING:
+    from knnext.corpus import TokenizedDocuments
 
 
 class Shares:
@@ -42,16 +45,24 @@ class Shares:
         """Pieces of at most `size` positions that the rank with most of them has."""
         return max(-(-(last - first) // size) for first, last in self.rows)
 
-    def complete(self, tensors: Iterable[Tensor | None]) -> None:
-        """Fill the rows of the other ranks, (all positions, ...), from those who have them."""
+    def complete(
+        self,
+        tensors: Iterable[Tensor | None],
+        row: Callable[[int], int] = lambda position: position,
+    ) -> None:
+        """Fill the rows of the other ranks, (all rows, ...), from those who have them.
+
+        `row` tells which row comes first of those at a position or behind it.
+        """
+        owned = [(row(first), row(last)) for first, last in self.rows]
         for tensor in tensors if self.ranks.size > 1 else ():
             if tensor is None or not len(tensor):
                 continue
-            most = max(last - first for first, last in self.rows)
+            most = max(last - first for first, last in owned)
             for piece in row_pieces(most, tensor[:1].nbytes):
                 parts = [
                     tensor[min(first + piece.start, last) : min(first + piece.stop, last)]
-                    for first, last in self.rows
+                    for first, last in owned
                 ]
                 self.ranks.exchange(
                     [(peer, parts[self.ranks.rank]) for peer in self.ranks.others],
@@ -60,25 +71,28 @@ class Shares:
                 release(tensor)
 
 
-def shares_of(
-    ranks: Ranks | None,
-    indexes: Iterable[Index],
-    model: nn.Module,
-    length: int,
-    windows: dict[str, Any],
-) -> Shares:
-    """The shares of a text of `length` tokens: of the ranks given, else those of the indexes.
+def ranks_among(ranks: Ranks | None, indexes: Iterable[Index]) -> Ranks:
+    """The ranks given, else those of the indexes, else the process alone.
 
     ValueError where the indexes are divided among different groups.
     """
-    from knnext.lm.hidden_states import batch_ends, default_block_size
-
     found = {id(one.ranks.group): one.ranks for one in indexes if isinstance(one, ShardedIndex)}
     if ranks is not None:
         found[id(ranks.group)] = ranks
     if len(found) > 1:
         raise ValueError("indexes that are searched together must be of the same ranks")
-    block = windows["block_size"] or default_block_size(model)
-    stride = windows["stride"] or max(1, block // 2)
-    ends = batch_ends(length, block, stride, windows["batch_size"])
-    return Shares(next(iter(found.values()), Ranks()), ends)
+    return next(iter(found.values()), Ranks())
+
+
+def shares_of(ranks: Ranks, tokenized: TokenizedDocuments, windows: dict[str, Any]) -> Shares:
+    """The shares of a text that is read in `windows`, arguments of `hidden_states`."""
+    from knnext.lm.hidden_states import batch_ends
+
+    ends = batch_ends(
+        len(tokenized.tokens),
+        windows["block_size"],
+        windows["stride"],
+        windows["batch_size"],
+        tokenized.document_offsets if windows["separate_documents"] else None,
+    )
+    return Shares(ranks, ends)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from knnext.datastore.overlap import check_overlap
 from knnext.evaluation.scores import StreamScores
-from knnext.evaluation.shares import shares_of
+from knnext.evaluation.shares import ranks_among, shares_of
 from knnext.evaluation.spill import empty_rows, release
 from knnext.index.base import Index
 from knnext.index.queries import check_count, check_k
@@ -66,11 +66,13 @@ def search_stream(
     key_layer: str | None = ...,
     block_size: int | None = ...,
     stride: int | None = ...,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     query_batch: int = ...,
     keep_indices: bool = ...,
     exclude_documents: Tensor | Sequence[int] | None = ...,
     bos: int | Literal["as built"] | None = ...,
+    separate_documents: bool | Literal["as built"] = ...,
+    full_last_window: bool = ...,
     allow_overlap: bool = ...,
     ranks: Ranks | None = ...,
 ) -> StreamScores: ...
@@ -84,11 +86,13 @@ def search_stream(
     key_layer: str | None = ...,
     block_size: int | None = ...,
     stride: int | None = ...,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     query_batch: int = ...,
     keep_indices: bool = ...,
     exclude_documents: Tensor | Sequence[int] | None = ...,
     bos: int | Literal["as built"] | None = ...,
+    separate_documents: bool | Literal["as built"] = ...,
+    full_last_window: bool = ...,
     allow_overlap: bool = ...,
     ranks: Ranks | None = ...,
 ) -> dict[str, StreamScores]: ...
@@ -101,11 +105,13 @@ def search_stream(
     key_layer: str | None = None,
     block_size: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     query_batch: int = _PIECE_ROWS,
     keep_indices: bool = True,
     exclude_documents: Tensor | Sequence[int] | None = None,
     bos: int | Literal["as built"] | None = "as built",
+    separate_documents: bool | Literal["as built"] = "as built",
+    full_last_window: bool = False,
     allow_overlap: bool = False,
     ranks: Ranks | None = None,
 ) -> StreamScores | dict[str, StreamScores]:
@@ -115,7 +121,8 @@ def search_stream(
         model: a causal language model of transformers.
         index: an index, or several by name, which then share the one pass of the model. Their
             datastores must hold keys of one layer, dtype and size.
-        tokenized: the text; its T tokens give T - 1 scored targets.
+        tokenized: the text; its T tokens give T - 1 scored targets, or those of them that are
+            within a document.
         k: neighbors kept per position.
         key_layer: where queries are taken; by default where the datastore's keys were.
         block_size, stride, batch_size: the model's windows, see `hidden_states`.
@@ -125,6 +132,11 @@ def search_stream(
         exclude_documents: documents of the datastore that must not be found: ids for all, or one
             a position in an (n,) integer tensor.
         bos: the token that every window begins with, or None; by default that of the build.
+        separate_documents: read each document alone, and score its own tokens alone: not the mark
+            at which the next one begins, which nothing in a document foretells. By default as the
+            datastore was built.
+        full_last_window: the last window of a text, or of each separate document, reaches back
+            until it is full, as lm-evaluation-harness reads.
         allow_overlap: score documents that are in a datastore too. By default an OverlapError (a
             ValueError) names them, as their figures would be too good; those in
             `exclude_documents` are not looked at.
@@ -144,15 +156,24 @@ def search_stream(
         check_overlap(store, tokenized, _excluded(exclude_documents))
     if bos == "as built":
         bos = _built_with(indexes, "bos")
-    windows = {"block_size": block_size, "stride": stride, "batch_size": batch_size, "bos": bos}
-    count = num_scored(tokenized)
-    shares = shares_of(ranks, indexes.values(), model, count + 1, windows)
-    found = {name: _Found(one, count, k, keep_indices) for name, one in indexes.items()}
-    targets = torch.empty(count, dtype=torch.int64, device="cpu")
-    log_p_lm = torch.empty(count, dtype=torch.float32, device="cpu")
+    if separate_documents == "as built":
+        separate_documents = bool(_built_with(indexes, "separate_documents"))
+    ranks = ranks_among(ranks, indexes.values())
+    windows = {
+        **settled(model, block_size, stride, batch_size, ranks),
+        "bos": bos,
+        "separate_documents": bool(separate_documents),
+        "full_last_window": full_last_window,
+    }
+    scored = _Scored(tokenized, apart=bool(separate_documents))
+    shares = shares_of(ranks, tokenized, windows)
+    found = {name: _Found(one, len(scored), k, keep_indices) for name, one in indexes.items()}
+    targets = torch.empty(len(scored), dtype=torch.int64, device="cpu")
+    log_p_lm = torch.empty(len(scored), dtype=torch.float32, device="cpu")
     lm_seconds, start, number = 0.0, time.perf_counter(), 0
-    for piece in model_pieces(model, tokenized, layer, dtype, windows, query_batch, shares.mine):
+    for whole in model_pieces(model, tokenized, layer, dtype, windows, query_batch, shares.mine):
         lm_seconds += time.perf_counter() - start
+        piece = scored.of(whole)
         targets[piece.rows], log_p_lm[piece.rows] = piece.targets, piece.log_p_lm
         for one in found.values():
             one.search(piece, exclude_documents)
@@ -161,12 +182,65 @@ def search_stream(
     for _ in range(number, shares.most_pieces(query_batch)):  # others' queries come here too
         for one in found.values():
             one.search(Piece.empty(one.index.datastore), exclude_documents)
-    shares.complete([targets, log_p_lm])
+    shares.complete([targets, log_p_lm], scored.row)
     for one in found.values():
-        shares.complete([one.distances, one.tokens, one.indices])
-    shared = describe_stream(tokenized, targets, log_p_lm)
+        shares.complete([one.distances, one.tokens, one.indices], scored.row)
+    shared = describe_stream(tokenized, targets, log_p_lm, scored.positions)
     results = {name: one.scores(shared, lm_seconds) for name, one in found.items()}
     return results if isinstance(index, Mapping) else results[""]
+
+
+def settled(
+    model: nn.Module,
+    block_size: int | None,
+    stride: int | None,
+    batch_size: int | None,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Windows of an evaluation with what was not said: the same on every rank."""
+    from knnext.lm.batching import choose_batch_size
+    from knnext.lm.hidden_states import default_block_size
+    from knnext.lm.windows import check_windows, half_stride
+
+    block = default_block_size(model) if block_size is None else block_size
+    step = half_stride(max(1, block)) if stride is None else stride
+    check_windows(block, step)
+    if batch_size is None:
+        mine = choose_batch_size(model, block)
+        batch_size = min(size for (size,) in (ranks or Ranks()).gather([mine]))
+    return {"block_size": block, "stride": step, "batch_size": batch_size}
+
+
+class _Scored:
+    """Which positions of a text are scored, and where each stands among these."""
+
+    def __init__(self, tokenized: TokenizedDocuments, *, apart: bool) -> None:
+        keep = torch.ones(num_scored(tokenized), dtype=torch.bool, device="cpu")
+        self.keep = None if not apart else keep
+        self._before = torch.arange(len(keep) + 1, device="cpu")
+        if apart:
+            offsets = torch.as_tensor(tokenized.document_offsets, dtype=torch.int64, device="cpu")
+            marks = offsets[(offsets > 0) & (offsets <= len(keep))] - 1
+            keep[marks] = False
+            self._before[1:] = keep.cumsum(0)
+            if not bool(keep.any()):
+                raise ValueError("tokenized holds no document with a token, nothing can be scored")
+        self.positions = keep.nonzero().squeeze(1)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def row(self, position: int) -> int:
+        """How many are scored before it."""
+        return int(self._before[position])
+
+    def of(self, piece: Piece) -> Piece:
+        """What of a piece is scored; `first` is then its row."""
+        if self.keep is None:
+            return piece
+        kept = self.keep[piece.rows]
+        columns = (piece.queries, piece.targets, piece.log_p_lm)
+        return Piece(self.row(piece.first), *(column[kept] for column in columns))
 
 
 def _stores(indexes: Mapping[str, Index]) -> list[Datastore]:
@@ -238,7 +312,7 @@ def model_pieces(
     with progress(last - first, "scoring", unit="tokens") as bar:
         for batch in hidden_states(
             model,
-            tokenized.tokens,
+            tokenized,
             key_layer=key_layer,
             dtype=dtype,
             with_log_p_lm=True,
@@ -286,12 +360,21 @@ def run_model(
 
 
 def describe_stream(
-    tokenized: TokenizedDocuments, targets: Tensor, log_p_lm: Tensor
+    tokenized: TokenizedDocuments,
+    targets: Tensor,
+    log_p_lm: Tensor,
+    positions: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The fields of `StreamScores` that do not depend on an index."""
+    """The fields of `StreamScores` that do not depend on an index.
+
+    `positions` (n,) are those whose next tokens are the targets; None: 0 to n - 1.
+    """
     offsets = torch.as_tensor(tokenized.document_offsets, dtype=torch.int64, device="cpu")
-    positions = torch.arange(targets.shape[0], device="cpu")
+    every = torch.arange(targets.shape[0], device="cpu")
+    positions = every if positions is None else positions
+    some = not torch.equal(positions, every)
     return {
+        "positions": positions + 1 if some else None,
         "log_p_lm": log_p_lm,
         "targets": targets.to(torch.int64),
         # Right-hand bounds skip empty documents, which own no position.

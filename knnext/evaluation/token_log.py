@@ -79,7 +79,7 @@ def _chunks(
         rows = slice(start, min(start + _CHUNK, scores.num_tokens))
         ids = scores.document_ids[rows].tolist()
         columns: tuple[Any, ...] = (
-            list(range(start + 1, rows.stop + 1)),
+            _places(scores, rows),
             [names[i] if i < len(names) else str(i) for i in ids],
             scores.targets[rows].tolist(),
             scores.log_p_lm[rows].tolist(),
@@ -88,6 +88,12 @@ def _chunks(
         )
         joined = {name: values[rows].double().tolist() for name, values in more.items()}
         yield {**dict(zip(_COLUMNS, columns, strict=True)), **joined}
+
+
+def _places(scores: StreamScores, rows: slice) -> list[int]:
+    if scores.positions is None:
+        return list(range(rows.start + 1, rows.stop + 1))
+    return scores.positions[rows].tolist()
 
 
 def _write_jsonl(path: Path, chunks: Iterator[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ class Windows:
         ends: (W,) int64, the position after the last that it reads and gives.
         gives: (W,) int64, the first position that it gives.
         heads: (W,) bool, whether it begins where its document does.
-        block_size: tokens of the longest.
+        block_size, stride: as they were asked for.
         mixed: whether lengths differ by more than at the stream's end.
     """
 
@@ -42,6 +42,7 @@ class Windows:
     gives: Int64Array
     heads: NDArray[np.bool_]
     block_size: int
+    stride: int
     mixed: bool
 
     @classmethod
@@ -74,7 +75,7 @@ class Windows:
         if full_last:
             begins = np.where(ends == end, np.maximum(head, end - block_size), begins)
         mixed = documents is not None
-        return cls(begins, ends, gives, begins == head, block_size, mixed)
+        return cls(begins, ends, gives, begins == head, block_size, stride, mixed)
 
     def __len__(self) -> int:
         return len(self.begins)
@@ -89,6 +90,14 @@ class Windows:
         """How often a token is read, on average."""
         given = int((self.ends - self.gives).sum())
         return self.num_read / given if given else 0.0
+
+    def describe(self) -> str:
+        """What is read, for people."""
+        where = "each document alone, in windows" if self.mixed else "windows"
+        return (
+            f"{where} of up to {self.block_size:,} tokens, {self.stride:,} apart: the model reads "
+            f"each token {self.reads:.2f} times"
+        )
 
     def shelves(self, batch_size: int, *, most: int = _SHELF) -> Iterator[tuple[int, int]]:
         """Runs [first, last) of windows of which the states are given together, in order.

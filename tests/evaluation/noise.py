@@ -35,9 +35,9 @@ def text_of(*lengths: int) -> TokenizedDocuments:
     return TokenizedDocuments(tokens, offsets, [f"d{i}" for i in range(len(lengths))], words, words)
 
 
-def noise_states(_: Any, tokens: Any, **options: Any) -> Iterator[HiddenStatesBatch]:
+def noise_states(_: Any, tokens: TokenizedDocuments, **options: Any) -> Iterator[HiddenStatesBatch]:
     """In the place of `hidden_states`: as many states, without a model."""
-    stream = torch.as_tensor(tokens).long()
+    stream = torch.as_tensor(tokens.tokens).long()
     for positions in torch.arange(len(stream) - 1).split(100):
         keys = torch.randn(len(positions), 16, dtype=torch.float32).to(options["dtype"])
         log_p = -torch.rand(len(positions))

@@ -145,9 +145,8 @@ _CHILD = """
 
     def run(count):
         text = text_of(count)
-        scores = search_stream(
-            None, NoiseIndex(), text, k=1024, query_batch=256, allow_overlap=True
-        )
+        options = {"k": 1024, "batch_size": 8, "query_batch": 256, "allow_overlap": True}
+        scores = search_stream(None, NoiseIndex(), text, **options)
         evaluate(scores, 1.0, 0.3)
         tune(scores, [1.0, 2.0], [0.1, 0.5], refine=False)
         scores.save(sys.argv[1])
