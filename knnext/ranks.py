@@ -8,6 +8,7 @@ seconds, or whose sender has gone, is a `RankLostError`, in one sentence.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -65,13 +66,12 @@ def joined(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ra
 
     A group that is there already is used and left. After an error nobody is waited for.
     """
-    rank, size = launched()
-    if size == 1 or dist.is_initialized():
+    if launched()[1] == 1 or dist.is_initialized():
         yield Ranks(dist.group.WORLD if dist.is_initialized() else None, timeout=timeout)
         return
     backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "cpu:gloo"
     try:
-        with _sentence(rank, size, timeout, "finding each other"):
+        with _sentence(timeout, "finding each other"):
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
             found = Ranks(dist.group.WORLD, timeout=timeout)
             found.gather([0])  # gloo connects pairs of ranks when first asked to
@@ -190,7 +190,7 @@ class Ranks:
 
     def waiting(self, what: str) -> Any:
         """Within, the many ways in which torch says that a rank is lost are one sentence."""
-        return _sentence(self.rank, self.size, self.timeout, what)
+        return _sentence(self.timeout, what)
 
     def has_nccl(self) -> bool:
         """Whether the group can exchange what lies on GPUs."""
@@ -212,18 +212,18 @@ class Exchange:
 
 
 @contextmanager
-def _sentence(rank: int, size: int, timeout: float, what: str) -> Iterator[None]:
+def _sentence(timeout: float, what: str) -> Iterator[None]:
     try:
         yield
     except (RankLostError, RankFailedError):
         raise
     except RuntimeError as error:  # also DistError and its kin, of which there is no full list
-        text = " ".join(str(error).split())
+        text = re.sub(r"^\[[^]]*] *", "", " ".join(str(error).split())).partition(". ")[0]
         late = "time" in text.lower() and "out" in text.lower()
-        cause = f"another did not answer within {timeout:g} s" if late else "another has gone"
+        cause = f"one did not answer within {timeout:g} s" if late else "one has gone"
         raise RankLostError(
-            f"rank {rank} of {size} lost the others in {what}: {cause}; what is on disk is whole, "
-            f"run the same command again (torch says: {text[:160]})"
+            f"lost the other ranks in {what}: {cause}; what is on disk is whole, run the same "
+            f"command again (torch says: {text[:120]})"
         ) from error
 
 

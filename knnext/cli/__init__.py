@@ -23,12 +23,15 @@ from typing import Any, TextIO
 from knnext.cli import streams
 from knnext.cli.memory import is_out_of_memory, out_of_memory
 from knnext.cli.parser import build_parser
+from knnext.cli.ranks import run as run_on_ranks
+from knnext.ranks import RankFailedError, RankLostError, launched
 
 _EXTRAS = {
     **dict.fromkeys(
         ("transformers", "tokenizers", "datasets", "matplotlib", "pyarrow", "scipy"), "lm"
     ),
     "faiss": "faiss",
+    **dict.fromkeys(("starlette", "uvicorn"), "explore"),
 }
 
 
@@ -62,9 +65,20 @@ def _code(argv: Sequence[str] | None) -> int:
     except (BrokenPipeError, streams.StreamError):
         raise
     except Exception as error:
-        line = f"knnext {args.command}: {_one_line(error)}\n"
-        streams.write(sys.stderr, traceback.format_exc() if args.debug else line)
+        _complain(args, error)
         return 1
+
+
+def _complain(args: argparse.Namespace, error: Exception) -> None:
+    """Say what went wrong: in one line, or with --debug where."""
+    try:
+        rank, size = launched()
+    except ValueError:  # which is the error
+        rank, size = 0, 1
+    who = f", rank {rank} of {size}" if size > 1 else ""
+    line = f"knnext {args.command}{who}: {_one_line(error)}\n"
+    text = "".join(traceback.format_exception(error)) if args.debug else line
+    streams.write(sys.stderr, text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -76,11 +90,14 @@ def _run(args: argparse.Namespace) -> int:
     module, function = args.run.split(":")
     run = getattr(importlib.import_module(module), function)
 
-    def say(line: str = "") -> None:
-        streams.write(sys.stderr if args.json else sys.stdout, f"{line}\n")
+    first = launched()[0] == 0  # of ranks, the one that speaks
 
-    result = run(args, say)
-    if args.json:
+    def say(line: str = "") -> None:
+        if first:
+            streams.write(sys.stderr if args.json else sys.stdout, f"{line}\n")
+
+    result = run_on_ranks(args, lambda: run(args, say), lambda error: _complain(args, error))
+    if args.json and first:
         text = json.dumps(plain(result), allow_nan=False, ensure_ascii=True)
         streams.write(sys.stdout, f"{text}\n")
     # What a command found may be a failure in itself, as of a check.
@@ -107,7 +124,8 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         return out_of_memory(text)
-    if isinstance(error, ValueError | OSError | ImportError) and text:
+    plainly = ValueError | OSError | ImportError | RankLostError | RankFailedError
+    if isinstance(error, plainly) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
