@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -25,13 +26,29 @@ def check_room(path: str | Path, rows: int, bytes_of_row: int, also: str = "") -
     what the row's bytes hold beside key and value, for the message.
     """
     needed = max(0, rows - _committed(Path(path))) * bytes_of_row
+    hint = "store fewer tokens or narrower keys, or choose another disk"
+    check_disk(path, needed, f"the datastore{also}", hint)
+
+
+def check_disk(path: str | Path, needed: int, what: str, hint: str) -> None:
+    """DatastoreWriteError, with the hint, where the disk of ``path`` has not so many bytes free."""
     free = free_bytes(path)
     if needed > free:
         raise DatastoreWriteError(
-            f"{path}: the datastore{also} needs {binary_size(needed)} ({needed:,} bytes) and the "
-            f"disk has {binary_size(free)} ({free:,} bytes) free; store fewer tokens or narrower "
-            "keys, or choose another disk"
+            f"{path}: {what} needs {binary_size(needed)} ({needed:,} bytes) and the disk has "
+            f"{binary_size(free)} ({free:,} bytes) free; {hint}"
         )
+
+
+def taken_bytes(folder: str | Path) -> int:
+    """Of the disk, by the files in a folder; those of holes that nobody has written yet are not."""
+    found = 0
+    for file in Path(folder).glob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            state = file.stat()
+            blocks = getattr(state, "st_blocks", None)
+            found += state.st_size if blocks is None else min(state.st_size, 512 * blocks)
+    return found
 
 
 def free_bytes(path: str | Path) -> int:

@@ -27,6 +27,7 @@ from knnext.datastore.files import (
     sync_directory,
 )
 from knnext.datastore.meta import FileMeta, creation_time, installed_version
+from knnext.datastore.room import check_disk, taken_bytes
 from knnext.index import codes_parts
 from knnext.index.codes_meta import (
     BUILD_FILE,
@@ -37,6 +38,7 @@ from knnext.index.codes_meta import (
     CodesMeta,
     check_content,
     check_continues,
+    codes_bytes,
     key_files,
     naming_the_disk,
     read_center,
@@ -85,6 +87,8 @@ def build(
         )
     if not overwrite and _is_finished(datastore, folder):
         return True
+    needed = codes_bytes(datastore.num_entries, datastore.dim) - taken_bytes(folder)
+    check_disk(folder, needed, "the codes", "make room there; the search works without codes too")
     planned = codes_parts.is_planned(folder)
     if not alone and not planned and any((folder / n).exists() for n in (BUILD_FILE, META_FILE)):
         # Begun by one process, of a datastore that has grown, or all but joined: one goes on.

@@ -40,6 +40,11 @@ STATS_BYTES = 12  # of a row: scale, error, norm in float32
 HOW_TO_MAKE = "run `knnext index {} --kind codes`"
 
 
+def codes_bytes(rows: int, dim: int) -> int:
+    """Of the codes of so many keys on disk, and of the center that they share."""
+    return rows * (dim + STATS_BYTES) + 4 * dim
+
+
 @dataclass(frozen=True)
 class CodesMeta:
     """Everything in ``codes.json``; ``build.json`` is the same of an encoding that goes on.
