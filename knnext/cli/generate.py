@@ -8,13 +8,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from knnext.cli.influence import Influence, influences
-from knnext.cli.prompt import Prompt, pieces, read_prompt
 from knnext.cli.session import Settings, check_model, open_datastore, open_index, open_model
 from knnext.cli.text import text_of
+from knnext.evaluation.prompt import Prompt, pieces, read_prompt
 from knnext.say import Say, shown
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
+    from knnext.evaluation.spans import Span
 
 _DEFAULT_NEW_TOKENS = 50
 #: Documents with less of a token's p_knn than this are not worth a reader's time.
@@ -48,8 +49,8 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
             distances[0][kept].tolist(), shares[kept].tolist(), spans, strict=True
         )
     ]
-    for number, neighbor in enumerate(neighbors, 1):
-        for line in _neighbor_lines(number, neighbor):
+    for number, (neighbor, span) in enumerate(zip(neighbors, spans, strict=True), 1):
+        for line in _neighbor_lines(number, neighbor, span):
             say(line)
     return {
         "k": args.k,
@@ -60,8 +61,9 @@ def search(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
 
 
-def _neighbor_lines(number: int, neighbor: dict[str, Any]) -> list[str]:
-    text = f"{shown(neighbor['before'])}[{shown(neighbor['token'])}]{shown(neighbor['after'])}"
+def _neighbor_lines(number: int, neighbor: dict[str, Any], span: Span) -> list[str]:
+    before, after = map(shown, span.excerpt)
+    text = f"{before}[{shown(span.token)}]{after}"
     facts = f"distance {neighbor['distance']:.4g}   share {100 * neighbor['share']:.3g} %"
     return [f"{number:>3}  {text}", f"     {facts}   {neighbor['document']}", ""]
 

@@ -6,6 +6,7 @@ before it and its continuation the rows after it, within its document.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
 _ROWS_PER_READ = 65_536
+#: What may be a part of a word; a text that is nothing else is left as it is.
+_HALF_WORD_AT_HEAD, _HALF_WORD_AT_TAIL = re.compile(r"^\w+(?=\W)"), re.compile(r"(?<=\W)\w+$")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Span:
         token: the token that the row stands for.
         after: the text that followed it.
         document: name of the document, "" where the datastore keeps none.
+        cut_before, cut_after: whether the document has more text on that side.
     """
 
     row: int
@@ -36,6 +40,23 @@ class Span:
     token: str
     after: str
     document: str
+    cut_before: bool = False
+    cut_after: bool = False
+
+    @property
+    def excerpt(self) -> tuple[str, str]:
+        """The text before and after for a reader: "…" where it was cut, and there whole words."""
+        return excerpt_head(self.before, self.cut_before), excerpt_tail(self.after, self.cut_after)
+
+
+def excerpt_head(text: str, cut: bool) -> str:
+    """A text whose beginning was cut off where it fell: after a "…", and from the next word on."""
+    return "…" + _HALF_WORD_AT_HEAD.sub("", text) if cut else text
+
+
+def excerpt_tail(text: str, cut: bool) -> str:
+    """The same for a cut end."""
+    return _HALF_WORD_AT_TAIL.sub("", text) + "…" if cut else text
 
 
 def neighbor_spans(
@@ -69,9 +90,17 @@ def _spans(
         for part in (own[:before], own[before : before + 1], own[before + 1 :]):
             sides.append([value for value in part if value is not None])
     texts = decode_all(tokenizer, sides)
+    cut_before = (rows - before > first).tolist()
+    cut_after = (rows + after + 1 < last).tolist()
     return [
-        Span(row, texts[3 * i], texts[3 * i + 1], texts[3 * i + 2], documents[i])
-        for i, row in enumerate(rows.tolist())
+        Span(row, head, token, tail, document, *cut)
+        for row, (head, token, tail), document, cut in zip(
+            rows.tolist(),
+            zip(texts[::3], texts[1::3], texts[2::3], strict=True),
+            documents,
+            zip(cut_before, cut_after, strict=True),
+            strict=True,
+        )
     ]
 
 

@@ -23,7 +23,7 @@ from knnext.report.table import Row, format_bytes, results_table, text_table
 __all__ = ["Report", "Row", "Surface", "format_bytes", "text_table", "write_report"]
 
 _NO_TOKENS: dict[str, Any] = {
-    "k": 0, "lmbda": 0, "documents": [], "vocab": [], "spans": [], "excerpts": []
+    "k": 0, "systems": [], "documents": [], "vocab": [], "spans": [], "excerpts": []
 }  # fmt: skip
 
 
@@ -60,19 +60,19 @@ def write_report(path: str | Path, report: Report) -> Path:
 def render(report: Report) -> str:
     """The page as text."""
     surface = surface_figure(report.surface) if report.surface else "<p>No grid was searched.</p>"
-    return _fill(
-        _part("page.html"),
+    return fill(
+        part(__name__, "page.html"),
         {
+            **explorer_parts(),
             "title": html.escape(report.title),
             "lead": html.escape(report.lead),
-            "style": _part("style.css"),
             "table": results_table(report.rows),
             "note": html.escape(report.note),
             "surface": surface,
             "facts": _facts(report.facts),
             "version": html.escape(__version__),
+            "report": part(__name__, "report.js"),
             "data": script_json(report.explorer or _NO_TOKENS),
-            "script": _part("explorer.js"),
         },
     )
 
@@ -86,11 +86,22 @@ def script_json(data: Any) -> str:
     return text
 
 
-def _part(name: str) -> str:
-    return files(__name__).joinpath(name).read_text(encoding="utf-8").rstrip("\n")
+def explorer_parts() -> dict[str, str]:
+    """What every page with an explorer is made of: its style, its markup and its script."""
+    names = {"style": "style.css", "explorer": "explorer.html"}
+    scripts = (part(__name__, file) for file in ("passages.js", "explorer.js"))
+    return {
+        **{name: part(__name__, file) for name, file in names.items()},
+        "script": "\n".join(scripts),
+    }
 
 
-def _fill(page: str, parts: Mapping[str, str]) -> str:
+def part(package: str, name: str) -> str:
+    """A file that lies in a package."""
+    return files(package).joinpath(name).read_text(encoding="utf-8").rstrip("\n")
+
+
+def fill(page: str, parts: Mapping[str, str]) -> str:
     """Put the parts in place in one pass: what is put in is never read as a placeholder."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], page)
 

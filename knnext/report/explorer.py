@@ -1,15 +1,25 @@
-"""The data behind the token explorer: excerpts of the test text with each token's neighbors."""
+"""The data behind the report's token explorer: excerpts of the test text and their neighbors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from knnext.evaluation.prompt import pieces
 from knnext.evaluation.spans import decode_all, neighbor_spans
+from knnext.report.copies import copied_runs
+from knnext.report.excerpts import (
+    Excerpt,
+    choose_excerpts,
+    document_positions,
+    select,
+    telling_token,
+)
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -18,8 +28,22 @@ if TYPE_CHECKING:
 _VOTES = 5
 
 
+@dataclass(frozen=True)
+class System:
+    """One way of searching, with what it found for the test split and the mixture it is shown in.
+
+    ``words``: what the name means, for people.
+    """
+
+    name: str
+    scores: StreamScores
+    temperature: float
+    lmbda: float
+    words: str = ""
+
+
 @dataclass
-class _Numbering:
+class Numbering:
     """Gives each distinct thing a number, in order of first use."""
 
     numbers: dict[Any, int] = field(default_factory=dict)
@@ -29,11 +53,9 @@ class _Numbering:
 
 
 def explorer_data(
-    scores: StreamScores,
+    systems: Sequence[System],
     datastore: Datastore,
     tokenizer: Any,
-    temperature: float,
-    lmbda: float,
     *,
     num_excerpts: int = 12,
     excerpt_tokens: int = 256,
@@ -41,37 +63,38 @@ def explorer_data(
 ) -> dict[str, Any]:
     """Excerpts as plain values for the page's script.
 
-    Excerpts are taken at even distances through the documents that are long enough (or, where
-    none is, the longest), each out of the middle of what was scored: nothing in the choice looks
-    at how well a text was predicted.
+    Nothing in the choice of excerpts looks at how well a text was predicted; see
+    `choose_excerpts`.
 
     Args:
-        scores: of the test split, with `indices`.
+        systems: on one text and datastore, their scores with `indices`; the first is shown first,
+            and its neighbors tell which text is a copy.
         datastore: the one that was searched.
         tokenizer: the one it was built with.
-        temperature, lmbda: of the mixture shown.
         num_excerpts, excerpt_tokens, num_neighbors: at most so many of each.
     """
-    if scores.indices is None:
+    if not systems:
+        raise ValueError("systems must name at least one")
+    if any(system.scores.indices is None for system in systems):
         raise ValueError("scores must hold indices: run search_stream with keep_indices=True")
-    vocabulary, documents, rows = _Numbering(), _Numbering(), _Numbering()
-    excerpts = []
-    for positions in choose_excerpts(scores, num_excerpts, excerpt_tokens):
-        excerpt = _Excerpt(scores, positions, temperature, lmbda)
-        excerpts.append(excerpt.plain(num_neighbors, vocabulary, rows))
-    spans = []
-    found = neighbor_spans(
-        datastore, tokenizer, torch.tensor(list(rows.numbers), dtype=torch.int64, device="cpu")
-    )
-    tokens = datastore.values[
-        torch.tensor(list(rows.numbers), dtype=torch.int64, device="cpu")
-    ].tolist()
-    for span, token in zip(found, tokens, strict=True):
-        spans.append([span.before, vocabulary(token), span.after, documents(span.document)])
+    vocabulary, documents, rows = Numbering(), Numbering(), Numbering()
+    excerpts = [
+        _plain(excerpt, systems, tokenizer, num_neighbors, vocabulary, rows)
+        for excerpt in choose_excerpts(systems[0].scores, num_excerpts, excerpt_tokens)
+    ]
+    wanted = torch.tensor(list(rows.numbers), dtype=torch.int64, device="cpu")
+    found = neighbor_spans(datastore, tokenizer, wanted)
+    tokens = datastore.values[wanted].tolist()
+    spans = [
+        [span.excerpt[0], vocabulary(token), span.excerpt[1], documents(span.document)]
+        for span, token in zip(found, tokens, strict=True)
+    ]
     return {
-        "k": scores.k,
-        "temperature": temperature,
-        "lmbda": lmbda,
+        "k": systems[0].scores.k,
+        "systems": [
+            {"name": s.name, "words": s.words, "temperature": s.temperature, "lmbda": s.lmbda}
+            for s in systems
+        ],
         "documents": list(documents.numbers),
         "vocab": decode_all(tokenizer, [[token] for token in vocabulary.numbers]),
         "spans": spans,
@@ -79,98 +102,86 @@ def explorer_data(
     }
 
 
-def choose_excerpts(scores: StreamScores, count: int, length: int) -> list[Tensor]:
-    """Positions (int64) of each excerpt: consecutive targets of one document."""
-    documents, sizes = scores.document_ids[~scores.ends_document].unique(return_counts=True)
-    usable = documents[sizes >= min(length, int(sizes.max()))] if len(documents) else documents
-    picks = min(count, len(usable))
-    excerpts = []
-    for i in range(picks):
-        document = usable[int((i + 0.5) * len(usable) / picks)]
-        positions = torch.nonzero((scores.document_ids == document) & ~scores.ends_document)[:, 0]
-        start = max(0, (len(positions) - length) // 2)
-        excerpts.append(positions[start : start + length])
-    return excerpts
+def _plain(
+    excerpt: Excerpt,
+    systems: Sequence[System],
+    tokenizer: Any,
+    num_neighbors: int,
+    vocabulary: Numbering,
+    rows: Numbering,
+) -> dict[str, Any]:
+    """One excerpt as the script reads it."""
+    scores = systems[0].scores
+    whole = document_positions(scores, excerpt.document)
+    first = int(excerpt.positions[0] - whole[0])
+    # What stands before an excerpt tells how its first tokens are written.
+    ids = scores.targets[whole[: first + len(excerpt.positions)]].tolist()
+    texts = pieces(tokenizer, ids, first)
+    part = select(scores, excerpt.positions)
+    gains = part.log_p(systems[0].temperature, systems[0].lmbda) - part.log_p_lm.double()
+    runs = copied_runs(part)
+    return {
+        "name": scores.document_names[excerpt.document],
+        "first": first,
+        "cut": [first > 0, first + len(excerpt.positions) < len(whole)],
+        "texts": texts,
+        "targets": [vocabulary(token) for token in part.targets.tolist()],
+        "lm": logs(part.log_p_lm),
+        "copied": runs.tolist(),
+        "start": telling_token(texts, gains, runs),
+        "systems": [
+            _system(system, excerpt.positions, num_neighbors, vocabulary, rows)
+            for system in systems
+        ],
+    }
 
 
-class _Excerpt:
-    """The scores of some positions, turned into plain values."""
-
-    def __init__(
-        self, scores: StreamScores, positions: Tensor, temperature: float, lmbda: float
-    ) -> None:
-        self.scores, self.positions = scores, positions
-        part = _select(scores, positions)
-        self.log_p_knn = part.log_p_knn(temperature)
-        self.log_p = part.log_p(temperature, lmbda)
-        self.shares = torch.softmax(-part.distances.double() / temperature, dim=1).nan_to_num(0.0)
-        self.part = part
-
-    def plain(self, num_neighbors: int, vocabulary: _Numbering, rows: _Numbering) -> dict[str, Any]:
-        document = int(self.scores.document_ids[self.positions[0]])
-        before = (self.scores.document_ids == document) & ~self.scores.ends_document
-        first = int(before[: int(self.positions[0])].sum())
-        return {
-            "name": self.scores.document_names[document],
-            "first": first,
-            "targets": [vocabulary(token) for token in self.part.targets.tolist()],
-            "lm": _logs(self.part.log_p_lm),
-            "knn": _logs(self.log_p_knn),
-            "mix": _logs(self.log_p),
-            "votes": self._votes(vocabulary),
-            "near": self._near(num_neighbors, rows),
-        }
-
-    def _votes(self, vocabulary: _Numbering) -> list[list[float]]:
-        """Of each position the tokens with the largest p_knn: token, p, token, p, ..."""
-        votes = []
-        for tokens, shares in zip(self.part.tokens, self.shares, strict=True):
-            kept = tokens >= 0
-            named, place = tokens[kept].unique(return_inverse=True)
-            sums = torch.zeros(len(named), dtype=torch.float64, device="cpu").index_add_(
-                0, place, shares[kept]
-            )
-            top = sums.topk(min(_VOTES, len(sums)))
-            line: list[float] = []
-            for share, at in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-                line += [vocabulary(int(named[at])), _short(share)]
-            votes.append(line)
-        return votes
-
-    def _near(self, count: int, rows: _Numbering) -> list[list[float]]:
-        """Of each position the nearest rows: span, distance, share of p_knn, ..."""
-        assert self.part.indices is not None
-        lists = zip(
-            self.part.indices[:, :count].tolist(),
-            self.part.distances[:, :count].tolist(),
-            self.shares[:, :count].tolist(),
-            strict=True,
-        )
-        near = []
-        for line in lists:
-            kept = [entry for entry in zip(*line, strict=True) if entry[0] >= 0]
-            near.append(
-                [x for row, d, share in kept for x in (rows(row), _short(d), _short(share))]
-            )
-        return near
+def _system(
+    system: System, positions: Tensor, num_neighbors: int, vocabulary: Numbering, rows: Numbering
+) -> dict[str, Any]:
+    part = select(system.scores, positions)
+    shares = torch.softmax(-part.distances.double() / system.temperature, dim=1).nan_to_num(0.0)
+    return {
+        "knn": logs(part.log_p_knn(system.temperature)),
+        "votes": _votes(part, shares, vocabulary),
+        "near": _near(part, shares, num_neighbors, rows),
+    }
 
 
-def _select(scores: StreamScores, positions: Tensor) -> StreamScores:
-    names = (
-        "log_p_lm",
-        "targets",
-        "document_ids",
-        "ends_document",
-        "distances",
-        "tokens",
-        "indices",
+def _votes(part: StreamScores, shares: Tensor, vocabulary: Numbering) -> list[list[float]]:
+    """Of each position the tokens with the largest p_knn: token, p, token, p, ..."""
+    votes = []
+    for tokens, share in zip(part.tokens, shares, strict=True):
+        kept = tokens >= 0
+        named, place = tokens[kept].unique(return_inverse=True)
+        sums = torch.zeros(len(named), dtype=torch.float64, device="cpu")
+        top = sums.index_add_(0, place, share[kept]).topk(min(_VOTES, len(sums)))
+        line: list[float] = []
+        for value, at in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            line += [vocabulary(int(named[at])), _short(value)]
+        votes.append(line)
+    return votes
+
+
+def _near(part: StreamScores, shares: Tensor, count: int, rows: Numbering) -> list[list[float]]:
+    """Of each position the nearest rows: span, distance, share of p_knn, ..."""
+    assert part.indices is not None
+    lists = zip(
+        part.indices[:, :count].tolist(),
+        part.distances[:, :count].tolist(),
+        shares[:, :count].tolist(),
+        strict=True,
     )
-    return type(scores)(**{name: getattr(scores, name)[positions] for name in names})
+    near = []
+    for line in lists:
+        kept = [entry for entry in zip(*line, strict=True) if entry[0] >= 0]
+        near.append([x for row, d, share in kept for x in (rows(row), _short(d), _short(share))])
+    return near
 
 
-def _logs(values: Tensor) -> list[float | None]:
-    """Rounded logs; None for -inf, which JSON has no word for."""
-    return [round(x, 4) if math.isfinite(x) else None for x in values.tolist()]
+def logs(values: Tensor) -> list[float | None]:
+    """Logs with five digits behind the point; None for -inf, which JSON has no word for."""
+    return [round(x, 5) if math.isfinite(x) else None for x in values.tolist()]
 
 
 def _short(value: float) -> float:

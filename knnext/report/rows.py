@@ -10,8 +10,13 @@ from knnext.evaluation import Evaluation
 from knnext.report.table import Row
 
 
-def table_rows(evaluations: Mapping[str, Evaluation], sizes: Mapping[str, int]) -> list[Row]:
-    """The base and each system, from evaluations of one text."""
+def table_rows(
+    evaluations: Mapping[str, Evaluation],
+    sizes: Mapping[str, int],
+    words: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """The base and each system, from evaluations of one text; `words` say what a name means."""
+    words = words or {}
     first = next(iter(evaluations.values()))
     base = Row(
         "base LM",
@@ -20,11 +25,18 @@ def table_rows(evaluations: Mapping[str, Evaluation], sizes: Mapping[str, int]) 
         tokens_per_second=first.tokens_per_second.get("lm"),
         num_bytes=sizes.get("base LM"),
         num_documents=first.num_documents,
+        words=words.get("base LM", ""),
     )
-    return [base, *(table_row(name, one, sizes.get(name)) for name, one in evaluations.items())]
+    return [
+        base,
+        *(
+            table_row(name, one, sizes.get(name), words.get(name, ""))
+            for name, one in evaluations.items()
+        ),
+    ]
 
 
-def table_row(name: str, evaluation: Evaluation, num_bytes: int | None) -> Row:
+def table_row(name: str, evaluation: Evaluation, num_bytes: int | None, words: str = "") -> Row:
     """One mixture against its base."""
     difference = torch.tensor(
         [
@@ -47,4 +59,5 @@ def table_row(name: str, evaluation: Evaluation, num_bytes: int | None) -> Row:
         evaluation.tokens_per_second["total"],
         num_bytes,
         evaluation.num_documents,
+        words,
     )

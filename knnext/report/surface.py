@@ -1,7 +1,8 @@
 """Validation perplexity over temperature and lmbda, as inline SVG that follows the page's colours.
 
 The colours are ten bands of log perplexity between the best point and the base model, like a
-filled contour map; what is worse than the base has a colour of its own.
+filled contour map; what is worse than the base has a colour of its own. `plots.plot_surface` draws
+the same in the same colours.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def surface_figure(surface: Surface) -> str:
             *_axis(surface.lmbdas, rows, horizontal=False),
             f'<circle class="halo" cx="{x:.1f}" cy="{y:.1f}" r="7"/>',
             f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="7"/>',
-            *_legend(surface),
+            *_legend(surface, any('class="over"' in cell for cell in cells)),
             "</svg>",
-            f"<figcaption>{html.escape(words)} The ring marks the point used for the test split."
-            "</figcaption>",
+            f"<figcaption>{html.escape(words)} The ring marks the point used for the test split; "
+            "the further a colour is from the page's, the lower the perplexity.</figcaption>",
             "</figure>",
         ]
     )
@@ -146,20 +147,23 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _legend(surface: Surface) -> list[str]:
+def _legend(surface: Surface, over: bool) -> list[str]:
+    """The bands that occur: where no mixture beats the base there are none below it."""
     y, width = _TOP + _HEIGHT + 62, 36
+    ratio = surface.base / surface.best[2]
+    bands = _BANDS if ratio > 1 else 0
     lines = [
         f'<rect class="s{i}" x="{_LEFT + i * width}" y="{y}" width="{width + 0.5}" height="12"/>'
-        for i in range(_BANDS)
+        for i in range(bands)
     ]
-    over = _LEFT + _BANDS * width + 20
-    lines.append(f'<rect class="over" x="{over}" y="{y}" width="{width}" height="12"/>')
-    ratio = surface.base / surface.best[2]
-    for i in (0, 5, 10):
-        text = f"{surface.best[2] * ratio ** (i / _BANDS):.0f}"
+    for i in (0, 5, 10) if bands else ():
+        text = f"{surface.best[2] * ratio ** (i / _BANDS):.3g}"
         anchor = ("start", "middle", "end")[i // 5]
         lines.append(
             f'<text x="{_LEFT + i * width}" y="{y + 30}" text-anchor="{anchor}">{text}</text>'
         )
-    lines.append(f'<text x="{over}" y="{y + 30}">worse than the base</text>')
+    if over:
+        x = _LEFT + bands * width + (20 if bands else 0)
+        lines.append(f'<rect class="over" x="{x}" y="{y}" width="{width}" height="12"/>')
+        lines.append(f'<text x="{x}" y="{y + 30}">worse than the base</text>')
     return lines

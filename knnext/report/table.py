@@ -25,6 +25,7 @@ class Row:
         tokens_per_second: of the whole evaluation: model, search and mixing.
         num_bytes: on disk, of all that the system needs beside the base model.
         num_documents: that the intervals are from; fewer than `FEW_DOCUMENTS` mark them.
+        words: what the name means, for people.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     tokens_per_second: float | None = None
     num_bytes: int | None = None
     num_documents: int | None = None
+    words: str = ""
 
 
 _HEADINGS = (
@@ -61,17 +63,24 @@ def format_bytes(count: float) -> str:
 
 
 def results_table(rows: Sequence[Row]) -> str:
-    """An HTML table; the lowest perplexity stands out."""
+    """An HTML table; the lowest perplexity stands out.
+
+    On a narrow page style.css makes a card of each row, in which a cell says its heading; the
+    roles keep it a table for those who hear it.
+    """
     best = min(rows, key=lambda row: row.perplexity) if rows else None
-    lines = ["<table>", "<thead><tr>"]
-    lines += [f'<th scope="col">{html.escape(heading)}</th>' for heading in _HEADINGS]
-    lines += ["</tr></thead>", "<tbody>"]
+    lines = ['<table class="results" role="table">', '<thead role="rowgroup"><tr role="row">']
+    lines += [f'<th scope="col" role="columnheader">{html.escape(h)}</th>' for h in _HEADINGS]
+    lines += ["</tr></thead>", '<tbody role="rowgroup">']
     for row in rows:
-        name, perplexity, change, *rest = _cells(row)
-        lines.append('<tr class="best">' if row is best else "<tr>")
-        lines.append(f'<th scope="row">{html.escape(name[0])}</th>')
-        lines += [_html_cell(perplexity, _mark(row), strong=True), _html_cell(change, _mark(row))]
-        lines += [*map(_html_cell, rest), "</tr>"]
+        (name, _), *cells = _cells(row)
+        words = f"<small>{html.escape(row.words)}</small>" if row.words else ""
+        lines.append(f'<tr role="row"{" class=best" if row is best else ""}>')
+        lines.append(f'<th scope="row" role="rowheader">{html.escape(name)}{words}</th>')
+        for number, (heading, cell) in enumerate(zip(_HEADINGS[1:], cells, strict=True)):
+            mark = _mark(row) if number < 2 else ""
+            lines.append(_html_cell(heading, cell, mark, strong=number == 0))
+        lines.append("</tr>")
     notes = [f'<p class="note">{html.escape(note)}</p>' for note in mark_notes(rows)]
     return "\n".join([*lines, "</tbody>", "</table>", *notes])
 
@@ -94,7 +103,9 @@ def text_table(rows: Sequence[Row]) -> str:
         ).rstrip()
         for line in cells
     ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *mark_notes(rows)])
+    words = [f"{row.name}: {row.words}" for row in rows if row.words]
+    notes = [*mark_notes(rows), *(["", *words] if words else [])]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
 
 
 def mark_notes(rows: Sequence[Row]) -> list[str]:
@@ -111,10 +122,11 @@ def _mark(row: Row) -> str:
     return "*" if few else ""
 
 
-def _html_cell(cell: tuple[str, str], mark: str = "", strong: bool = False) -> str:
+def _html_cell(heading: str, cell: tuple[str, str], mark: str = "", strong: bool = False) -> str:
     main, interval = map(html.escape, cell)
-    main = f"<strong>{main}</strong>" if strong else main
-    return f"<td>{main}" + (f"<small>{interval}{mark}</small>" if interval else "") + "</td>"
+    main = f"<strong>{main}</strong>" if strong else f"<span>{main}</span>"
+    more = f"<small>{interval}{mark}</small>" if interval else ""
+    return f'<td role="cell" data-label="{html.escape(heading)}">{main}{more}</td>'
 
 
 def _cells(row: Row) -> list[tuple[str, str]]:

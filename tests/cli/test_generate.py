@@ -15,7 +15,7 @@ import torch
 from knnext.cli import main
 from knnext.cli.generate import _decoding, _plain_config
 from knnext.cli.parser import build_parser
-from knnext.cli.prompt import pieces, read_prompt
+from knnext.evaluation.prompt import pieces, read_prompt
 from tests.lm.tiny_models import transformers
 
 WORDS = "the quick brown fox jumps over a lazy dog é 漢字 🦊".split()  # noqa: SIM905
