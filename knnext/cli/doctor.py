@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import knnext
+from knnext.cli.plan import measure_rates
 from knnext.ops import REPORT
 from knnext.ops._cards import can_run, cuda_driver_version, visible_cards
 from knnext.ops._library import COMPOSED, built_for, cuda_symbols
@@ -40,6 +41,8 @@ _OPTIONS = {"dtype": "key_dtype"}
 
 def run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     """The command. ``exit_code`` is not 0 where a check failed."""
+    if args.model is not None and not args.rates:
+        raise ValueError("--model is for --rates: there its forward pass is timed")
     given = {f.name: getattr(args, _OPTIONS.get(f.name, f.name)) for f in fields(Search)}
     chosen = {name: value for name, value in given.items() if value is not None}
     facts = doctor(Search(**{**asdict(Search()), **chosen}) if chosen else None)
@@ -48,6 +51,9 @@ def run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         say("")
         facts["checks"] = check(say)
         facts["exit_code"] = int(not all(entry["ok"] for entry in facts["checks"]))
+    if args.rates:
+        say("")
+        facts["rates"] = measure_rates(args, say)
     return facts
 
 
