@@ -7,46 +7,50 @@ first named, so that ``import knnext`` costs little more than ``import torch``.
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
-from typing import Any
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
-from knnext.ops import (
-    KeyCodes,
-    encode_keys,
-    failed_queries,
-    gather_tokens,
-    key_sqnorms,
-    knn_interpolate,
-    knn_search,
-    knn_softmax,
-    knn_target_log_prob,
-    merge_topk,
-    rescore,
-)
+if TYPE_CHECKING:
+    from knnext.corpus import load_corpus, tokenize
+    from knnext.datastore import Datastore, DatastoreError
+    from knnext.datastore.build import build_datastore
+    from knnext.evaluation import evaluate, search_stream
+    from knnext.evaluation.tune import tune
+    from knnext.index import ExactIndex, FaissIndex, ShardedIndex
+    from knnext.lm.knnlm import KNNLM
+    from knnext.ops import (
+        KeyCodes,
+        encode_keys,
+        failed_queries,
+        gather_tokens,
+        key_sqnorms,
+        knn_interpolate,
+        knn_search,
+        knn_softmax,
+        knn_target_log_prob,
+        merge_topk,
+        rescore,
+    )
 
 try:
     __version__ = _version("knnext")
 except PackageNotFoundError:  # run from the tree, not installed
     __version__ = "0+tree"
 
-_LAZY = {
-    "Datastore": "knnext.datastore",
-    "DatastoreError": "knnext.datastore",
-    "ExactIndex": "knnext.index",
-    "FaissIndex": "knnext.index",
-    "KNNLM": "knnext.lm.knnlm",
-    "build_datastore": "knnext.datastore.build",
-    "load_corpus": "knnext.corpus",
-    "evaluate": "knnext.evaluation",
-    "search_stream": "knnext.evaluation",
-    "tokenize": "knnext.corpus",
-    "tune": "knnext.evaluation.tune",
-}
-
 __all__ = [
+    "KNNLM",
+    "Datastore",
+    "DatastoreError",
+    "ExactIndex",
+    "FaissIndex",
     "KeyCodes",
+    "ShardedIndex",
+    "build_datastore",
     "encode_keys",
+    "evaluate",
     "failed_queries",
     "gather_tokens",
     "key_sqnorms",
@@ -54,17 +58,49 @@ __all__ = [
     "knn_search",
     "knn_softmax",
     "knn_target_log_prob",
+    "load_corpus",
     "merge_topk",
     "rescore",
-    *_LAZY,
+    "search_stream",
+    "tokenize",
+    "tune",
 ]
+
+_ELSEWHERE = {
+    "Datastore": "knnext.datastore",
+    "DatastoreError": "knnext.datastore",
+    "ExactIndex": "knnext.index",
+    "FaissIndex": "knnext.index",
+    "KNNLM": "knnext.lm.knnlm",
+    "ShardedIndex": "knnext.index",
+    "build_datastore": "knnext.datastore.build",
+    "evaluate": "knnext.evaluation",
+    "load_corpus": "knnext.corpus",
+    "search_stream": "knnext.evaluation",
+    "tokenize": "knnext.corpus",
+    "tune": "knnext.evaluation.tune",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module 'knnext' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, "knnext.ops")), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _command_asks_for_words() -> bool:
+    """This process is the command, called for its help or version: seconds without torch."""
+    # While `python -m knnext` finds the package, argv[0] is "-m" still.
+    command = _Path(sys.argv[0]).name if sys.argv else ""
+    return command in ("knnext", "-m") and any(
+        word in ("-h", "--help", "--version") for word in sys.argv[1:]
+    )
+
+
+if not _command_asks_for_words():
+    for _name in set(__all__) - set(_ELSEWHERE):
+        globals()[_name] = __getattr__(_name)

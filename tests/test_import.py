@@ -67,3 +67,26 @@ assert not [line for line in open("/proc/self/maps") if "libcuda.so" in line]
 def test_an_import_asks_nothing_of_cuda() -> None:
     done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+WORDS = """
+import runpy, sys
+sys.argv = {argv}
+try:
+    runpy.run_module("knnext", run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+import knnext
+assert callable(knnext.knn_search), "and who goes on all the same finds the ops"
+import torch
+assert torch.ops.knnext.knn_search
+"""
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["build", "--help"], ["eval", "-h"]])
+def test_help_and_version_load_no_torch(words: list[str]) -> None:
+    code = WORDS.format(argv=["knnext", *words])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "knnext" in done.stdout

@@ -24,7 +24,7 @@ from knnext.cli import streams
 from knnext.cli.memory import is_out_of_memory, out_of_memory
 from knnext.cli.parser import build_parser
 from knnext.cli.ranks import run as run_on_ranks
-from knnext.ranks import RankFailedError, RankLostError, launched
+from knnext.launch import RankFailedError, RankLostError, launched
 
 _EXTRAS = {
     **dict.fromkeys(

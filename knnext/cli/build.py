@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from knnext.cli.session import open_datastore, open_model
 from knnext.cli.text import text_to_store
+from knnext.launch import launched
 from knnext.say import Say, binary_size
 
 if TYPE_CHECKING:
@@ -22,10 +23,16 @@ _OF_FAISS = ("index_path", "factory", "train_size", "nprobe", "seed")
 def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import torch
 
-    from knnext.datastore.build import build_datastore, key_width
+    from knnext.datastore.build import build_datastore, key_width, settled
     from knnext.datastore.room import check_room, free_bytes, row_bytes
     from knnext.index.codes_meta import STATS_BYTES
+    from knnext.lm.windows import Windows
 
+    if args.part is not None and args.codes:
+        raise ValueError(
+            "--codes are of the whole datastore: when all parts are there, `knnext index "
+            f"{args.datastore} --kind codes` makes them, also with --part or --parts"
+        )
     model, tokenizer = open_model(args, _begun(args.datastore))
     text, facts = text_to_store(args, tokenizer)
     rows, key_dtype = max(0, len(text) - 1), getattr(torch, args.key_dtype)
@@ -38,6 +45,12 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         f"{binary_size(free_bytes(args.datastore))} are free"
     )
     check_room(args.datastore, rows, size, said)
+    alone = args.part is None and args.parts is None and launched()[1] == 1
+    given = (args.block_size, args.stride, args.batch_size)
+    grid = settled(model, args.datastore, *given, alone=alone)
+    offsets = text.document_offsets if args.separate_documents else None
+    windows = Windows.over(len(text), grid["block_size"], grid["stride"], offsets)
+    say(f"{windows.describe()}; {grid['batch_size']} windows at once")
     store = build_datastore(
         model,
         tokenizer,
@@ -46,14 +59,27 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         key_layer=args.key_layer,
         metric=args.metric,
         key_dtype=key_dtype,
-        block_size=args.block_size,
-        stride=args.stride,
-        batch_size=args.batch_size,
+        **grid,
         corpus=_as_before(args.datastore, facts),
         bos_each_window=args.bos_each_window,
+        separate_documents=args.separate_documents,
+        part=args.part,
+        parts=args.parts,
+        rank=launched(),
     )
     say(store.describe())
-    return _facts(store) | (_encode_as_built(store, say) if args.codes else {})
+    if args.part is not None and store.path != Path(args.datastore):
+        say(_left(args.datastore))
+    return _facts(store) | (_encode_as_built(args, store, say) if args.codes else {})
+
+
+def _left(datastore: str) -> str:
+    """What a datastore lacks after one of its parts has been built."""
+    from knnext.datastore.meta import BUILD_FILE
+    from knnext.datastore.meta_file import not_joined, read_meta
+
+    folder = Path(datastore)
+    return not_joined(folder, read_meta(folder, BUILD_FILE))
 
 
 def _as_before(datastore: str, facts: SplitFacts) -> SplitFacts | str:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from knnext.ranks import joined, launched
+from knnext.launch import launched
 
 TOGETHER = ("tune", "eval")
 LED = ("search", "generate", "experiment")
@@ -37,6 +37,7 @@ def run(
         return work() if rank == 0 else {}
     _end_politely()
     from knnext.cli.session import device_of
+    from knnext.ranks import joined
 
     with joined(device_of(args) if hasattr(args, "device") else "cpu", args.rank_timeout) as ranks:
         if args.command in TOGETHER:

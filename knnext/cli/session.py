@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.ranks import launched, local_rank
+from knnext.launch import launched, local_rank
 from knnext.say import Say
 
 if TYPE_CHECKING:
