@@ -120,7 +120,7 @@ def scored(store: Datastore, queries: Tensor, folder: Path) -> list[Any]:
     from knnext.corpus import TokenizedDocuments
     from knnext.evaluation import StreamScores, evaluate, write_token_log
     from knnext.evaluation.tune import tune
-    from knnext.report.explorer import explorer_data
+    from knnext.report.explorer import System, explorer_data
     from knnext.report.rows import table_rows
 
     count = len(queries)
@@ -142,7 +142,7 @@ def scored(store: Datastore, queries: Tensor, folder: Path) -> list[Any]:
     again = StreamScores.load(folder / "s.npz")
     write_token_log(again, folder / "log.jsonl", 10.0, 0.3)
     rows = [row.perplexity_interval for row in table_rows({"x": figures}, {})]
-    explained = explorer_data(again, store, Words(), 10.0, 0.3)
+    explained = explorer_data([System("x", again, 10.0, 0.3)], store, Words())
     return [fit.surface.tolist(), figures.mixture, figures.oracle, rows, explained, again.distances]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from knnext.datastore import Datastore
 from knnext.evaluation.scores import StreamScores
 from knnext.evaluation.spans import neighbor_spans
 from knnext.report import Report, Row, Surface, render, script_json, write_report
-from knnext.report.explorer import choose_excerpts, explorer_data
+from knnext.report.excerpts import choose_excerpts
+from knnext.report.explorer import System, explorer_data
 from knnext.report.table import format_bytes, text_table
 
 pytest.importorskip("tokenizers")
@@ -74,6 +74,12 @@ def scores(store: Datastore) -> StreamScores:
     )
 
 
+def systems(scores: StreamScores) -> list[System]:
+    """Two: all neighbors, and the nearest four."""
+    return [System("exact", scores, 1.5, 0.4, "all <of> it"),
+            System("nearest", scores.truncate(4), 0.7, 0.2)]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def report(scores: StreamScores, store: Datastore, tokenizer: Any) -> Report:
     grid = [
@@ -89,7 +95,7 @@ def report(scores: StreamScores, store: Datastore, tokenizer: Any) -> Report:
         surface=Surface(range(1, 6), (0.1, 0.5, 0.9), grid, (3, 0.5, 100), 106, "exact"),
         facts={"corpus": "a <i> & b"},
         explorer=explorer_data(
-            scores, store, tokenizer, 1.5, 0.4, excerpt_tokens=120, num_neighbors=3
+            systems(scores), store, tokenizer, excerpt_tokens=120, num_neighbors=3
         ),
     )
 
@@ -123,35 +129,62 @@ def test_spans_without_documents(tmp_path: Path, tokenizer: Any) -> None:
 def test_excerpts_hold_consecutive_targets_of_one_document(scores: StreamScores) -> None:
     excerpts = choose_excerpts(scores, 2, 50)
     assert len(excerpts) == 2
-    for positions in excerpts:
+    for positions in (excerpt.positions for excerpt in excerpts):
         assert len(scores.document_ids[positions].unique()) == 1
         assert not scores.ends_document[positions].any()
         assert positions.tolist() == list(range(int(positions[0]), int(positions[0]) + 50))
-    assert len({int(scores.document_ids[p[0]]) for p in excerpts}) == 2
+    assert len({excerpt.document for excerpt in excerpts}) == 2
+
+
+def mixed(lm: float, knn: float | None, lmbda: float) -> float:
+    return math.log((1 - lmbda) * math.exp(lm) + lmbda * (0 if knn is None else math.exp(knn)))
 
 
 def test_explorer_data_agrees_with_the_scores(
     scores: StreamScores, store: Datastore, tokenizer: Any
 ) -> None:
-    data = explorer_data(scores, store, tokenizer, 1.5, 0.4, excerpt_tokens=40, num_neighbors=20)
+    data = explorer_data(systems(scores), store, tokenizer, excerpt_tokens=40, num_neighbors=20)
     excerpt = data["excerpts"][0]
     document = data["documents"]
-    at = choose_excerpts(scores, 12, 40)[0]
-    assert excerpt["mix"] == pytest.approx(scores.log_p(1.5, 0.4)[at].tolist(), abs=1e-4)
+    at = choose_excerpts(scores, 12, 40)[0].positions
+    for number, system in enumerate(systems(scores)):
+        found = excerpt["systems"][number]
+        log_p = [mixed(*p, system.lmbda) for p in zip(excerpt["lm"], found["knn"], strict=True)]
+        wanted = system.scores.log_p(system.temperature, system.lmbda)[at]
+        assert log_p == pytest.approx(wanted.tolist(), abs=1e-4)
+        for i, near in enumerate(found["near"]):
+            spans, distances, shares = near[0::3], near[1::3], near[2::3]
+            assert len(spans) == (9, 4)[number]  # the padding is left out
+            assert sum(shares) == pytest.approx(1, abs=1e-3)
+            assert distances == sorted(distances)
+            assert data["spans"][spans[0]][1] == excerpt["targets"][i]
+            assert document[data["spans"][spans[0]][3]] == excerpt["name"]
+            votes = dict(zip(found["votes"][i][0::2], found["votes"][i][1::2], strict=True))
+            mass = votes.get(excerpt["targets"][i])
+            if mass is not None:
+                assert math.log(mass) == pytest.approx(found["knn"][i], abs=1e-3)
+    assert [s["name"] for s in data["systems"]] == ["exact", "nearest"]
     assert [data["vocab"][t] for t in excerpt["targets"]] == [
         tokenizer.decode([t]) for t in scores.targets[at].tolist()
     ]
-    for i, near in enumerate(excerpt["near"]):
-        spans, distances, shares = near[0::3], near[1::3], near[2::3]
-        assert len(spans) == 9  # the padding is left out
-        assert sum(shares) == pytest.approx(1, abs=1e-3)
-        assert distances == sorted(distances)
-        assert data["spans"][spans[0]][1] == excerpt["targets"][i]
-        assert document[data["spans"][spans[0]][3]] == excerpt["name"]
-        votes = dict(zip(excerpt["votes"][i][0::2], excerpt["votes"][i][1::2], strict=True))
-        mass = votes.get(excerpt["targets"][i])
-        if mass is not None:
-            assert math.log(mass) == pytest.approx(excerpt["knn"][i], abs=1e-3)
+
+
+def test_a_character_of_several_tokens_is_whole(tokenizer: Any, tmp_path: Path) -> None:
+    """Byte pairs of a sign that the tokenizer has never seen, which no token shows alone."""
+    ids = tokenizer.encode("a 漢 b 🦊", add_special_tokens=False)
+    n = len(ids)
+    with Datastore.create(tmp_path / "s", 2, vocab_size=len(tokenizer)) as writer:
+        writer.append(torch.zeros(n, 2), torch.tensor(ids, dtype=torch.int32), [("d", n)])
+    store = Datastore.open(tmp_path / "s")
+    rows = torch.arange(n)[:, None]
+    scores = StreamScores(
+        torch.zeros(n) - 1, torch.tensor(ids), torch.zeros(n, dtype=torch.int64),
+        torch.zeros(n, dtype=torch.bool), torch.ones(n, 1), store.values[rows[:, 0]][:, None],
+        rows, ["d"],
+    )  # fmt: skip
+    (excerpt,) = explorer_data([System("x", scores, 1.0, 0.5)], store, tokenizer)["excerpts"]
+    assert "".join(excerpt["texts"]) == "a 漢 b 🦊"
+    assert len(excerpt["texts"]) == n > 4 and "" in excerpt["texts"]
 
 
 def test_missing_indices_are_refused(
@@ -160,7 +193,9 @@ def test_missing_indices_are_refused(
     parts = {name: getattr(scores, name) for name in scores.__dataclass_fields__}
     bare = StreamScores(**{**parts, "indices": None})
     with pytest.raises(ValueError, match="indices"):
-        explorer_data(bare, store, tokenizer, 1.0, 0.5)
+        explorer_data([System("x", bare, 1.0, 0.5)], store, tokenizer)
+    with pytest.raises(ValueError, match="at least one"):
+        explorer_data([], store, tokenizer)
 
 
 def test_page_is_whole_and_escaped(report: Report) -> None:
@@ -210,103 +245,3 @@ def test_text_table_is_aligned(report: Report) -> None:
 )
 def test_format_bytes(count: float, text: str) -> None:
     assert format_bytes(count) == text
-
-
-# In a browser
-
-
-def start_chromium(folder: Path, width: int = 1280, height: int = 900) -> Any:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    driver = shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("no chromium with chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    flags = (
-        "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking"
-    )
-    for flag in [*flags.split(), f"user-data-dir={folder / 'profile'}"]:
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--window-size={width},{height}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options, webdriver.ChromeService(driver))
-
-
-@pytest.fixture(scope="module")
-def browser(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("browser")
-    path = write_report(folder / "report.html", report)
-    driver = start_chromium(folder)
-    driver.get(path.as_uri())
-    yield driver
-    driver.quit()
-
-
-def css(browser: Any, selector: str) -> list[Any]:
-    return browser.find_elements("css selector", selector)
-
-
-@pytest.mark.slow
-def test_click_shows_the_neighbors(browser: Any, report: Report) -> None:
-    assert report.explorer is not None
-    excerpt, spans = report.explorer["excerpts"][0], report.explorer["spans"]
-    for i in (0, 17, 60):
-        css(browser, ".t")[i].click()
-        target = excerpt["targets"][i]
-        items = css(browser, "#neighbors li")
-        assert len(items) == len(excerpt["near"][i]) // 3 > 0
-        assert css(browser, ".t[aria-pressed=true]")[0].get_attribute("data-i") == str(i)
-        span = spans[excerpt["near"][i][0]]
-        assert report.explorer["documents"][span[3]] in items[0].text
-        hits = [len(item.find_elements("css selector", "mark.hit")) for item in items]
-        assert hits == [int(spans[s][1] == target) for s in excerpt["near"][i][0::3]]
-        assert f"{excerpt['near'][i][1]:.4g}"[:4] in items[0].text
-        base = math.exp(excerpt["lm"][i])
-        assert abs(float(css(browser, ".probs dd.num")[0].text) - base) < 6e-4
-
-
-@pytest.mark.slow
-def test_keyboard_moves_and_chooses(browser: Any) -> None:
-    from selenium.webdriver.common.keys import Keys
-
-    css(browser, ".t")[3].click()
-    active = browser.switch_to.active_element
-    active.send_keys(Keys.ARROW_RIGHT)
-    active = browser.switch_to.active_element
-    assert active.get_attribute("data-i") == "4"
-    assert active.get_attribute("aria-pressed") == "true"
-    assert [t.get_attribute("data-i") for t in css(browser, ".t[tabindex='0']")] == ["4"]
-    active.send_keys(Keys.ARROW_DOWN)
-    below = browser.switch_to.active_element
-    assert int(below.get_attribute("data-i")) > 4
-    below.send_keys(Keys.ENTER)
-    assert "nats" in css(browser, "#status")[0].get_attribute("textContent")
-
-
-@pytest.mark.slow
-def test_buttons_and_excerpts(browser: Any, report: Report) -> None:
-    assert report.explorer is not None
-    first = report.explorer["excerpts"][0]
-    gains = [m - b for m, b in zip(first["mix"], first["lm"], strict=True)]
-    css(browser, "#loss")[0].click()
-    chosen = css(browser, ".t[aria-pressed=true]")[0].get_attribute("data-i")
-    assert gains[int(chosen)] == min(gains)
-    css(browser, "#gain")[0].click()
-    chosen = css(browser, ".t[aria-pressed=true]")[0].get_attribute("data-i")
-    assert gains[int(chosen)] == max(gains)
-    options = css(browser, "#excerpt option")
-    assert len(options) == len(report.explorer["excerpts"]) > 1
-    options[1].click()
-    assert len(css(browser, ".t")) == len(report.explorer["excerpts"][1]["targets"])
-
-
-@pytest.mark.slow
-def test_nothing_from_the_corpus_runs(browser: Any) -> None:
-    assert browser.title == "Neighbors & <friends>"
-    assert css(browser, "main b, #text i:not(.mark), #panel pre i:not(.mark)") == []
-    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
-    entries = browser.execute_script("return performance.getEntriesByType('resource').length")
-    assert entries == 0
