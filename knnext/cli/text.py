@@ -61,7 +61,12 @@ def text_to_score(
     corpus = load_corpus(spec, **_reading(args, kept, same))
     if same is not None:
         _note_changes(corpus, same, say)
-    text = tokenize(_documents(corpus, args.split), tokenizer, max_tokens=args.document_tokens)
+    text = tokenize(
+        _documents(corpus, args.split),
+        tokenizer,
+        max_tokens=args.document_tokens,
+        words=getattr(args, "words", None) or "marks",
+    )
     return text, corpus.facts(args.split)
 
 

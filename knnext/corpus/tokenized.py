@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,28 @@ from knnext.corpus.documents import HASH_BYTES, Document, name_hash
 _BATCH_CHARS = 1 << 20
 
 
+#: What a word is, by which a text's perplexity per word is counted. "marks": what stands between
+#: white space; the mark before the next document is one more, where it is scored, as ``</s>`` is in
+#: the literature. "wikitext": the same words and the end of each line, which WikiText counts as
+#: ``<eos>``. "harness": the pieces of ``re.split(r"\s+", text)``, of lm-evaluation-harness.
+WORDS: dict[str, Callable[[str], int]] = {
+    "marks": lambda text: len(text.split()),
+    "wikitext": lambda text: len(text.split()) + text.count("\n"),
+    "harness": lambda text: len(re.split(r"\s+", text)),
+}
+
+
 @dataclass
 class TokenizedDocuments:
     """One stream of tokens, and where each document lies in it.
 
     ``tokens`` (T,) int32; document i is ``tokens[offsets[i]:offsets[i + 1]]`` and begins with the
     separator (bos or eos), so that each of its own tokens is a target. ``document_offsets``
-    (n + 1,) int64. ``num_words`` (n,) int64 counts whitespace-separated words and ``num_bytes``
-    (n,) int64 UTF-8 bytes, both of exactly the text whose tokens are here; the separator counts
-    as neither. ``hashes`` (n, 16) uint8 stand for the whole text of each document, also where only
-    its head is here (``Document.content_hash``); None where nobody knows them.
+    (n + 1,) int64. ``num_words`` (n,) int64 counts words, by the rule of ``WORDS`` that ``words``
+    names, and ``num_bytes`` (n,) int64 UTF-8 bytes, both of exactly the text whose tokens are here;
+    the separator counts as neither. ``hashes`` (n, 16) uint8 stand for the whole text of each
+    document, also where only its head is here (``Document.content_hash``); None where nobody knows
+    them.
     """
 
     tokens: np.ndarray
@@ -33,6 +46,7 @@ class TokenizedDocuments:
     num_words: np.ndarray
     num_bytes: np.ndarray
     hashes: np.ndarray | None = None
+    words: str = "marks"
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -71,21 +85,28 @@ def window_bos(tokenizer: Any) -> int | None:
 
 
 def tokenize(
-    documents: Sequence[Document], tokenizer: Any, *, max_tokens: int | None = None
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    max_tokens: int | None = None,
+    words: str = "marks",
 ) -> TokenizedDocuments:
     """One flat stream of all documents, in order, each led by the separator.
 
     ``tokenizer``: a fast tokenizer of transformers. Special tokens spelled out in the text are
     read as plain text, so that no separator but ours is in the stream. ``max_tokens`` keeps only
     the head of each document (words and bytes are then those of the head): the way to evaluate on
-    many documents at a small cost. CorpusError for a document with half a surrogate pair.
+    many documents at a small cost. ``words``: what is counted as one, see ``WORDS``. CorpusError
+    for a document with half a surrogate pair.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"tokenizer must be a fast one (with offsets), got {type(tokenizer)}")
+    if words not in WORDS:
+        raise ValueError(f"words must be one of {', '.join(WORDS)}; got {words!r}")
     separator = separator_token(tokenizer)
-    parts, lengths, words, num_bytes = [], [], [], []
+    parts, lengths, num_words, num_bytes = [], [], [], []
     for texts in _batches(documents):
         encoded = tokenizer(
             texts,
@@ -102,17 +123,18 @@ def tokenize(
                 ids = ids[:max_tokens]
             parts.append(np.asarray([separator, *ids], dtype=np.int32))
             lengths.append(len(ids) + 1)
-            words.append(len(text.split()))
+            num_words.append(WORDS[words](text))
             num_bytes.append(len(text.encode("utf-8", "surrogatepass")))
     return TokenizedDocuments(
         tokens=np.concatenate(parts) if parts else np.empty(0, np.int32),
         document_offsets=np.cumsum([0, *lengths], dtype=np.int64),
         names=[d.name for d in documents],
-        num_words=np.asarray(words, dtype=np.int64),
+        num_words=np.asarray(num_words, dtype=np.int64),
         num_bytes=np.asarray(num_bytes, dtype=np.int64),
         hashes=np.frombuffer(b"".join(d.content_hash for d in documents), np.uint8).reshape(
             -1, HASH_BYTES
         ),
+        words=words,
     )
 
 
@@ -152,4 +174,5 @@ def take_documents(text: TokenizedDocuments, most: int, seed: int = 0) -> Tokeni
         num_words=(text.num_words[kept] * share).astype(np.int64),
         num_bytes=(text.num_bytes[kept] * share).astype(np.int64),
         hashes=None if text.hashes is None else text.hashes[kept],
+        words=text.words,
     )

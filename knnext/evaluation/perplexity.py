@@ -20,8 +20,9 @@ class Perplexity:
 
     Attributes:
         token: exp(S / targets).
-        word: exp(S / words), where each mark between documents counts as a word, as `</s>` does
-            in the literature; None where the words are not known.
+        word: exp(S / words); where nobody asked for another count of words, each mark between
+            documents that is scored is one, as `</s>` is in the literature. None where the words
+            are not known.
         bits_per_byte: S / (ln 2 x bytes of the text); None where the bytes are not known.
         nll: S / targets, nats per token.
         interval: of `token`, by bootstrap over documents.
@@ -47,9 +48,10 @@ class TextCounts:
     def of(cls, scores: StreamScores) -> TextCounts:
         """Counts of the text that was scored; 0 words or bytes means nobody counted them."""
         words, num_bytes = int(scores.num_words.sum()), int(scores.num_bytes.sum())
+        marks = int(scores.ends_document.sum()) if scores.words == "marks" else 0
         return cls(
             tokens=scores.num_tokens,
-            words=words + int(scores.ends_document.sum()) if words else None,
+            words=words + marks if words else None,
             bytes=num_bytes or None,
             documents=int(scores.document_ids.unique().numel()),
         )

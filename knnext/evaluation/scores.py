@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class StreamScores:
         indices: (n, k) int64 rows of the datastore, or None where they were not kept.
         document_names: one name a document.
         num_words: (documents,) int64 words of each document's text.
+        words: what was counted as a word, see `knnext.corpus.tokenized.WORDS`.
         num_bytes: (documents,) int64 bytes of each document's text in UTF-8.
         seconds: time spent in each part: `"lm"`, `"search"`.
     """
@@ -64,6 +66,7 @@ class StreamScores:
     )
     seconds: dict[str, float] = field(default_factory=dict)
     positions: Tensor | None = None
+    words: str = "marks"
 
     def __post_init__(self) -> None:
         count = self.num_tokens
@@ -140,6 +143,7 @@ class StreamScores:
             "format_version": FORMAT_VERSION,
             "document_names": list(self.document_names),
             "seconds": self.seconds,
+            "words": self.words,
         }
         written = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
         with whole_file(path) as part, zipfile.ZipFile(part, "w") as archive:
@@ -152,7 +156,7 @@ class StreamScores:
         """Read what `save` wrote. ValueError for any other file; nothing is unpickled."""
         try:
             with zipfile.ZipFile(path) as archive:
-                found = {
+                found: dict[str, Any] = {
                     name.removesuffix(".npy"): _read_array(archive, name)
                     for name in archive.namelist()
                 }
@@ -170,7 +174,9 @@ class StreamScores:
         missing = [name for name in _TENSORS + _COUNTS if name not in found]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
-        return cls(**found, document_names=header["document_names"], seconds=header["seconds"])
+        said: dict[str, Any] = {n: header[n] for n in ("document_names", "seconds")}
+        said["words"] = header.get("words", "marks")  # before, they were counted in one way only
+        return cls(**found, **said)
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:

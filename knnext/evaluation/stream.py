@@ -381,6 +381,7 @@ def describe_stream(
         "document_ids": torch.searchsorted(offsets, positions, right=True) - 1,
         "ends_document": torch.isin(positions + 1, offsets),
         "document_names": list(tokenized.names),
+        "words": tokenized.words,
         "num_words": torch.as_tensor(tokenized.num_words, dtype=torch.int64, device="cpu"),
         "num_bytes": torch.as_tensor(tokenized.num_bytes, dtype=torch.int64, device="cpu"),
     }

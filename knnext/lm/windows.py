@@ -59,23 +59,29 @@ class Windows:
 
         ``documents`` (n + 1,): where each begins, and ``length``; no window then crosses such a
         place. ``full_last``: the last window of a document, or of the stream, reaches back until it
-        is full, as in lm-evaluation-harness.
+        is full, so that with ``stride`` = ``block_size`` the windows are those of
+        lm-evaluation-harness.
         """
         check_windows(block_size, stride)
         count = max(0, length - 1)
         bounds = np.asarray([0, count] if documents is None else documents, dtype=np.int64)
         bounds = np.unique(bounds.clip(0, count))
         first, last = bounds[:-1], bounds[1:]
+        owner = first
+        if full_last and documents is not None:
+            owner, first, last = _without_marks(
+                first, last, block_size, documents[documents < length]
+            )
         windows = 1 + np.maximum(0, -((block_size - (last - first)) // stride))
         number = np.arange(windows.sum()) - np.repeat(windows.cumsum() - windows, windows)
-        head, end = np.repeat(first, windows), np.repeat(last, windows)
-        begins = head + number * stride
+        owner, first, end = (np.repeat(part, windows) for part in (owner, first, last))
+        begins = first + number * stride
         ends = np.minimum(begins + block_size, end)
-        gives = np.where(number == 0, head, begins - stride + block_size)
+        gives = np.where(number == 0, first, begins - stride + block_size)
         if full_last:
-            begins = np.where(ends == end, np.maximum(head, end - block_size), begins)
+            begins = np.where(ends == end, np.maximum(owner, end - block_size), begins)
         mixed = documents is not None
-        return cls(begins, ends, gives, begins == head, block_size, stride, mixed)
+        return cls(begins, ends, gives, begins == owner, block_size, stride, mixed)
 
     def __len__(self) -> int:
         return len(self.begins)
@@ -137,6 +143,22 @@ class Windows:
                 last = first + int((lengths[first:last] == lengths[first]).sum())
             yield chosen[first:last]
             first = last
+
+
+def _without_marks(
+    first: Int64Array, last: Int64Array, block_size: int, starts: Int64Array
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """(where the document begins, first, last) of stretches that are read in windows of their own.
+
+    The state at a document's end, to which the next one's mark belongs, is apart in documents of
+    more than one window, so that the last full window is that of the document's own tokens.
+    """
+    cut = (last - first > block_size) & np.isin(last, starts)
+    owner = np.concatenate([first, first[cut]])
+    begin = np.concatenate([first, last[cut] - 1])
+    end = np.concatenate([np.where(cut, last - 1, last), last[cut]])
+    order = np.argsort(begin, kind="stable")
+    return owner[order], begin[order], end[order]
 
 
 def check_windows(block_size: int, stride: int) -> None:

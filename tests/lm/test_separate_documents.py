@@ -180,8 +180,10 @@ def test_the_last_window_can_be_a_full_one() -> None:
     tokens = random_tokens(int(OFFSETS[-1]))
     options = {**OPTIONS, "block_size": 16, "stride": 16, "separate_documents": OFFSETS}
     keys = joined(hidden_states(tiny("gpt2"), tokens, full_last_window=True, **options))
-    first, last = int(OFFSETS[2]), int(OFFSETS[3])  # 40 tokens: 16, 16 and 8
-    torch.testing.assert_close(keys[last - 8 : last], alone_keys(tokens[last - 16 : last])[8:])
+    first, last = int(OFFSETS[2]), int(OFFSETS[3])  # 16, 16 and 7 tokens, and the next one's mark
+    own = alone_keys(tokens[last - 17 : last - 1])[9:]
+    torch.testing.assert_close(keys[last - 8 : last - 1], own)
+    torch.testing.assert_close(keys[last - 1], alone_keys(tokens[last - 16 : last])[-1])
     assert torch.equal(keys[first : first + 16], alone_keys(tokens[first : first + 16]))
 
 

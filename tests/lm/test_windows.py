@@ -67,6 +67,11 @@ def test_a_window_by_hand() -> None:
     assert windows.reads == pytest.approx((4 + 2 + 4 + 3) / 11)
     full = Windows.over(12, 4, 3, np.array([0, 5, 5, 12]), full_last=True)
     assert full.begins.tolist() == [0, 1, 5, 7] and full.gives.tolist() == windows.gives.tolist()
+    # 6 tokens and the mark of the next document: its state has a window of its own
+    full = Windows.over(9, 4, 4, np.array([0, 7, 9]), full_last=True)
+    assert full.begins.tolist() == [0, 2, 3, 7] and full.ends.tolist() == [4, 6, 7, 8]
+    assert full.gives.tolist() == [0, 4, 6, 7]
+    assert full.heads.tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 64, 1000, 1023, 1024, 4096])
