@@ -27,6 +27,7 @@ class Progress:
 
     Args:
         total: units expected, or None where nobody knows; without it no end is estimated.
+        done: units that were finished before, which say nothing of the rate.
         desc: what is being done, shown first in the line.
         unit: what is counted, for instance `"tokens"`.
         file: a text stream, stderr by default. One that is not a terminal gets nothing.
@@ -38,10 +39,11 @@ class Progress:
         desc: str = "",
         unit: str = "it",
         *,
+        done: int = 0,
         file: TextIO | None = None,
     ) -> None:
         self.total, self.desc, self.unit = total, desc, unit
-        self.done = 0
+        self.done = self._before = done
         self._file = sys.stderr if file is None else file
         self._enabled = _is_terminal(self._file)
         self._start = time.monotonic()
@@ -66,7 +68,7 @@ class Progress:
 
     def line(self, elapsed: float) -> str:
         """The text shown after `elapsed` seconds."""
-        rate = self.done / elapsed if elapsed > 0 else 0.0
+        rate = (self.done - self._before) / elapsed if elapsed > 0 else 0.0
         parts = [f"{self.desc}:"] if self.desc else []
         if self.total:
             parts.append(f"{min(100, 100 * self.done // self.total):3d}%")

@@ -71,6 +71,13 @@ def test_without_a_total_there_is_no_estimate() -> None:
     assert bar.line(0.0).endswith("0 s")
 
 
+def test_what_was_done_before_says_nothing_of_the_rate(clock: list[float]) -> None:
+    """A build that goes on after its first nine tenths is not ten times as fast."""
+    bar = Progress(1000, "build", "tokens", done=900, file=Terminal())
+    bar.update(50)
+    assert bar.line(10.0) == "build:   95%  950/1,000 tokens  5.00 tokens/s  10 s left"
+
+
 def test_more_than_expected_stays_at_the_end() -> None:
     bar = Progress(10, file=Terminal())
     bar.done = 15

@@ -82,9 +82,8 @@ class BuildJob:
             resume=resume,
             **self.facts,
         )
-        with store, Progress(last - first, title, "tokens") as bar:
+        with store, Progress(last - first, title, "tokens", done=store.num_entries) as bar:
             store.set_document_names(names, None if hashes is None else hashes[low:high])
-            bar.update(store.num_entries)
             batches = hidden_states(
                 self.model,
                 self.tokenized,
