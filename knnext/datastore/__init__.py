@@ -40,6 +40,7 @@ from knnext.datastore.meta_file import read_finished, read_meta
 from knnext.datastore.parts import join
 from knnext.datastore.reader import DatastoreReader
 from knnext.datastore.resume import open_writer
+from knnext.datastore.room import check_room, row_bytes
 from knnext.datastore.verify import Progress, check_sizes
 from knnext.datastore.writer import DatastoreWriter
 
@@ -250,6 +251,7 @@ class Datastore(DatastoreReader):
         view = self._view((self.keys.select(rows), self.values.select(rows)))
         if path is None:
             return view
+        check_room(path, len(rows), row_bytes(self.dim, self.dtype))
         origin: Origin = {"subsample_of": self.fingerprint, "fraction": fraction, "seed": seed}
         with self._create_like(path, origin, resume) as target:
             copy_rows(target._writing("copy"), view, progress)
@@ -269,6 +271,8 @@ class Datastore(DatastoreReader):
         differ. Rows stream, so memory stays small; ``resume`` goes on with a merge that was killed.
         """
         check_mergeable(stores)
+        rows = sum(store.num_entries for store in stores)
+        check_room(path, rows, row_bytes(stores[0].dim, stores[0].dtype))
         prints = " ".join(store.fingerprint for store in stores)
         corpora = {store.meta.corpus for store in stores}
         facts = {"corpus": corpora.pop() if len(corpora) == 1 else None, "text": same_text(stores)}
@@ -317,6 +321,7 @@ class Datastore(DatastoreReader):
             unwrap_int16=unwrap_int16,
             vocab_size=vocab_size,
         )
+        check_room(path, rows.num_entries, row_bytes(rows.dim, rows.key_dtype))
         with Datastore.create(
             path, rows.dim, rows.key_dtype, vocab_size=vocab_size, origin=rows.origin, **options
         ) as target:

@@ -125,8 +125,8 @@ def _standard_stack(sizes: Sizes, device: torch.device) -> Forward:
     def run() -> Tensor:
         x = start
         for into, out, up, down in blocks:
-            parts = (x @ into.T).view(windows, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            read = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+            q, k, v = (x @ into.T).view(windows, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            read = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + read.transpose(1, 2).reshape(windows, tokens, width) @ out.T
             gate, value = (torch.nn.functional.layer_norm(x, (width,)) @ up.T).chunk(2, dim=-1)
             x = x + (torch.nn.functional.silu(gate) * value) @ down.T

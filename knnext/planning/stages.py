@@ -52,12 +52,10 @@ def _write(job: Job, rates: Rates) -> Stage:
 
 
 def _encode(job: Job, machine: Machine, rates: Rates) -> Stage:
-    numbers = job.tokens * job.shape.dim / rates["encode"]
+    numbers = job.tokens * job.shape.dim / (rates["encode"] * job.nodes)
     written = job.disk()["codes"] / (rates["disk_write"] * job.disks)
     read, names = _read_again(job, machine, rates)
-    return Stage(
-        "encode", numbers + read + written, ("encode", "disk_write", *names), "one process"
-    )
+    return Stage("encode", numbers + read + written, ("encode", "disk_write", *names))
 
 
 def _read_again(job: Job, machine: Machine, rates: Rates) -> tuple[float, tuple[str, ...]]:
@@ -74,7 +72,7 @@ def _train(job: Job, size: FaissSize, rates: Rates) -> Stage:
     coded = size.code_bytes < size.dim  # by codebooks; scalar codes learn only ranges
     codes = 2.0 * min(rows, _ROWS_A_CENTROID * _CENTROIDS) * _CENTROIDS * size.dim * coded
     flops = _LIST_ITERATIONS * lists + _CODE_ITERATIONS * codes
-    return Stage("index training", flops / rates["faiss_train"], ("faiss_train",), "one process")
+    return Stage("index training", flops / rates["faiss_train"], ("faiss_train",), "by one process")
 
 
 def _add(job: Job, size: FaissSize, machine: Machine, rates: Rates) -> Stage:
@@ -84,10 +82,10 @@ def _add(job: Job, size: FaissSize, machine: Machine, rates: Rates) -> Stage:
     coded = size.code_bytes < size.dim
     flops = 2.0 * job.tokens * size.dim * (size.lists + _CENTROIDS * coded)
     read, names = _read_again(job, machine, rates)
-    seconds = flops / rates["faiss_add"] + read
+    seconds = flops / (rates["faiss_add"] * job.nodes) + read
     written = job.disk()["index"] + job.disk()["index building"]
     seconds += written / (rates["disk_write"] * job.disks)
-    return Stage("index adding", seconds, ("faiss_add", *names, "disk_write"), "one process")
+    return Stage("index adding", seconds, ("faiss_add", *names, "disk_write"))
 
 
 def _search(job: Job, place: Placement, rates: Rates) -> Stage:
