@@ -293,3 +293,46 @@ def test_a_bad_row_of_a_corpus_is_placed(place: Place) -> None:
 def test_wrong_shares_are_wrong_usage(shares: str, capsys: Any) -> None:
     assert main(["eval", "store", "--shares", shares]) == 2
     assert "as 80,10,10" in capsys.readouterr().err
+
+
+# Documents one by one
+
+
+def test_documents_are_read_as_the_datastore_was_built(place: Place) -> None:
+    windows = ("--block-size", "16", "--stride", "8")
+    built = place("build", "store", "--corpus", "notes", "--separate-documents", *windows)
+    assert built["origin"]["separate_documents"] is True
+    assert "each document alone, in windows of up to 16 tokens, 8 apart" in place.words
+    as_built = place("eval", "store", *windows)
+    assert "each document alone" in place.words and "note: the datastore" not in place.words
+    same = place("eval", "store", "--separate-documents", *windows)
+    assert same["base"] == as_built["base"]
+    other = place("eval", "store", "--no-separate-documents", *windows)
+    assert "built from each document alone, and this reads documents as one" in place.words
+    # 6 documents to score: with the marks between them, and with what stands before
+    assert other["num_tokens"] == as_built["num_tokens"] + other["num_documents"] - 1
+    assert other["base"]["nll"] != as_built["base"]["nll"]
+    message = "separate_documents: datastore has True, asked for None"
+    place("build", "store", "--corpus", "notes", *windows, fails=message)
+
+
+def test_what_is_read_is_said(place: Place) -> None:
+    place("build", "store", "--corpus", "notes")
+    assert "windows of up to 32 tokens, 24 apart: the model reads each token 1.3" in place.words
+    place("eval", "store")
+    assert "windows of up to 32 tokens, 16 apart: the model reads each token 1.9" in place.words
+    place("eval", "store", "--stride", "32", "--full-last-window")
+    assert "32 apart: the model reads each token 1.0" in place.words
+
+
+def test_words_are_counted_as_asked(place: Place) -> None:
+    place("build", "store", "--corpus", "notes")
+    found = {
+        words: place("eval", "store", "--separate-documents", "--words", words)["num_words"]
+        for words in ("marks", "wikitext", "harness")
+    }
+    plain = place("eval", "store")
+    documents = plain["num_documents"]
+    assert plain["num_words"] == found["marks"] + documents - 1
+    assert found["wikitext"] == found["marks"] + 4 * documents  # four lines each
+    assert found["harness"] == found["marks"] + documents  # and nothing, behind the last line
