@@ -47,7 +47,7 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     check_room(args.datastore, rows, size, said)
     alone = args.part is None and args.parts is None and launched()[1] == 1
     given = (args.block_size, args.stride, args.batch_size)
-    grid = settled(model, args.datastore, *given, alone=alone)
+    grid: dict[str, Any] = settled(model, args.datastore, *given, alone=alone)
     offsets = text.document_offsets if args.separate_documents else None
     windows = Windows.over(len(text), grid["block_size"], grid["stride"], offsets)
     say(f"{windows.describe()}; {grid['batch_size']} windows at once")
@@ -70,7 +70,7 @@ def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     say(store.describe())
     if args.part is not None and store.path != Path(args.datastore):
         say(_left(args.datastore))
-    return _facts(store) | (_encode_as_built(args, store, say) if args.codes else {})
+    return facts_of(store) | (_encode_as_built(args, store, say) if args.codes else {})
 
 
 def _left(datastore: str) -> str:
@@ -109,15 +109,21 @@ def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         return _encode(args, say)
     from knnext.index import FaissIndex
 
-    built = FaissIndex.build(
-        open_datastore(args),
-        args.index_path,
-        args.factory,
-        train_size=args.train_size,
-        nprobe=args.nprobe,
-        seed=1 if args.seed is None else args.seed,
-        overwrite=args.overwrite,
-    )
+    store = open_datastore(args)
+    options: dict[str, Any] = {
+        "train_size": args.train_size,
+        "nprobe": args.nprobe,
+        "seed": 1 if args.seed is None else args.seed,
+    }
+    if args.part is not None:
+        _check_part(args)
+        part = FaissIndex.build_part(store, args.part, args.index_path, args.factory, **options)
+        if part is None:
+            return _say_part(args, say)
+        built = part
+    else:
+        options |= {"overwrite": args.overwrite, "parts": args.parts, "rank": launched()}
+        built = FaissIndex.build(store, args.index_path, args.factory, **options)
     facts = {
         "path": str(built.path),
         "factory": built.factory,
@@ -136,17 +142,40 @@ def _encode(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if given:
         option = given[0].replace("_", "-")
         raise ValueError(f"--{option} is for --kind faiss: codes leave nothing to choose")
-    codes = StoredCodes.build(open_datastore(args), overwrite=args.overwrite)
+    store = open_datastore(args)
+    if args.part is not None:
+        _check_part(args)
+        if StoredCodes.build_part(store, args.part) is None:
+            return _say_part(args, say)
+    codes = StoredCodes.build(store, overwrite=args.overwrite, parts=args.parts, rank=launched())
     facts = _code_facts(codes)
     _say_facts(facts, say)
     return facts
 
 
-def _encode_as_built(store: Datastore, say: Say) -> dict[str, Any]:
+def _check_part(args: argparse.Namespace) -> None:
+    if args.overwrite:
+        raise ValueError(
+            "--overwrite is for one process, as each of several would discard what the others have "
+            "made: leave it out, and remove what is there first"
+        )
+
+
+def _say_part(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    number, count = args.part
+    say(f"part {number} of {count} is there; the last one joins them, or `knnext join`")
+    return {"part": number, "parts": count, "joined": False}
+
+
+def _encode_as_built(args: argparse.Namespace, store: Datastore, say: Say) -> dict[str, Any]:
     """Codes of what was built; those of a datastore that was here before it are of no use."""
     from knnext.index import StoredCodes
 
-    codes = StoredCodes.renew(store)
+    rank = launched()
+    if args.parts is None and rank[1] == 1:
+        codes = StoredCodes.renew(store)
+    else:
+        codes = StoredCodes.build(store, parts=args.parts, rank=rank)
     say(f"{'codes':<12}{codes.path}, {binary_size(codes.nbytes)}")
     return {"codes": _code_facts(codes)}
 
@@ -183,7 +212,7 @@ def import_legacy(args: argparse.Namespace, say: Say) -> dict[str, Any]:
             progress=advance,
         )
     say(store.describe())
-    return _facts(store)
+    return facts_of(store)
 
 
 def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -192,7 +221,7 @@ def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
     store = Datastore.open(args.datastore, allow_unfinished=True)
     say(store.describe())
-    facts = _facts(store) | _beside(args.datastore)
+    facts = facts_of(store) | _beside(args.datastore)
     for name in ("index", "tuning"):
         if name in facts:
             say(f"{name:<12}{facts[name]['path']}")
@@ -214,7 +243,7 @@ def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     return facts
 
 
-def _facts(store: Datastore) -> dict[str, Any]:
+def facts_of(store: Datastore) -> dict[str, Any]:
     from knnext.datastore.meta_file import to_json
 
     facts: dict[str, Any] = json.loads(to_json(store.meta))

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.index import faiss_build, faiss_library
+from knnext.index import faiss_build, faiss_library, faiss_parts
 from knnext.index.base import TokenTable
 from knnext.index.faiss_open import read_index
 from knnext.index.queries import (
@@ -81,6 +81,8 @@ class FaissIndex(TokenTable):
         gpu: bool | str = "auto",
         overwrite: bool = False,
         rescore: bool = False,
+        parts: int | None = None,
+        rank: tuple[int, int] = (0, 1),
     ) -> FaissIndex:
         """Build the index of a datastore, or go on with a build that was interrupted.
 
@@ -101,6 +103,10 @@ class FaissIndex(TokenTable):
             gpu: True, False or `"auto"`: use GPUs where this FAISS sees any.
             overwrite: discard whatever index, finished or not, is in the folder.
             rescore: see `search`.
+            parts: several processes share the segments, of which there are then so many or more;
+                one trains, the last one merges, each returns when that is done. By default two for
+                each of the processes that `rank` tells of.
+            rank: of how many: which segments this process begins with.
 
         Raises:
             IndexMismatchError: the folder holds an index of another recipe.
@@ -110,16 +116,56 @@ class FaissIndex(TokenTable):
         folder = default_path(datastore) if path is None else Path(path)
         nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
         recipe = faiss_build.make_recipe(datastore, factory, train_size, seed, segment_rows)
-        faiss_build.build(
+        alone = parts is None and rank[1] == 1
+        if overwrite and not alone:
+            raise ValueError(
+                "overwrite is for one process, as each of several would discard what the others "
+                f"have made: remove {folder} first"
+            )
+        if segment_rows is None and not overwrite:
+            recipe = faiss_parts.cut_recipe(folder, recipe, parts, rank[1])
+        options: dict[str, Any] = {
+            "nprobe": nprobe,
+            "add_chunk": check_count("add_chunk", add_chunk),
+            "gpu": _use_gpu(gpu) and gpu,
+        }
+        if alone and (overwrite or not faiss_parts.is_planned(folder)):
+            faiss_build.build(datastore, folder, recipe, overwrite=overwrite, **options)
+        else:
+            faiss_parts.build_parts(datastore, folder, recipe, rank=rank, **options)
+        return cls.open(folder, datastore, nprobe=nprobe, gpu=gpu, rescore=rescore)
+
+    @classmethod
+    def build_part(
+        cls,
+        datastore: Datastore,
+        part: tuple[int, int],
+        path: str | Path | None = None,
+        factory: str | None = None,
+        *,
+        train_size: int | None = None,
+        seed: int = 1,
+        nprobe: int | None = None,
+        add_chunk: int = 65_536,
+        gpu: bool | str = "auto",
+    ) -> FaissIndex | None:
+        """Add one part's segments alone: (3, 64) is the third of 64. The index, if it is whole now.
+
+        The first part that is begun trains, and the others wait for it. Arguments as of `build`.
+        """
+        folder = default_path(datastore) if path is None else Path(path)
+        nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
+        recipe = faiss_build.make_recipe(datastore, factory, train_size, seed, None)
+        whole = faiss_parts.build_parts(
             datastore,
             folder,
-            recipe,
+            faiss_parts.cut_recipe(folder, recipe, part[1], 1),
             nprobe=nprobe,
             add_chunk=check_count("add_chunk", add_chunk),
             gpu=_use_gpu(gpu) and gpu,
-            overwrite=overwrite,
+            part=part,
         )
-        return cls.open(folder, datastore, nprobe=nprobe, gpu=gpu, rescore=rescore)
+        return cls.open(folder, datastore, nprobe=nprobe, gpu=gpu) if whole else None
 
     @classmethod
     def open(

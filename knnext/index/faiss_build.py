@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,9 @@ import torch
 
 from knnext.datastore.errors import DatastoreLockedError
 from knnext.datastore.files import WriterLock
+from knnext.datastore.room import check_disk, taken_bytes
 from knnext.index import faiss_library
+from knnext.index.faiss_size import faiss_size
 from knnext.index.queries import check_count
 from knnext.index.sidecar import (
     IndexMismatchError,
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 
 INDEX_FILE, SIDECAR_FILE = "index.faiss", "index.json"
 TRAINED_FILE, RECIPE_FILE = "trained.faiss", "build.json"
+PLAN_FILE = "parts.json"  # of a build in parts (knnext/index/faiss_parts.py)
+_CLAIMS = ".piece-*.lock"
 
 MAX_LISTS = 4096  # the paper's number
 MIN_POINTS_PER_LIST = 39  # below this FAISS calls k-means undertrained
@@ -90,6 +95,16 @@ def default_factory(num_entries: int, dim: int) -> str:
     return f"IVF{lists},PQ{code}" if code >= 32 or 4 * code >= dim > 1 else f"IVF{lists},SQ8"
 
 
+def training_rows(num_entries: int, lists: int) -> int:
+    """Rows to train on where nobody says: 256 a list, within what serves codes and the paper's."""
+    wanted = min(TRAIN_ROWS, max(POINTS_PER_LIST * max(lists, 1), 1 << 16))
+    return min(wanted, num_entries)
+
+
+def default_segment_rows(num_entries: int) -> int:
+    return max(MIN_SEGMENT_ROWS, -(-num_entries // MAX_SEGMENTS))
+
+
 def make_recipe(
     datastore: Datastore,
     factory: str | None,
@@ -111,11 +126,11 @@ def make_recipe(
             f"factory {factory!r} asks for {lists} lists, the datastore has only {rows} rows"
         )
     if train_size is None:
-        train_size = min(TRAIN_ROWS, max(POINTS_PER_LIST * max(lists, 1), 1 << 16))
+        train_size = training_rows(rows, lists)
     elif check_count("train_size", train_size) < max(lists, 1):
         raise ValueError(f"train_size must be at least {max(lists, 1)}, got {train_size}")
     if segment_rows is None:
-        segment_rows = max(MIN_SEGMENT_ROWS, -(-rows // MAX_SEGMENTS))
+        segment_rows = default_segment_rows(rows)
     check_count("segment_rows", segment_rows)
     return Recipe(
         factory=factory,
@@ -153,6 +168,7 @@ def build(
         for part in folder.glob("*.faiss.*.part"):  # of a build that was killed
             part.unlink()
         if overwrite:
+            check_unclaimed(folder)
             discard(folder)
         if sidecar.exists():  # finished by another build a moment ago
             check_recipe(read_sidecar(sidecar).recipe, recipe, folder)
@@ -175,18 +191,19 @@ def _lock(folder: Path) -> WriterLock:
 def _build(
     datastore: Datastore, folder: Path, recipe: Recipe, nprobe: int, add_chunk: int, gpu: bool | str
 ) -> None:
-    _claim(folder, recipe)
-    trained = folder / TRAINED_FILE
-    if not trained.exists():
-        try:
-            index = _train(datastore, recipe, gpu)
-        except ValueError:  # of the factory: another one may be tried in this folder
-            (folder / RECIPE_FILE).unlink()
-            raise
-        _write(trained, index)
-    segments = _add_segments(datastore, folder, recipe, add_chunk, gpu)
-    merged = _merge(trained, segments, recipe)
-    _write(folder / INDEX_FILE, merged)
+    claim(folder, recipe)
+    if not (folder / TRAINED_FILE).exists():
+        train_into(datastore, folder, recipe, gpu)
+    with progress(recipe.num_entries, "adding to the index", unit="rows") as bar:
+        for number in range(num_segments(folder, recipe)):
+            add_segment(datastore, folder, recipe, number, add_chunk, gpu, bar.update)
+    merge(folder, recipe, nprobe)
+
+
+def merge(folder: Path, recipe: Recipe, nprobe: int) -> None:
+    """Make the index of its segments, which are all there; with its sidecar it exists."""
+    segments = [segment_file(folder, number) for number in range(num_segments(folder, recipe))]
+    _write(folder / INDEX_FILE, _merge(folder / TRAINED_FILE, segments, recipe))
     _finish(folder, recipe, nprobe)
 
 
@@ -199,23 +216,66 @@ def sample_rows(num_entries: int, size: int, seed: int) -> torch.Tensor:
 
 def discard(folder: Path) -> None:
     """Remove the files of a build, finished or not, and nothing else."""
-    for name in (SIDECAR_FILE, INDEX_FILE, TRAINED_FILE, RECIPE_FILE):
+    for name in (SIDECAR_FILE, INDEX_FILE, TRAINED_FILE, RECIPE_FILE, PLAN_FILE):
         (folder / name).unlink(missing_ok=True)
-    for segment in folder.glob("segment-*.faiss*"):
-        segment.unlink()
+    for pattern in ("segment-*.faiss*", _CLAIMS):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
+def check_unclaimed(folder: Path) -> None:
+    """DatastoreLockedError where a process of a build in parts is at work."""
+    for path in folder.glob(_CLAIMS):
+        claim_piece(folder, path.name.removeprefix(".piece-").removesuffix(".lock")).release()
+
+
+def claim_piece(folder: Path, name: str) -> WriterLock:
+    """The lock on "training" or on a segment, of a build in parts."""
+    try:
+        return WriterLock(folder, f".piece-{name}.lock")
+    except DatastoreLockedError:
+        raise DatastoreLockedError(f"{folder}: another process is at its {name}") from None
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Of a build that has not ended."""
+    path = folder / RECIPE_FILE
+    try:
+        return Recipe(**read_json(path))
+    except TypeError as error:
+        raise IndexMismatchError(f"{path} is incomplete: {error}") from None
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
     """Note the recipe in the folder, or check that the one begun there is the same."""
+    _check_disk(folder, recipe)
     path = folder / RECIPE_FILE
     if not path.exists():
         write_json(path, asdict(recipe))
         return
+    check_recipe(read_recipe(folder), recipe, folder)
+
+
+def _check_disk(folder: Path, recipe: Recipe) -> None:
+    """DatastoreWriteError where the disk has not the room, as far as the factory tells how much."""
+    size = faiss_size(recipe.factory, recipe.dim)
+    if size is None:
+        return
+    segments = 1 if size.graph else -(-recipe.num_entries // recipe.segment_rows)
+    needed = size.build_bytes(recipe.num_entries, segments) - taken_bytes(folder)
+    hint = "choose a factory of shorter codes (--factory), or another disk (--index-path)"
+    check_disk(folder, needed, f"the index {recipe.factory}, while it is built,", hint)
+
+
+def train_into(datastore: Datastore, folder: Path, recipe: Recipe, gpu: bool | str) -> None:
+    """Write the trained, empty index; ValueError where the factory does not suit the rows."""
     try:
-        begun = Recipe(**read_json(path))
-    except TypeError as error:
-        raise IndexMismatchError(f"{path} is incomplete: {error}") from None
-    check_recipe(begun, recipe, folder)
+        index = _train(datastore, recipe, gpu)
+    except ValueError:  # of the factory: another one may be tried in this folder
+        for name in (RECIPE_FILE, PLAN_FILE):
+            (folder / name).unlink(missing_ok=True)
+        raise
+    _write(folder / TRAINED_FILE, index)
 
 
 def _train(datastore: Datastore, recipe: Recipe, gpu: bool | str) -> Any:
@@ -232,30 +292,44 @@ def _train(datastore: Datastore, recipe: Recipe, gpu: bool | str) -> Any:
     return index
 
 
-def _add_segments(
-    datastore: Datastore, folder: Path, recipe: Recipe, add_chunk: int, gpu: bool | str
-) -> list[Path]:
+def segment_file(folder: Path, number: int) -> Path:
+    return folder / f"segment-{number:05d}.faiss"
+
+
+def num_segments(folder: Path, recipe: Recipe) -> int:
+    """Pieces in which rows are added: one, where FAISS cannot merge such an index."""
     trained = faiss_library.read(folder / TRAINED_FILE)
-    step = recipe.segment_rows if faiss_library.can_merge(trained) else recipe.num_entries
-    paths = []
-    with progress(recipe.num_entries, "adding to the index", unit="rows") as bar:
-        for number, start in enumerate(range(0, recipe.num_entries, step)):
-            stop = min(start + step, recipe.num_entries)
-            path = folder / f"segment-{number:05d}.faiss"
-            paths.append(path)
-            if path.exists():
-                bar.update(stop - start)
-                continue
-            segment = faiss_library.read(folder / TRAINED_FILE)
-            replica = faiss_library.to_gpu(segment, gpu) if gpu else None
-            target = segment if replica is None else replica
-            for begin in range(start, stop, add_chunk):
-                keys = datastore.keys[begin : min(begin + add_chunk, stop)]
-                faiss_library.add(target, faiss_library.as_float32(keys))
-                bar.update(keys.shape[0])
-            done = segment if replica is None else faiss_library.to_cpu(replica)
-            _write(path, done)
-    return paths
+    return -(-recipe.num_entries // _segment_rows(trained, recipe))
+
+
+def _segment_rows(trained: Any, recipe: Recipe) -> int:
+    return recipe.segment_rows if faiss_library.can_merge(trained) else recipe.num_entries
+
+
+def add_segment(
+    datastore: Datastore,
+    folder: Path,
+    recipe: Recipe,
+    number: int,
+    add_chunk: int,
+    gpu: bool | str,
+    advance: Callable[[int], Any],
+) -> None:
+    """Write one segment, where it is not there; `advance` gets numbers of rows."""
+    segment = faiss_library.read(folder / TRAINED_FILE)
+    step = _segment_rows(segment, recipe)
+    start, stop = number * step, min((number + 1) * step, recipe.num_entries)
+    path = segment_file(folder, number)
+    if path.exists():
+        advance(stop - start)
+        return
+    replica = faiss_library.to_gpu(segment, gpu) if gpu else None
+    target = segment if replica is None else replica
+    for begin in range(start, stop, add_chunk):
+        keys = datastore.keys[begin : min(begin + add_chunk, stop)]
+        faiss_library.add(target, faiss_library.as_float32(keys))
+        advance(keys.shape[0])
+    _write(path, segment if replica is None else faiss_library.to_cpu(replica))
 
 
 def _merge(trained: Path, segments: list[Path], recipe: Recipe) -> Any:
@@ -283,8 +357,11 @@ def _finish(folder: Path, recipe: Recipe, nprobe: int) -> None:
         crc32=file_crc32(path),
     )
     sidecar.write(folder / SIDECAR_FILE)
-    for leftover in [folder / TRAINED_FILE, folder / RECIPE_FILE, *folder.glob("segment-*.faiss")]:
-        leftover.unlink()
+    leftovers = [folder / name for name in (TRAINED_FILE, RECIPE_FILE, PLAN_FILE)]
+    for pattern in ("segment-*.faiss", "*.faiss.*.part", _CLAIMS):
+        leftovers += folder.glob(pattern)
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
 
 
 def _write(path: Path, index: Any) -> None:

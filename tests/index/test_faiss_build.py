@@ -244,7 +244,7 @@ def test_an_unfinished_build_of_another_recipe_is_refused(
     import knnext.index.faiss_build as faiss_build
 
     with monkeypatch.context() as patch:
-        patch.setattr(faiss_build, "_add_segments", lambda *_: 1 / 0)
+        patch.setattr(faiss_build, "add_segment", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             FaissIndex.build(stores["l2"], tmp_path / "ix", "IVF16,PQ16x4")
     with pytest.raises(FileNotFoundError, match="no finished index"):
