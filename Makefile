@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-cuda demo demo-pretrained experiments test test-slow bench lint format wheel clean
+.PHONY: help setup build build-cuda demo demo-pretrained experiments test test-slow bench lint format docs wheel clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ format: $(READY)  ## rewrite everything as lint wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh|inl)$$' | xargs $(BIN)/clang-format -i
+
+docs: build  ## the documentation site, in build/site; warnings are errors
+	$(BIN)/python -m pip install --quiet -r docs/requirements.txt
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
 
 wheel: $(READY)  ## a wheel in dist/ (KNNEXT_CUDA=1 KNNEXT_LOCAL_VERSION=cu130 for CUDA 13.0)
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist

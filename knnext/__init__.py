@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         knn_search,
         knn_softmax,
         knn_target_log_prob,
+        mean_key,
         merge_topk,
         rescore,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "knn_softmax",
     "knn_target_log_prob",
     "load_corpus",
+    "mean_key",
     "merge_topk",
     "rescore",
     "search_stream",

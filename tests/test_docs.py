@@ -1,0 +1,83 @@
+"""The documentation site holds all that is public, and every page is reached from its first."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from knnext.cli.parser import build_parser
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def conf() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_conf", DOCS / "conf.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONF = conf()
+
+
+@pytest.mark.parametrize("module", CONF.PUBLIC)
+def test_every_public_name_says_what_it_is(module: str) -> None:
+    names = CONF.public_names(module)
+    assert names, f"{module} promises nothing"
+    for name in names:
+        value = getattr(importlib.import_module(module), name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert (value.__doc__ or "").strip(), f"{module}.{name} has no docstring"
+
+
+def test_rooms_that_promise_names_have_a_page() -> None:
+    package = DOCS.parent / "knnext"
+    rooms = [path.parent for path in sorted(package.glob("*/__init__.py"))]
+    promising = {
+        f"knnext.{room.name}"
+        for room in rooms
+        if re.search(r"^__all__", (room / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    # The page of `knnext explore` is a command; nothing of it is promised to other programs.
+    assert promising - {"knnext.ops", "knnext.explore"} <= set(CONF.PUBLIC)
+
+
+def test_the_ops_stand_on_the_first_page() -> None:
+    import knnext.ops
+
+    page = CONF.module_page("knnext", set())
+    for name in knnext.__all__:
+        assert f":: knnext.{name}\n" in page, name
+    ops = {n for n in dir(knnext.ops) if inspect.isfunction(getattr(knnext.ops, n))}
+    assert {name for name in ops if not name.startswith("_")} <= {*knnext.__all__, "is_available"}
+
+
+def test_what_one_page_has_another_does_not_repeat() -> None:
+    seen: set[int] = set()
+    pages = [CONF.module_page(module, seen) for module in CONF.PUBLIC]
+    entries = re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)(\w+)$", "\n".join(pages), re.MULTILINE)
+    entries = [e for e in entries if e not in {m.rpartition(".")[2] for m in CONF.PUBLIC}]
+    assert len(entries) == len(set(entries)) > 50
+
+
+def test_every_command_is_there() -> None:
+    page = CONF.command_page()
+    commands = next(a for a in build_parser()._actions if a.choices)
+    assert commands.choices
+    for name in commands.choices:
+        assert f"\n{name}\n{'-' * len(name)}\n" in page and f"usage: knnext {name}" in page
+
+
+def test_every_page_is_reached() -> None:
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    for path in DOCS.rglob("*.md"):
+        name = str(path.relative_to(DOCS).with_suffix(""))
+        if name != "index":
+            assert re.search(rf"^(?:.*<)?{re.escape(name)}>?$", index, re.MULTILINE), name
