@@ -44,6 +44,15 @@ class TokenTable:
         """Without the values, which the datastore holds."""
         return {**self.__dict__, "_values": None}
 
+    def __len__(self) -> int:
+        """Rows that are searched."""
+        return len(self.datastore)
+
+    @property
+    def ntotal(self) -> int:
+        """`len(index)`, by the name that FAISS has for it."""
+        return len(self)
+
     def tokens(self, indices: Tensor) -> Tensor:
         """(Q, k) int32 values of the rows named by (Q, k) indices; -1 stays -1."""
         if self._values is None:

@@ -10,6 +10,7 @@ import torch
 from knnext.index.codes import StoredCodes, default_path
 from knnext.index.codes_meta import HOW_TO_MAKE
 from knnext.index.sidecar import IndexMismatchError
+from knnext.index.tensors import TensorStore, tensor_store
 from knnext.ops import KeyCodes
 from knnext.say import binary_size
 
@@ -45,6 +46,9 @@ def choose_codes(
         return Choice(None, why)
     if isinstance(codes, KeyCodes):
         return _given(datastore, codes)
+    tensors = tensor_store(datastore)
+    if tensors is not None:
+        return _of_tensors(tensors, codes)
     folder = codes.path if isinstance(codes, StoredCodes) else default_path(datastore)
     try:
         return Choice(StoredCodes.open(datastore, folder, verify=verify), folder.name)
@@ -62,6 +66,14 @@ def choose_codes(
         return Choice(None, str(error))
 
 
+def _of_tensors(store: TensorStore, codes: Codes) -> Choice:
+    if isinstance(codes, StoredCodes):
+        raise TypeError("codes must be True, False or KeyCodes where keys are tensors")
+    if codes is True:
+        return Choice(store.encode(), "made of the keys")
+    return Choice(None, "codes=True would make some")
+
+
 def _given(datastore: Datastore, codes: KeyCodes) -> Choice:
     shape, device = tuple(codes.codes.shape), codes.device
     if shape != (datastore.num_entries, datastore.dim) or device.type != "cpu":
@@ -75,6 +87,10 @@ def _given(datastore: Datastore, codes: KeyCodes) -> Choice:
 def describe_choice(datastore: Datastore, choice: Choice, resident_bytes: int) -> str:
     """One line: what a search goes through, how many bytes of it, where they are kept."""
     key_bytes = datastore.num_entries * datastore.meta.row_bytes
+    if tensor_store(datastore) is not None:
+        by = "over all keys" if choice.codes is None else "by eight-bit codes"
+        extra = "" if choice.codes is None else f", codes {binary_size(choice.codes.nbytes)}"
+        return f"exact search: {by}; keys {binary_size(key_bytes)} in memory{extra}"
     read = key_bytes if choice.codes is None else choice.codes.nbytes
     kept = "resident" if read <= resident_bytes else "streamed"
     if choice.codes is None:

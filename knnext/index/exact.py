@@ -13,7 +13,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from knnext.index.code_choice import Codes, choose_codes, describe_choice
 from knnext.index.codes_meta import STATS_BYTES
 from knnext.index.queries import (
     QueryGroup,
+    as_distances,
     check_count,
     check_k,
     group_queries,
     prepare_queries,
 )
+from knnext.index.tensors import ArrayLike, TensorStore, tensor_store
 from knnext.ops import KeyCodes, key_sqnorms, knn_search
 
 if TYPE_CHECKING:
@@ -97,8 +99,13 @@ class ExactIndex(TokenTable):
     ) -> None:
         self.datastore = datastore
         self.metric = datastore.metric if metric is None else metric
-        if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        if self.metric not in METRICS and self.metric != datastore.metric:
+            raise ValueError(
+                f"metric must be one of {METRICS}, got {metric!r}"
+                + ("; ExactIndex.from_tensors searches by it" if metric == "cosine" else "")
+            )
+        self._cosine = self.metric == "cosine"
+        self._op_metric = "ip" if self._cosine else self.metric
         self.device = torch.device("cpu" if device is None else device)
         self.query_batch = check_count("query_batch", query_batch)
         self.refine = bool(refine)
@@ -110,7 +117,67 @@ class ExactIndex(TokenTable):
         self._keep = datastore.num_entries * self._row_bytes() <= resident_bytes
         self._resident: list[Chunk] | None = None
         self._scattered = True
-        self._sqnorms: dict[int, Tensor] = {}
+        self._sqnorms: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        keys: ArrayLike,
+        values: ArrayLike | None = None,
+        *,
+        metric: str = "l2",
+        documents: ArrayLike | None = None,
+        device: torch.device | str | None = None,
+        codes: bool | str = False,
+        **options: Any,
+    ) -> ExactIndex:
+        """An index of keys in memory, a tensor or a numpy array; `add` takes more.
+
+        Keys in float16, bfloat16 or float32 that lie in one piece are searched where they are and
+        not copied (float64 is rounded to float32): change them and the results change. Beside
+        them an index keeps 4 bytes a row for `"l2"`, and what `codes` take.
+
+        Args:
+            keys: (N, D), finite.
+            values: (N,) integers from 0, the rows' tokens, which a `KNNLM` looks up.
+            metric: `"l2"`, `"ip"`, or `"cosine"`: keys are normalised once, into a copy of their
+                dtype, and queries at each search; distances are 1 - cos, from 0 to 2. Zeros have a
+                cosine of 0 with everything.
+            documents: (N,) ids from 0 that never go back, for `exclude_documents`.
+            device: where to search; by default where the keys are. From the CPU to a GPU they are
+                copied once if they are within `resident_bytes`, else at each search.
+            codes: True makes eight-bit codes of the keys now, 12 bytes a row and one a dimension.
+            options: of `ExactIndex`.
+        """
+        if metric not in (*METRICS, "cosine"):
+            raise ValueError(f"metric must be one of {(*METRICS, 'cosine')}, got {metric!r}")
+        store = TensorStore(keys, values, metric, documents)
+        device = store.device if device is None else device
+        # It has all of a datastore that an index reads.
+        return cls(cast("Datastore", store), device=device, codes=codes, **options)
+
+    def add(
+        self, keys: ArrayLike, values: ArrayLike | None = None, documents: ArrayLike | None = None
+    ) -> None:
+        """Rows behind those of an index that was made by `from_tensors`, all or none of them.
+
+        Their dtype and device become those of the rows before; values and documents are given
+        where these have them. Not while another thread searches.
+        """
+        store = tensor_store(self.datastore)
+        if store is None:
+            raise TypeError(
+                f"add is for an index from tensors; {self.datastore.path} is a datastore, which "
+                "grows by Datastore.create(..., resume=True)"
+            )
+        rows = store.add(keys, values, documents)
+        if isinstance(self.codes, KeyCodes):
+            self._choice = self._choice._replace(codes=store.encode(rows, self.codes))
+        self._keep = store.num_entries * self._row_bytes() <= self.resident_bytes
+        self._resident = self._values = None
+        # Blocks behind the first may have been joined.
+        given = store.given_rows
+        self._sqnorms = {at: norms for at, norms in self._sqnorms.items() if at[0] < given}
 
     @property
     def codes(self) -> KeyCodes | StoredCodes | None:
@@ -135,29 +202,35 @@ class ExactIndex(TokenTable):
         """The k nearest rows of each query, in order of (distance, index).
 
         Args:
-            queries: (Q, dim), any float dtype, rounded to the keys' dtype: keys were rounded when
-                they were stored, and this way a query meets its own key at distance zero.
+            queries: (Q, dim), a tensor or a numpy array of any float dtype, rounded to the keys'
+                dtype: keys were rounded when they were stored, and this way a query meets its own
+                key at distance zero.
             k: neighbors per query. Past the number of rows the tail is padding.
             exclude_documents: None; an integer tensor (Q,) of one document a query, -1 for none;
                 or a sequence of documents that no query may find. The result is the one of a
                 datastore without those rows, whatever the size of the documents.
 
         Returns:
-            `(distances, indices)`: (Q, k) float32 and (Q, k) int64, on the queries' device.
-            Padding is +inf and -1.
+            `(distances, indices)`: (Q, k) float32 and (Q, k) int64, tensors on the queries'
+            device. L2 squared, inner products negated, of `"cosine"` 1 - cos. Padding is +inf and
+            -1.
         """
         k = check_k(k)
-        rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype)
-        rounded = rounded.to(self.device)
+        dim, dtype = self.datastore.dim, self.datastore.dtype
+        rounded = prepare_queries(queries, dim, dtype, cosine=self._cosine)
+        device, rounded = getattr(queries, "device", "cpu"), rounded.to(self.device)
         offsets = self.datastore.document_offsets
         groups = group_queries(exclude_documents, offsets, rounded.shape[0])
         distances, indices = self.search_groups(rounded, k, groups)
-        return distances.to(queries.device), indices.to(queries.device)
+        return as_distances(distances, cosine=self._cosine).to(device), indices.to(device)
 
     def search_groups(
         self, queries: Tensor, k: int, groups: list[QueryGroup]
     ) -> tuple[Tensor, Tensor]:
-        """`search` of (Q, dim) queries in the keys' dtype, on the index's device, in groups."""
+        """`search` of (Q, dim) queries in the keys' dtype, on the index's device, in groups.
+
+        Of `"cosine"` they are normalised, and distances are -cos.
+        """
         count = queries.shape[0]
         distances = torch.full((count, k), float("inf"), dtype=torch.float32, device=self.device)
         indices = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
@@ -209,7 +282,7 @@ class ExactIndex(TokenTable):
                 queries[batch],
                 chunk.keys,
                 k,
-                self.metric,
+                self._op_metric,
                 key_sqnorms=chunk.sqnorms,
                 index_offset=chunk.start,
                 init_distances=distances[batch],
@@ -268,7 +341,7 @@ class ExactIndex(TokenTable):
 
     def _read(self) -> Iterator[tuple[int, Tensor]]:
         chunks = ((a, keys) for a, keys, _ in self.datastore.iter_chunks(self.chunk_rows))
-        if self.device.type == "cpu":
+        if self.device == getattr(self.datastore, "device", torch.device("cpu")):
             return chunks
         from knnext.index.transfer import prefetch_to_device
 
@@ -279,9 +352,10 @@ class ExactIndex(TokenTable):
         """Squared norms of a chunk: N float32 in all, computed once and kept."""
         if self.metric != "l2" or self.codes is not None:
             return None
-        if start not in self._sqnorms:
-            self._sqnorms[start] = key_sqnorms(keys)
-        return self._sqnorms[start]
+        at = (start, len(keys))
+        if at not in self._sqnorms:
+            self._sqnorms[at] = key_sqnorms(keys)
+        return self._sqnorms[at]
 
 
 def _pages_read() -> int:

@@ -5,30 +5,38 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from knnext.index.tensors import as_tensor, normalised
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Range = tuple[int, int]
 
 
-def prepare_queries(queries: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Check (Q, dim) queries and round them to the keys' dtype.
+def prepare_queries(queries: Any, dim: int, dtype: torch.dtype, *, cosine: bool = False) -> Tensor:
+    """Check (Q, dim) queries, a tensor or a numpy array, and round them to the keys' dtype.
 
     The keys were rounded when they were stored. A query rounded the same way meets its own key at
-    distance zero, and exact and approximate search see one and the same vector.
+    distance zero, and exact and approximate search see one and the same vector. With ``cosine``
+    they are made of length 1 before, as those keys were; zeros stay zeros.
     """
-    if not isinstance(queries, Tensor):
-        raise TypeError(f"queries must be a tensor, got {type(queries).__name__}")
+    queries = as_tensor("queries", queries)
     if queries.ndim != 2 or queries.shape[1] != dim:
         raise ValueError(
             f"queries must be (Q, {dim}) like the datastore's keys, got {tuple(queries.shape)}"
         )
     if queries.dtype not in FLOAT_DTYPES:
         raise TypeError(f"queries must be floating point, got {queries.dtype}")
-    return queries.detach().to(dtype)
+    return (normalised(queries.float()) if cosine else queries).to(dtype)
+
+
+def as_distances(scores: Tensor, *, cosine: bool) -> Tensor:
+    """Of ``cosine`` 1 - cos, from 0 to 2, where the search gave -cos; padding stays +inf."""
+    return (scores + 1).clamp_min_(0) if cosine else scores
 
 
 def check_k(k: int) -> int:

@@ -70,6 +70,11 @@ def agreed_layer(wanted: str | None, stored: str | None) -> str:
 
 def check_datastore(model: nn.Module, key: KeyModule, datastore: Any) -> int:
     """The width of the model's logits, if the datastore fits the model."""
+    if getattr(datastore, "has_values", True) is False:
+        raise ValueError(
+            "the index has no values, which are its rows' tokens: make it by "
+            "from_tensors(keys, values)"
+        )
     widths: list[int] = []
 
     def look(call: Call, output: Any) -> Any:
