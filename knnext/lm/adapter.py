@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from knnext.lm.model_folder import read_json
+from knnext.lm.wrapped import virtual_tokens
 
 
 def check_adapter(adapter: str | Path) -> str:
@@ -31,11 +32,8 @@ def check_adapter_kind(source: str) -> None:
     """ValueError for an adapter of virtual tokens: they are states that no token of a text made."""
     config = _peft().PeftConfig.from_pretrained(source, trust_remote_code=False)
     if config.is_prompt_learning:
-        raise ValueError(
-            f"the adapter {source} is of type {getattr(config.peft_type, 'value', 'unknown')}, "
-            "which puts virtual tokens before a text; knnext takes adapters that change weights, "
-            "such as LORA, IA3 or VERA"
-        )
+        kind = getattr(config.peft_type, "value", "unknown")
+        raise ValueError(virtual_tokens(f"the adapter {source}", kind))
 
 
 def with_adapter(model: nn.Module, source: str) -> Any:

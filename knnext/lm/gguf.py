@@ -46,7 +46,7 @@ def check_libraries() -> None:
             raise ImportError(f'GGUF files need {package}: pip install "knnext[gguf]"') from error
 
 
-def quantization(file: Path) -> str:
+def gguf_type(file: Path) -> str:
     """The type that most of the file's bytes are in, such as "GGUF Q4_1".
 
     ValueError where the file cannot be read to its end.

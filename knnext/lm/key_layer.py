@@ -140,7 +140,7 @@ def capture_hidden_states(model: nn.Module, key_layer: str | KeyModule) -> Itera
     else:
         handle = key.module.register_forward_hook(here(after))
     try:
-        with uncompiled(plain_model(model), key.module):
+        with uncompiled(model, key.module):
             yield captured
     finally:
         handle.remove()

@@ -27,9 +27,12 @@ from knnext.lm.agreement import (
     key_module,
     states_of,
 )
+from knnext.lm.compiled import uncompiled
 from knnext.lm.mixing import Call, lending
 from knnext.lm.mixture_loss import loss_trouble, mixture_loss
 from knnext.lm.past_context import explained, num_asked, num_tokens
+from knnext.lm.running import input_device
+from knnext.lm.wrapped import plain_model
 from knnext.ops import knn_interpolate
 
 #: Ways of decoding that read the logits of more than the last position.
@@ -40,7 +43,9 @@ class KNNLM(nn.Module):
     """A causal LM mixed with the neighbors of its hidden states.
 
     Args:
-        model: a causal LM of transformers, in any float dtype, on any device.
+        model: a causal LM of transformers, in any float dtype or quantized, on any device or
+            several. In peft's wrapper it is the LM with the adapter; what is compiled of it runs
+            so where no key is read inside.
         index: anything with ``search(queries, k) -> (distances, indices)`` and
             ``tokens(indices)``. Its ``datastore``, where it has one, gives the queries' dtype and
             the key layer, and is checked against the model.
@@ -70,10 +75,16 @@ class KNNLM(nn.Module):
         self.temperature, self.lmbda = checked_numbers(temperature, lmbda)
         self.key_layer = agreed_layer(key_layer, getattr(datastore, "key_layer", None))
         self._dtype: torch.dtype | None = getattr(datastore, "dtype", None)
-        self._key = key_module(model, self.key_layer)
-        self._vocab_size = check_datastore(model, self._key, datastore)
-        with lending(model, self._key, None):
-            self._loss_trouble = loss_trouble(model)
+        base = plain_model(model)
+        self._key = key_module(base, self.key_layer)
+        self._vocab_size = check_datastore(base, self._key, datastore)
+        with lending(base, self._key, None):
+            self._loss_trouble = loss_trouble(base)
+
+    @property
+    def _base(self) -> nn.Module:
+        """The model inside its wrappers: ``generate`` and hooks would pass those by."""
+        return plain_model(self.model)
 
     # What transformers and evaluation harnesses ask of a model. Only what is named here is the base
     # model's: a method of its own that calls the model would give the base's answers in silence.
@@ -91,8 +102,7 @@ class KNNLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the base model's inputs go."""
-        device: torch.device = self.model.device  # type: ignore[assignment]
-        return device
+        return input_device(self._base)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,8 +169,14 @@ class KNNLM(nn.Module):
             return self._nothing(input_ids, labels, kwargs.get("return_dict"))
         if labels is not None:
             kwargs["labels"] = labels
-        with explained(self.model, num_tokens(input_ids), 0), self.attached():
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                msg="a KNNLM is no graph, since it searches: compile its base model's blocks, by "
+                "load_lm(compile=True)"
+            )
+        base = self._base
+        with explained(base, num_tokens(input_ids), 0), self.attached():
+            return base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``generate`` of the base model, fed with the mixture: same arguments, same result.
@@ -176,11 +192,11 @@ class KNNLM(nn.Module):
             if ids.shape[0] == 0:
                 return ids
             raise ValueError(f"generate needs a token to begin with, got {tuple(ids.shape)} ids")
-        given = num_tokens(ids)
-        with explained(self.model, given, num_asked(self.model, given, kwargs)):
+        given, base = num_tokens(ids), self._base
+        with explained(base, given, num_asked(base, given, kwargs)):
             if not isinstance(self.lmbda, Tensor) and self.lmbda == 0:
-                with lending(self.model, self._key, None):
-                    return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+                with lending(base, self._key, None):
+                    return base.generate(*args, **kwargs)  # type: ignore[operator]
             config = kwargs.get("generation_config")
             assisted = any(
                 kwargs.get(name) is not None or getattr(config, name, None) is not None
@@ -188,7 +204,7 @@ class KNNLM(nn.Module):
             )
             kwargs.setdefault("disable_compile", True)  # a search cannot be compiled into the model
             with self.attached(last_only=not assisted):
-                return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+                return base.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
     def attached(self, last_only: bool = False) -> Iterator[nn.Module]:
@@ -199,7 +215,8 @@ class KNNLM(nn.Module):
         in the thread (or asyncio task) that entered the block: others get the base model's own
         logits. Where such blocks are nested, the innermost counts.
         """
-        with lending(self.model, self._key, partial(self._finish, last_only)):
+        finish = partial(self._finish, last_only)
+        with uncompiled(self.model, self._key.module), lending(self._base, self._key, finish):
             yield self.model
 
     def _nothing(self, ids: Tensor, labels: Tensor | None, return_dict: bool | None) -> Any:
@@ -223,7 +240,7 @@ class KNNLM(nn.Module):
         if self._loss_trouble is not None:
             raise RuntimeError(self._loss_trouble)
         aux_loss = getattr(output, "aux_loss", None)
-        loss = mixture_loss(self.model, logits, call.arguments, aux_loss)
+        loss = mixture_loss(self._base, logits, call.arguments, aux_loss)
         return _with(output, loss=loss, logits=logits)
 
     def _mixture(self, logits: Tensor, call: Call, last_only: bool) -> Tensor:
@@ -234,7 +251,7 @@ class KNNLM(nn.Module):
         keep = call.arguments.get("logits_to_keep")
         # Some blocks flatten their rows before the feed-forward; they are folded back here.
         states = states_of(call, self._key)
-        keys = states.reshape(len(logits), -1, states.shape[-1])
+        keys = states.reshape(len(logits), -1, states.shape[-1]).to(logits.device)
         keys = keys[:, -1:] if last_only else _kept_positions(keys, logits, keep)
         rows, queries = logits.flatten(0, 1), keys.flatten(0, 1)
         seen = _seen(call.arguments.get("attention_mask"), logits, keep)

@@ -13,7 +13,8 @@ import torch
 
 from knnext.lm.adapter import check_adapter, check_adapter_kind, with_adapter
 from knnext.lm.causal import check_config
-from knnext.lm.gguf import check_gguf, check_libraries, quantization, quiet_conversion, split_gguf
+from knnext.lm.compiled import compile_blocks
+from knnext.lm.gguf import check_gguf, check_libraries, gguf_type, quiet_conversion, split_gguf
 from knnext.lm.identity import (
     model_identity,
     model_parts,
@@ -21,9 +22,10 @@ from knnext.lm.identity import (
     sha256,
     tokenizer_hash,
 )
-from knnext.lm.loaded import check_finite, check_in_memory, check_tokenizer, check_weights
+from knnext.lm.loaded import check_finite, check_tokenizer, check_weights, warn_of_offloading
 from knnext.lm.model_dtype import check_model_dtype, dtype_to_load, too_narrow
 from knnext.lm.model_folder import check_folder, read_json
+from knnext.lm.quantized import check_quantization, check_was_quantized, quantization_config
 
 __all__ = [
     "libraries",
@@ -57,6 +59,8 @@ def load_lm(
     adapter: str | Path | None = None,
     merge_adapter: bool = False,
     device_map: Any = None,
+    quantization: Any = None,
+    compile: bool = False,
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a folder that ``save_lm`` wrote, or a hub name.
 
@@ -76,6 +80,9 @@ def load_lm(
         adapter: folder or hub name of a PEFT adapter that changes weights (LoRA and the like); with
             ``merge_adapter`` they are changed for good, which is faster and rounds once more.
         device_map: such as "auto", which spreads a model over the GPUs here; then no ``device``.
+        quantization: "8bit" or "4bit" (bitsandbytes: LLM.int8(), NF4), "torchao:int8wo",
+            "torchao:int8dq" or "torchao:float8wo", or a quantization config of transformers.
+        compile: compile all blocks but the last, in which keys are read, at their first call.
 
     FileNotFoundError where ``path`` reads like a folder and is none, or lacks a file. ValueError,
     which says why, where the folder's files are damaged, weights are missing or of other shapes
@@ -89,13 +96,16 @@ def load_lm(
     source = str(folder if folder.is_dir() else path)
     dtype_name = check_model_dtype(model_dtype)
     _check_options(source, folder, device, revision, device_map, adapter, merge_adapter)
+    kind = None if quantization is None else check_quantization(quantization)
+    if kind is not None and gguf is not None:
+        raise ValueError(f"quantization {kind} is for weights that are not: {gguf} is GGUF")
     _, transformers = libraries()
     facts: dict[str, str] = {}
     if gguf is not None:
         check_libraries()
         if folder.is_dir():
             gguf = str(check_gguf(folder, gguf).absolute())
-            facts["quantization"] = quantization(Path(gguf))
+            facts["quantization"] = gguf_type(Path(gguf))
     elif folder.is_dir():
         check_folder(folder, tokenizer=tokenizer is None)
     adapter_source = None if adapter is None else check_adapter(adapter)
@@ -127,18 +137,29 @@ def load_lm(
         at = device or ("cpu" if device_map is None or not torch.cuda.is_available() else "cuda")
         declared = getattr(config, "dtype", None)
         if gguf is None and getattr(config, "quantization_config", None) is not None:
+            if kind is not None:
+                raise ValueError(f"quantization {kind}: {source} is quantized already")
             # What is quantized already keeps the types that its kernels want.
             dtype_name = "checkpoint" if dtype_name == "auto" else dtype_name
         dtype = dtype_to_load(dtype_name, declared, at, gguf=gguf is not None)
+        if kind is not None:
+            given = kind == "given"
+            compute = declared if dtype == "auto" else dtype
+            chosen = quantization if given else quantization_config(kind, compute)
+            # They are packed where they lie, and some cannot be moved after that.
+            options = {"device_map": {"": device or "cpu"}, **options}
+            options["quantization_config"] = chosen
         model, info = _read_model(source, config, dtype, options)
         if gguf is not None and not folder.is_dir():
             cached = transformers.utils.cached_file(source, gguf, revision=revision)
-            facts["quantization"] = quantization(Path(cached))
+            facts["quantization"] = gguf_type(Path(cached))
         if too_narrow(model.dtype, dtype_name, at):  # only the weights told their dtype
             model, info = _read_model(source, config, torch.float32, options)
     check_weights(info, source)
     check_finite(model, source)
-    check_in_memory(model, source)
+    warn_of_offloading(model, source)
+    if kind is not None:
+        check_was_quantized(model, kind, source)
     if tokenizer is not None:
         check_tokenizer(words, model, tokenizer, source)
     if adapter_source is not None:
@@ -148,9 +169,12 @@ def load_lm(
         # The layers hold the adapter: without the wrapper it is a model like any other.
         model = wrapped.merge_and_unload() if merge_adapter else wrapped.get_base_model()
     note_origin(model, facts)
-    if device is not None and model.device != torch.device(device):
+    if device is not None and model.device != torch.device(device) and kind is None:
         model = model.to(device)
-    return model.eval(), words
+    model = model.eval()
+    if compile:
+        compile_blocks(model)
+    return model, words
 
 
 def _read_model(

@@ -60,13 +60,15 @@ def _some(items: list[str]) -> str:
     return shown if len(items) <= 4 else f"{shown} and {len(items) - 4} more"
 
 
-def check_in_memory(model: Any, source: str) -> None:
-    """ValueError where weights were left on a disk: their states could be read, but not named."""
+def warn_of_offloading(model: Any, source: str) -> None:
+    """Of weights that fit no GPU: each pass fetches them from the CPU's memory, or a disk."""
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
-        raise ValueError(
-            f"{source} does not fit the memory here: {len(away):,} of its weights were left on a "
-            f"disk, such as {away[0]}. Try a smaller model_dtype, or more or larger GPUs"
+        warnings.warn(
+            f"{source} does not fit the memory here: {len(away):,} of its weights, such as "
+            f"{away[0]}, are fetched from the CPU's memory or a disk at each pass, which is slow. "
+            "Try a smaller model_dtype, a quantization, or more or larger GPUs",
+            stacklevel=3,
         )
 
 

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from knnext.lm.compiled import uncompiled
 from knnext.lm.key_layer import KeyModule
 from knnext.lm.running import first_tensor
 
@@ -58,7 +59,7 @@ def lending(model: nn.Module, key: KeyModule, finish: Finish | None) -> Iterator
     whatever block that may stand in.
     """
     loan = _Loan(model, key, finish)
-    with _hooked(model, key):
+    with uncompiled(model, key.module), _hooked(model, key):
         _LOANS.set((*_LOANS.get(), loan))
         try:
             yield
