@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from knnext.index.faiss_open import read_index
 from knnext.index.queries import (
     QueryGroup,
     Range,
+    as_distances,
     check_count,
     check_k,
     group_queries,
     prepare_queries,
 )
 from knnext.index.sidecar import Sidecar
+from knnext.index.tensors import ArrayLike, TensorStore, tensor_store
 from knnext.ops import merge_topk, rescore
 
 if TYPE_CHECKING:
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
 DEFAULT_NPROBE = 32  # the paper's, of 4,096 lists
 GPU_MAX_K = 2048
 _QUERY_BATCH = 4096
+_ADD_ROWS = 65_536
 
 
 class FaissIndex(TokenTable):
-    """Neighbors from a FAISS index over a datastore. Made by `build` or `open`."""
+    """Neighbors from a FAISS index over a datastore. Made by `build`, `open` or `from_tensors`."""
 
     def __init__(
         self,
@@ -55,6 +58,8 @@ class FaissIndex(TokenTable):
     ) -> None:
         self.datastore = datastore
         self.metric = datastore.metric
+        self._cosine = self.metric == "cosine"
+        self._op_metric = "ip" if self._cosine else self.metric
         self.sidecar = sidecar
         self.path = path
         self.nprobe = check_count("nprobe", sidecar.nprobe if nprobe is None else nprobe)
@@ -201,6 +206,57 @@ class FaissIndex(TokenTable):
             gpu=gpu,
         )
 
+    @classmethod
+    def from_tensors(
+        cls,
+        keys: ArrayLike,
+        values: ArrayLike | None = None,
+        *,
+        metric: str = "l2",
+        factory: str | None = None,
+        documents: ArrayLike | None = None,
+        train_size: int | None = None,
+        seed: int = 1,
+        nprobe: int | None = None,
+        rescore: bool = False,
+        gpu: bool | str = "auto",
+    ) -> FaissIndex:
+        """An index in memory of keys in memory, a tensor or a numpy array; `add` takes more.
+
+        The keys stay as they are beside FAISS's codes of them, for `rescore`: see
+        `ExactIndex.from_tensors`, also for `values`, `documents` and metric `"cosine"`. The others
+        are as of `build`. ValueError for keys that are too few to train the factory's index.
+        """
+        if metric not in ("l2", "ip", "cosine"):
+            raise ValueError(f"metric must be one of ('l2', 'ip', 'cosine'), got {metric!r}")
+        store = TensorStore(keys, values, metric, documents)
+        rows = cast("Datastore", store)  # it has all of a datastore that an index reads
+        kind = "ip" if metric == "cosine" else metric
+        recipe = faiss_build.make_recipe(rows, factory, train_size, seed, None, metric=kind)
+        index = faiss_build.trained(rows, recipe, _use_gpu(gpu) and gpu)
+        _add_in_pieces(index, store.keys[0 : len(store)])
+        nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
+        sidecar = Sidecar(recipe, nprobe, faiss_library.version(), 0, "")
+        return cls(rows, index, sidecar, Path(), rescore=rescore, gpu=gpu)
+
+    def add(
+        self, keys: ArrayLike, values: ArrayLike | None = None, documents: ArrayLike | None = None
+    ) -> None:
+        """Rows behind those of an index that was made by `from_tensors`; see `ExactIndex.add`.
+
+        They are coded by what the first keys trained.
+        """
+        store = tensor_store(self.datastore)
+        if store is None:
+            raise TypeError(
+                f"add is for an index from tensors; {self.path} is of the datastore "
+                f"{self.datastore.path}: append there, and build the index again"
+            )
+        _add_in_pieces(self._cpu_index, store.add(keys, values, documents))
+        if self._gpu_index is not None:
+            self._gpu_index = faiss_library.to_gpu(self._cpu_index, self._gpu)
+        self._values = None
+
     @property
     def factory(self) -> str:
         """The FAISS factory string the index was built with."""
@@ -208,7 +264,7 @@ class FaissIndex(TokenTable):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the index file."""
+        """Size of the index file; 0 of an index that has none."""
         return self.sidecar.num_bytes
 
     def with_options(self, *, nprobe: int | None = None, rescore: bool | None = None) -> FaissIndex:
@@ -220,9 +276,16 @@ class FaissIndex(TokenTable):
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle holds the place and the settings, and opens the index there again."""
+        """A pickle holds the place and the settings, and opens the index there again.
+
+        Of one from tensors it holds all.
+        """
         options: dict[str, Any] = {"nprobe": self.nprobe, "rescore": self.rescore}
-        options |= {"gather_bytes": self.gather_bytes, "gpu": self._gpu, "verify": False}
+        options |= {"gather_bytes": self.gather_bytes, "gpu": self._gpu}
+        if tensor_store(self.datastore) is not None:
+            content = faiss_library.to_bytes(self._cpu_index)
+            return _unpickled, (self.datastore, content, self.sidecar, options)
+        options["verify"] = False
         return _reopen, (self.path.absolute(), self.datastore, options)
 
     def search(
@@ -237,8 +300,8 @@ class FaissIndex(TokenTable):
         """The k neighbors that FAISS finds for each query, in order of (distance, index).
 
         Args:
-            queries: (Q, dim), any float dtype, rounded to the keys' dtype like those of the exact
-                index, then given to FAISS in float32.
+            queries: (Q, dim), a tensor or a numpy array of any float dtype, rounded to the keys'
+                dtype like those of the exact index, then given to FAISS in float32.
             k: neighbors per query. Where the lists visited hold fewer, the tail is padding.
             exclude_documents: None; an integer tensor (Q,) of one document a query, -1 for none;
                 or a sequence of documents that no query may find. The rows are left out inside
@@ -254,11 +317,13 @@ class FaissIndex(TokenTable):
             -1.
         """
         k = check_k(k)
-        rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype).cpu()
+        dim, dtype = self.datastore.dim, self.datastore.dtype
+        rounded = prepare_queries(queries, dim, dtype, cosine=self._cosine).cpu()
+        device = getattr(queries, "device", "cpu")
         offsets = self.datastore.document_offsets
         groups = group_queries(exclude_documents, offsets, rounded.shape[0])
         distances, indices = self.search_groups(rounded, k, groups, rescore=rescore, nprobe=nprobe)
-        return distances.to(queries.device), indices.to(queries.device)
+        return as_distances(distances, cosine=self._cosine).to(device), indices.to(device)
 
     def search_groups(
         self,
@@ -328,7 +393,7 @@ class FaissIndex(TokenTable):
         """FAISS's scores as distances: similarities negated, rounding below zero cut off."""
         found = torch.from_numpy(distances)
         # Table look-ups can push the distance of a near-identical code just below zero.
-        found = -found if self.metric == "ip" else found.clamp_min(0)
+        found = -found if self._op_metric == "ip" else found.clamp_min(0)
         rows = torch.from_numpy(indices)
         return found.masked_fill_(rows < 0, float("inf")), rows
 
@@ -347,13 +412,26 @@ class FaissIndex(TokenTable):
             rows, local = indices[part].unique(return_inverse=True)  # ascending, -1 first
             padding = int(rows.numel() > 0 and rows[0] < 0)
             keys = self.datastore.keys[rows[padding:]]
-            scores = rescore(queries[part], keys, local - padding, self.metric)
+            scores = rescore(queries[part], keys.cpu(), local - padding, self._op_metric)
             distances[part], indices[part] = merge_topk(scores, indices[part], k)
         return distances, indices
 
 
 def _reopen(path: Path, datastore: Datastore, options: dict[str, Any]) -> FaissIndex:
     return FaissIndex.open(path, datastore, **options)
+
+
+def _unpickled(
+    datastore: Datastore, content: NDArray[np.uint8], sidecar: Sidecar, options: dict[str, Any]
+) -> FaissIndex:
+    index = faiss_library.from_bytes(content)
+    return FaissIndex(datastore, index, sidecar, Path(), **options)
+
+
+def _add_in_pieces(index: Any, keys: Tensor) -> None:
+    """(n, D) keys, of which few are float32 at once."""
+    for part in keys.split(_ADD_ROWS):
+        faiss_library.add(index, faiss_library.as_float32(part))
 
 
 def default_path(datastore: Datastore) -> Path:

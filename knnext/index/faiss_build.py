@@ -111,6 +111,8 @@ def make_recipe(
     train_size: int | None,
     seed: int,
     segment_rows: int | None,
+    *,
+    metric: str | None = None,
 ) -> Recipe:
     """Fill in what the caller left open and check the factory string against the data."""
     if not 0 <= operator.index(seed) < _SEEDS:
@@ -118,9 +120,10 @@ def make_recipe(
     if datastore.num_entries == 0:
         raise ValueError("datastore has no entries, there is nothing to index")
     rows, dim = datastore.num_entries, datastore.dim
+    metric = datastore.metric if metric is None else metric
     if factory is None:
         factory = default_factory(rows, dim)
-    lists = faiss_library.num_lists(faiss_library.create(factory, dim, datastore.metric))
+    lists = faiss_library.num_lists(faiss_library.create(factory, dim, metric))
     if lists > rows:
         raise ValueError(
             f"factory {factory!r} asks for {lists} lists, the datastore has only {rows} rows"
@@ -134,7 +137,7 @@ def make_recipe(
     check_count("segment_rows", segment_rows)
     return Recipe(
         factory=factory,
-        metric=datastore.metric,
+        metric=metric,
         num_entries=rows,
         dim=dim,
         datastore=datastore.fingerprint,
@@ -270,7 +273,7 @@ def _check_disk(folder: Path, recipe: Recipe) -> None:
 def train_into(datastore: Datastore, folder: Path, recipe: Recipe, gpu: bool | str) -> None:
     """Write the trained, empty index; ValueError where the factory does not suit the rows."""
     try:
-        index = _train(datastore, recipe, gpu)
+        index = trained(datastore, recipe, gpu)
     except ValueError:  # of the factory: another one may be tried in this folder
         for name in (RECIPE_FILE, PLAN_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -278,7 +281,8 @@ def train_into(datastore: Datastore, folder: Path, recipe: Recipe, gpu: bool | s
     _write(folder / TRAINED_FILE, index)
 
 
-def _train(datastore: Datastore, recipe: Recipe, gpu: bool | str) -> Any:
+def trained(datastore: Datastore, recipe: Recipe, gpu: bool | str) -> Any:
+    """An empty index, trained on a sample of the keys and tried on a few."""
     index = faiss_library.create(recipe.factory, recipe.dim, recipe.metric)
     faiss_library.set_seed(index, recipe.seed)
     if not index.is_trained:

@@ -161,6 +161,15 @@ def read(path: Path) -> Any:
     return load().read_index(str(path))
 
 
+def to_bytes(index: Any) -> NDArray[np.uint8]:
+    content: NDArray[np.uint8] = load().serialize_index(index)
+    return content
+
+
+def from_bytes(content: NDArray[np.uint8]) -> Any:
+    return load().deserialize_index(content)
+
+
 def as_float32(keys: Tensor) -> NDArray[np.float32]:
     """(n, D) keys of any float dtype as the contiguous float32 that FAISS reads."""
     array: NDArray[np.float32] = keys.detach().to("cpu", torch.float32).contiguous().numpy()

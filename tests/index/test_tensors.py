@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,3 +236,65 @@ def test_a_pickle() -> None:
     found, wanted = again.search(rows(3, 1), 4), index.search(rows(3, 1), 4)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     assert torch.equal(again.tokens(found[1]), index.tokens(wanted[1]))
+
+
+# FAISS
+
+
+@pytest.fixture(scope="module")
+def faiss_index(one_thread: None) -> Any:
+    pytest.importorskip("faiss")
+    from knnext.index import FaissIndex
+
+    return FaissIndex
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_faiss_flat_is_exact(faiss_index: Any, metric: str) -> None:
+    keys, values, queries = rows(N), torch.arange(N), rows(9, 1)
+    index = faiss_index.from_tensors(keys[:600], values[:600], metric=metric, factory="Flat")
+    assert isinstance(index, Index) and index.metric == metric
+    index.add(keys[600:].numpy(), values[600:].numpy())
+    assert len(index) == index.ntotal == N and index.num_bytes == 0
+    found = index.search(queries.numpy(), K)
+    close(found, plain(queries, keys, metric), 1e-4)
+    assert torch.equal(index.tokens(found[1]), found[1].int())
+    again = pickle.loads(pickle.dumps(index)).search(queries, K)
+    assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_faiss_lists_and_real_scores(faiss_index: Any, metric: str) -> None:
+    keys, queries = rows(N), rows(9, 1)
+    documents = torch.arange(N) // 100
+    made = faiss_index.from_tensors(
+        keys, metric=metric, factory="IVF8,SQ8", nprobe=8, documents=documents
+    )
+    near = made.search(queries, K)
+    real = made.search(queries, K, rescore=True)
+    wanted = plain(queries, keys, metric)
+    assert not torch.equal(near[0], real[0])
+    torch.testing.assert_close(near[0], wanted[0], atol=0.05, rtol=0.05)
+    close(real, wanted, 1e-2)
+    left = made.search(queries, K, [0, 3])[1] // 100
+    assert not torch.isin(left, torch.tensor([0, 3])).any()
+
+
+def test_what_faiss_refuses(faiss_index: Any) -> None:
+    with pytest.raises(ValueError, match="metric must be one of"):
+        faiss_index.from_tensors(rows(4), metric="l1")
+    with pytest.raises(ValueError, match="asks for 64 lists"):
+        faiss_index.from_tensors(rows(4), factory="IVF64,Flat")
+    with pytest.raises(ValueError, match="no entries"):
+        faiss_index.from_tensors(rows(0))
+    with pytest.raises(ValueError, match=r"\(n, 24\)"):
+        faiss_index.from_tensors(rows(4)).add(rows(4)[:, :3])
+
+
+def test_datastores_take_nothing_in(stores: dict[str, Any], tmp_path: Path) -> None:
+    index = ExactIndex(stores["l2"])
+    with pytest.raises(TypeError, match="add is for an index from tensors"):
+        index.add(rows(1))
+    with pytest.raises(ValueError, match=r"ExactIndex\.from_tensors searches by it"):
+        ExactIndex(stores["l2"], metric="cosine")
+    assert len(index) == len(stores["l2"])
