@@ -66,8 +66,8 @@ docs: build  ## the documentation site, in build/site; warnings are errors
 	$(BIN)/python -m pip install --quiet -r docs/requirements.txt
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
 
-wheel: $(READY)  ## a wheel in dist/ (KNNEXT_CUDA=1 KNNEXT_LOCAL_VERSION=cu130 for CUDA 13.0)
-	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+wheel: $(READY)  ## a wheel in dist/, named by what it holds: +cpu, or +cu130 with KNNEXT_CUDA=1
+	KNNEXT_LOCAL_VERSION=$${KNNEXT_LOCAL_VERSION:-auto} $(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info knnext/lib knnext/_host*.so

@@ -6,7 +6,7 @@ libraries), never imported: an isolated build finds the one that is installed ar
 
     KNNEXT_CUDA=1 | FORCE_CUDA=1   insist on the CUDA library (also beside a CPU-only torch)
     KNNEXT_CUDA=0                  leave it out
-    KNNEXT_LOCAL_VERSION           e.g. cu130: the local label of a wheel's version
+    KNNEXT_LOCAL_VERSION           "auto", or e.g. cu130: the local label of a wheel's version
     TORCH_CUDA_ARCH_LIST           e.g. "8.0;9.0a+PTX"; by default the cards of this machine, and
                                    for a wheel, or without cards, 8.0 to 12.0
     CUDA_HOME, MAX_JOBS, NVCC_THREADS, DEBUG, CXX
@@ -113,17 +113,16 @@ class Cuda:
             stop(f"KNNEXT_CUDA must be 0, 1 or unset, not {wish!r}.")
         if wish == "0":
             return cls._without("KNNEXT_CUDA=0")
-        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-        candidates = [str(Path(h) / "bin/nvcc") for h in homes if h]
-        found = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-        candidates += [path for path in found if path]
-        nvcc = next((path for path in candidates if os.access(path, os.X_OK)), None)
+        if wish != "1" and torch.cuda is None:
+            return cls._without(f"torch {torch.version} has no CUDA (KNNEXT_CUDA=1 insists)")
+        homes = {n: os.environ[n] for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)}
+        if not (wish or homes or _arch_wish() or has_driver()):
+            return cls._without("no NVIDIA driver is here (KNNEXT_CUDA=1 insists)")
+        nvcc = find_nvcc(homes)
         if nvcc is None:
             if wish == "1":
                 stop("the CUDA library was asked for, but no nvcc was found; set CUDA_HOME.")
             return cls._without("no nvcc was found")
-        if wish != "1" and torch.cuda is None:
-            return cls._without(f"torch {torch.version} has no CUDA (KNNEXT_CUDA=1 insists)")
         visible = visible_archs() if for_here else []
         if visible and not wish and not any(map(_is_new_enough, visible)) and not _arch_wish():
             return cls._without(f"the cards here ({', '.join(visible)}) are older than 8.0")
@@ -152,6 +151,34 @@ class Cuda:
                 plain = digits.rstrip("af")
                 flags.append(f"-gencode arch=compute_{plain},code=compute_{plain}")
         return " ".join(flags)
+
+
+def find_nvcc(homes: dict[str, str]) -> str | None:
+    """The first nvcc of the toolkits that are named, else the one that is about."""
+    named = [(name, str(Path(home) / "bin/nvcc")) for name, home in homes.items()]
+    for name, nvcc in named:
+        if not os.access(nvcc, os.X_OK):
+            # Another one may be of another CUDA: the wheel would not be what it is called.
+            stop(f"{name}={homes[name]} holds no bin/nvcc; name a CUDA toolkit, or unset it.")
+    about = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    candidates = [nvcc for _, nvcc in named] + [path for path in about if path]
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def has_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or bool(visible_archs())
+
+
+def local_version(wish: str | None) -> str:
+    """ "+cu130", "+cpu" or nothing. What is wished must be what the build is; "auto" is that."""
+    if not wish:
+        return ""
+    cuda = Cuda.find(Torch.find(), for_here=False)
+    built = f"cu{cuda.version.replace('.', '')}" if cuda else "cpu"
+    if wish not in ("auto", built) and re.fullmatch(r"cpu|cu\d+", wish):
+        stop(f"KNNEXT_LOCAL_VERSION={wish}, but this build would be {built}; say auto, or change "
+             "CUDA_HOME or KNNEXT_CUDA.")  # fmt: skip
+    return f"+{built if wish == 'auto' else wish}"
 
 
 def known_archs(nvcc: str) -> set[str]:
@@ -408,9 +435,8 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":  # also how build backends run this file; tests import it
-    label = os.environ.get("KNNEXT_LOCAL_VERSION")
     setup(
-        version=f"{VERSION}+{label}" if label else VERSION,
+        version=VERSION + local_version(os.environ.get("KNNEXT_LOCAL_VERSION")),
         ext_modules=[Extension("knnext._host", sources=[])],
         cmdclass={"build_ext": Build},
     )

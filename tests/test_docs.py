@@ -81,3 +81,18 @@ def test_every_page_is_reached() -> None:
         name = str(path.relative_to(DOCS).with_suffix(""))
         if name != "index":
             assert re.search(rf"^(?:.*<)?{re.escape(name)}>?$", index, re.MULTILINE), name
+
+
+def test_every_variable_that_is_read_is_in_the_table() -> None:
+    table = (DOCS / "environment.md").read_text(encoding="utf-8")
+    root, reads = DOCS.parent, set()
+    reader = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["'](KNNEXT_\w+)""")
+    for folder in ("knnext", "csrc", "tests"):
+        for path in (root / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+                reads |= set(reader.findall(path.read_text(encoding="utf-8")))
+    reads |= set(reader.findall((root / "setup.py").read_text(encoding="utf-8")))
+    # What programs of the tests tell each other.
+    reads -= {name for name in reads if name.startswith("KNNEXT_TEST_")}
+    assert len(reads) > 4
+    assert {name for name in reads if f"`{name}`" not in table} == set()

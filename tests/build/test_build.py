@@ -113,6 +113,73 @@ def test_asking_for_cuda_without_nvcc_says_so(build, monkeypatch, tmp_path):
         build.Cuda.find(build.Torch(tmp_path, "2.13.0", None))
 
 
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+@pytest.mark.parametrize(("torch_cuda", "wish"), [("13.0", None), ("13.0", "1"), (None, "1")])
+def test_a_toolkit_without_nvcc_is_an_error(build, monkeypatch, tmp_path, name, torch_cuda, wish):
+    if wish:
+        monkeypatch.setenv("KNNEXT_CUDA", wish)
+    other = fake_nvcc(tmp_path / "other")
+    monkeypatch.setenv("PATH", f"{other / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv(name, str(tmp_path / "empty"))
+    with pytest.raises(SystemExit, match=f"{name}=.*empty holds no bin/nvcc"):
+        build.Cuda.find(build.Torch(tmp_path, "2.13.0", torch_cuda))
+    monkeypatch.setenv("KNNEXT_CUDA", "0")  # who wants no CUDA need not mend it
+    assert build.Cuda.find(build.Torch(tmp_path, "2.13.0", torch_cuda)) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "driver", "built"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"KNNEXT_CUDA": "1"}, False, True),
+        ({"FORCE_CUDA": "1"}, False, True),
+        ({"TORCH_CUDA_ARCH_LIST": "9.0"}, False, True),
+    ],
+)
+def test_without_a_driver_cuda_must_be_asked_for(
+    build, monkeypatch, tmp_path, capsys, environment, driver, built
+):
+    nvcc = fake_nvcc(tmp_path / "cuda") / "bin"
+    monkeypatch.setenv("PATH", f"{nvcc}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(build, "has_driver", lambda: driver)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cuda = build.Cuda.find(build.Torch(tmp_path, "2.13.0", "13.0"))
+    assert (cuda is not None) == built
+    if not built:
+        assert "no NVIDIA driver is here (KNNEXT_CUDA=1 insists)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wish", "release", "label"),
+    [
+        (None, "13.0", ""),
+        ("auto", "13.0", "+cu130"),
+        ("auto", "12.8", "+cu128"),
+        ("auto", None, "+cpu"),
+        ("cu128", "12.8", "+cu128"),
+        ("cpu", None, "+cpu"),
+        ("mine.7", "13.0", "+mine.7"),
+        ("cu129", "13.0", None),
+        ("cpu", "13.0", None),
+        ("cu130", None, None),
+    ],
+)
+def test_the_label_of_a_wheel_is_of_its_compiler(
+    build, monkeypatch, tmp_path, wish, release, label
+):
+    monkeypatch.setattr(build.Torch, "find", lambda: build.Torch(tmp_path, "2.13.0", "13.0"))
+    monkeypatch.setenv("KNNEXT_CUDA", "1" if release else "0")
+    if release:
+        monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda", release)))
+    if label is None:
+        with pytest.raises(SystemExit, match=f"KNNEXT_LOCAL_VERSION={wish}, but this build would"):
+            build.local_version(wish)
+    else:
+        assert build.local_version(wish) == label
+
+
 def test_a_wrong_switch_is_refused(build, monkeypatch, tmp_path):
     monkeypatch.setenv("KNNEXT_CUDA", "yes")
     with pytest.raises(SystemExit, match="KNNEXT_CUDA must be 0, 1 or unset, not 'yes'"):
