@@ -150,7 +150,7 @@ def build_in_parts(
                 return built
         else:
             _share(job, directory, plan, rank)
-    return Datastore.join(directory)
+    return Datastore.open(directory) if plan.parts is None else Datastore.join(directory)
 
 
 def _share(job: BuildJob, directory: Path, plan: DatastoreMeta, rank: tuple[int, int]) -> None:

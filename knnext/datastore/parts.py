@@ -103,11 +103,11 @@ def open_plan(
     """Begin the build in ``count`` parts that ``meta`` (with no rows) describes, or go on with it.
 
     Not ``exactly``: a build that was begun in another number of parts goes on in that. Gives the
-    plan as it is in the folder, or the joined datastore's meta where it is finished.
+    plan as it is in the folder, or the meta of what is finished there, also by one process.
 
     Raises:
         IncompatibleDatastoreError: another build was begun there; names what differs.
-        DatastoreError: the folder holds something else, or a build by one process.
+        DatastoreError: the folder holds something else, or the beginning of one process.
     """
     check_parameters(meta)
     found = read_state(directory) if directory.is_dir() else None
@@ -120,12 +120,15 @@ def open_plan(
                 found = replace(meta, parts=cut(ends, count))
                 replace_file(directory / BUILD_FILE, to_json(found))
                 sync_directory(directory.parent)
+    where = f"{directory}: cannot go on with it"
+    if found.parts is None and not (directory / BUILD_FILE).exists():
+        check_same_build(replace(meta, entries_per_shard=found.entries_per_shard), found, where)
+        return found
     if found.parts is None:
         raise DatastoreError(
-            f"{directory}: holds a datastore of one process, or the beginning of one; go on so "
-            "(without --part, --parts and torchrun), or choose another folder for parts"
+            f"{directory}: one process has begun a datastore there; go on so (without --part, "
+            "--parts and torchrun), or choose another folder for parts"
         )
-    where = f"{directory}: cannot go on with it"
     check_same_build(replace(meta, entries_per_shard=found.entries_per_shard), found, where)
     if exactly and len(found.parts) != count:
         raise IncompatibleDatastoreError(

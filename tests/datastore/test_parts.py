@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from knnext.corpus import Document, TokenizedDocuments
+from knnext.corpus import TokenizedDocuments
 from knnext.datastore import (
     Datastore,
     DatastoreError,
@@ -26,26 +29,14 @@ from knnext.datastore import (
 )
 from knnext.datastore.build import build_datastore
 from knnext.lm.hidden_states import hidden_states
-from knnext.lm.train import train_tokenizer
-from tests.lm.tiny_models import random_tokens, tiny
-
-#: Documents of no token, of one, of many batches; two at the end that have no rows.
-LENGTHS = [1, 0, 40, 7, 0, 0, 90, 3, 1, 60, 0, 0]
-WINDOWS: dict[str, Any] = {"block_size": 16, "stride": 8, "batch_size": 2}
+from tests.datastore.streams import LENGTHS, WINDOWS, check_same, some_tokenizer, stream
+from tests.launch import ended, processes
+from tests.lm.tiny_models import tiny
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_tokenizer([Document("a", "some text to learn from\n" * 9)], vocab_size=260)
-
-
-def stream(lengths: list[int], *, hashed: bool = True) -> TokenizedDocuments:
-    tokens = random_tokens(sum(lengths)).numpy().astype(np.int32)
-    offsets, count = np.cumsum([0, *lengths]), len(lengths)
-    names = [f"döc {i}" for i in range(count)]
-    hashes = np.arange(count * 16, dtype=np.uint8).reshape(count, 16) if hashed else None
-    ones = np.ones(count, int)
-    return TokenizedDocuments(tokens, offsets, names, ones, ones, hashes)
+    return some_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +50,6 @@ def whole(tokenizer: Any, text: TokenizedDocuments, tmp_path_factory: Any) -> Da
     return build_datastore(tiny("gpt2"), tokenizer, text, path, **WINDOWS)
 
 
-def check_same(store: Datastore, whole: Datastore) -> None:
-    """Keys, values and the files of documents have the same bytes; the rest agrees."""
-    again = Datastore.open(store.path, verify=True)
-    assert again.fingerprint == store.fingerprint and len(again) == len(whole)
-    for name in ("keys", "values"):
-        got, want = (getattr(one, name)[0 : len(one)].view(torch.uint8) for one in (again, whole))
-        assert torch.equal(got, want)
-    found, wanted = again.meta.documents, whole.meta.documents
-    assert found == wanted
-    for file in () if wanted is None else wanted.files():
-        assert (again.path / file.file).read_bytes() == (whole.path / file.file).read_bytes()
-    same = ("dim", "dtype", "metric", "key_layer", "origin", "text", "vocab_size", "model_revision")
-    assert all(getattr(again.meta, name) == getattr(whole.meta, name) for name in same)
-    assert not (again.path / "build.json").exists() and not again.unfinished
-
-
 def make_parts(
     tokenizer: Any, text: TokenizedDocuments, path: Path, numbers: Any, count: int, **options: Any
 ) -> Datastore:
@@ -85,11 +60,11 @@ def make_parts(
     return store
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 40])
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
 def test_parts_have_the_bytes_of_one_process(
     tokenizer: Any, text: TokenizedDocuments, whole: Datastore, tmp_path: Path, count: int
 ) -> None:
-    """Whatever the order; the last joins, and nothing is copied. With 40 some are empty."""
+    """Whatever the order; the last joins, and nothing is copied. With 16 some are empty."""
     order = [*range(2, count + 1), 1]
     store = make_parts(tokenizer, text, tmp_path / "store", order, count)
     check_same(store, whole)
@@ -98,7 +73,7 @@ def test_parts_have_the_bytes_of_one_process(
     documents = {"document-starts.bin", "document-names.jsonl", "document-hashes.bin"}
     assert files == {"meta.json", ".lock", *documents}
     rows = [len(Datastore.open(tmp_path / "store" / part.folder)) for part in store.meta.parts]
-    assert rows == [part.rows for part in store.meta.parts] and (0 in rows) == (count == 40)
+    assert rows == [part.rows for part in store.meta.parts] and (0 in rows) == (count == 16)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +210,14 @@ def test_one_process_and_parts_do_not_mix(
     with pytest.raises(DatastoreError, match="does not exist"):
         Datastore.join(path)
     build_datastore(tiny("gpt2"), tokenizer, text, path, **WINDOWS)
-    with pytest.raises(DatastoreError, match="holds a datastore of one process"):
+    finished = make_parts(tokenizer, text, path, [1], 3)  # is opened as it is
+    assert finished.path == path and finished.meta.parts is None
+    with pytest.raises(IncompatibleDatastoreError, match="stride: datastore has 8, asked for 4"):
+        make_parts(tokenizer, text, path, [1], 3, stride=4)
+    (path / "meta.json").rename(path / "build.json")
+    with pytest.raises(DatastoreError, match="one process has begun a datastore there"):
         make_parts(tokenizer, text, path, [1], 3)
+    (path / "build.json").rename(path / "meta.json")
     with pytest.raises(DatastoreError, match="built by one process, there is nothing to join"):
         Datastore.join(path)
     with pytest.raises(DatastoreError, match=r"not empty.*'store'"):
@@ -276,6 +257,97 @@ def test_a_wrong_part_is_not_joined(
         Datastore.join(path)
     check_same(Datastore.join(good), whole)
     check_same(Datastore.join(good), whole)  # once more changes nothing
+
+
+class Die(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "replace"])
+def test_a_death_at_every_operation_of_joining(
+    tokenizer: Any,
+    text: TokenizedDocuments,
+    whole: Datastore,
+    tmp_path: Path,
+    monkeypatch: Any,
+    name: str,
+) -> None:
+    """Nobody sees a datastore before it is one; joining again makes it, and leaves nothing."""
+    good, path = tmp_path / "good", tmp_path / "store"
+    joining(tokenizer, text, good)
+    owner: Any = Path if name == "replace" else os
+    at, died, real = 0, True, getattr(owner, name)
+    while died:
+        died, left = False, [at]
+
+        def failing(*arguments: Any, left: list[int] = left, **more: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                raise Die
+            return real(*arguments, **more)
+
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(good, path)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            try:
+                Datastore.join(path)
+            except Die:
+                died = True
+        if died and not (path / "meta.json").exists():
+            with pytest.raises(UnfinishedDatastoreError):
+                Datastore.open(path)
+        check_same(Datastore.join(path), whole)
+        files = {file.name for file in path.iterdir() if file.is_file()}
+        assert files == {".lock", "meta.json", *(f.file for f in whole.meta.documents.files())}
+        at += 1
+    assert at > 2
+
+
+# Processes
+
+
+def workers(*commands: list[str]) -> Any:
+    program = [sys.executable, "-m", "tests.datastore.parts_worker"]
+    return processes(*([*program, *words] for words in commands))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["1", "9", "join"])
+def test_a_killed_process_costs_what_it_had_not_committed(
+    whole: Datastore, tmp_path: Path, where: str
+) -> None:
+    """kill -9 of a process alone; the same command in three goes on, side by side."""
+    folder = str(tmp_path / "store")
+    with workers([folder, "0", "3", "kill", where]) as [first]:
+        assert ended(first)[0] == -signal.SIGKILL
+    with pytest.raises(UnfinishedDatastoreError):
+        Datastore.open(folder)
+    with workers(*([folder, str(rank), "3"] for rank in range(3))) as begun:
+        for process in begun:
+            code, _, err = ended(process)
+            assert code == 0, err
+    check_same(Datastore.open(folder), whole)
+
+
+@pytest.mark.slow
+def test_whoever_waits_takes_over_from_a_process_that_dies(
+    whole: Datastore, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "store")
+    with workers([folder, "0", "2", "stop", "2"], [folder, "1", "2"]) as [first, second]:
+        assert second.stderr is not None
+        for line in second.stderr:
+            if "waiting for part" in line:
+                break
+        assert first.poll() is None
+        os.killpg(first.pid, signal.SIGKILL)
+        code, _, err = ended(second)
+        assert code == 0, err
+    check_same(Datastore.open(folder), whole)
+
+
+# Reading
 
 
 def test_a_joined_datastore_moves_as_one_folder_and_reads_nothing_outside(
@@ -391,3 +463,18 @@ def test_cuts_are_near_equal_and_at_batches(count: int) -> None:
     assert len(found) == count and rows[-1] == ends[-1] and {*rows} <= {0, *ends}
     batches = np.diff(np.searchsorted(ends, rows, side="right"), prepend=0)
     assert batches.max() - batches.min() <= 1
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_format_2_is_read_for_ever() -> None:
+    """This folder must never be written anew. Its rows are those of datastore_v1."""
+    store, old = (Datastore.open(FIXTURES / f"datastore_v{n}", verify=True) for n in (2, 1))
+    assert store.meta.parts is not None and [p.rows for p in store.meta.parts] == [4, 0, 6]
+    assert torch.equal(store.keys[:], old.keys[:]) and torch.equal(store.values[:], old.values[:])
+    assert store.document_names == old.document_names
+    assert store.document_offsets.tolist() == [0, 4, 4, 10]
+    part = Datastore.open(FIXTURES / "datastore_v2" / "part-00003", verify=True)
+    assert part.document_names == ("ü.py",)
+    assert part.meta.origin == {"part": 3, "parts": 3, "first_row": 4, "first_document": 2}
