@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.report.rows import Row
 from benchmarks.report.tables import KEYS, baseline, count, full_name, grouped, relative
+from knnext.report.colors import GRID, INK, MUTED
 
-_INK, _MUTED, _GRID = "#1f2933", "#52606d", "#e4e7eb"
 #: Colors that stay apart for color-blind eyes; one for each family, which its name's start tells.
 _FAMILIES = {
     "knnext": "#0b7285",
@@ -30,7 +30,7 @@ _FAMILIES = {
     "usearch": "#009e73",
     "scann": "#8c564b",
 }
-_HOPPER, _OTHER = "#5f3dc4", _MUTED
+_HOPPER, _OTHER = "#5f3dc4", MUTED
 _MARKS = "osD^vP"
 _STYLES = ("-", "--", ":", "-.")
 _NAMES = {
@@ -40,6 +40,16 @@ _NAMES = {
     "V": "vocabulary size, V",
 }
 LIMIT = "limit"
+#: What an op does, for who does not know its name.
+_OPS = {
+    "knn_search": "The k nearest keys",
+    "knn_softmax": "The neighbors as a distribution over the vocabulary",
+    "knn_interpolate": "The neighbors mixed with a language model",
+    "knn_target_log_prob": "The neighbors' log p of one target each",
+    "key_sqnorms": "Squared norms of the keys",
+    "rescore": "Distances to keys that were chosen",
+    "merge_topk": "The k nearest of several parts, merged",
+}
 #: What the legend says; other names are said with spaces.
 _WORDS = {
     LIMIT: "measured limit",
@@ -48,6 +58,10 @@ _WORDS = {
     "bare_zeros": "zeros alone",
     "bare_log_softmax": "log-softmax alone",
     "torch_eager": "torch",
+    "torch_topk": "torch.topk",
+    "torch_gather": "torch, rows gathered",
+    "torch_vector_norm": "torch.linalg.vector_norm",
+    "torch_float_square_sum": "torch, squares summed",
     "torch_compiled": "torch.compile",
     "torch_chunked": "torch, in chunks",
     "torch_chunked_float32": "torch, in chunks, float32",
@@ -101,7 +115,8 @@ class Picture:
         kind = KEYS.get(fixed.pop("keys", ""), "")
         dtype = fixed.pop("dtype", "")
         parts = [f"{axis} = {count(value)}" for axis, value in fixed.items()]
-        return f"{self.op}: " + ", ".join([*parts, *filter(None, (dtype, kind))])
+        what = f"{_OPS[self.op]} ({self.op})" if self.op in _OPS else self.op
+        return f"{what}\n" + ", ".join([*parts, *filter(None, (dtype, kind))])
 
 
 def pictures(rows: Sequence[Row], axes: str = "QNkV") -> Iterator[Picture]:
@@ -174,7 +189,7 @@ def _looks(names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
     looks = {}
     for name in names:
         if name == LIMIT:
-            looks[name] = {"color": _INK, "lw": 1.2, "ls": (0, (1, 1)), "zorder": 1}
+            looks[name] = {"color": INK, "lw": 1.2, "ls": (0, (1, 1)), "zorder": 1}
             continue
         color = _color(name)
         nth = seen[color] = seen.get(color, -1) + 1
@@ -205,12 +220,12 @@ def _dress(axes: Any, picture: Picture) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
-    axes.tick_params(which="both", labelsize=8, colors=_MUTED)
-    axes.set_xlabel(_NAMES[picture.axis], color=_MUTED)
+    axes.tick_params(which="both", labelsize=8, colors=MUTED)
+    axes.set_xlabel(_NAMES[picture.axis], color=MUTED)
     unit = "time, ms" if picture.device == "cuda" else "time relative to knnext"
-    axes.set_ylabel(f"{unit} (lower is better)", color=_MUTED)
-    axes.set_title(picture.title, loc="left", fontsize=10, color=_INK)
-    axes.grid(which="major", color=_GRID, lw=0.8)
+    axes.set_ylabel(f"{unit} (lower is better)", color=MUTED)
+    axes.set_title(picture.title, loc="left", fontsize=10, color=INK)
+    axes.grid(which="major", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -252,5 +267,5 @@ def _legend(axes: Any, picture: Picture) -> None:
         bbox_to_anchor=(1.01, 0.5),
         frameon=False,
         fontsize=8,
-        labelcolor=_INK,
+        labelcolor=INK,
     )

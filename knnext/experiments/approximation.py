@@ -25,7 +25,14 @@ from knnext.experiments.lab import EVALUATED, Lab
 from knnext.experiments.lab.claims import holds, together
 from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_component
 from knnext.experiments.lab.family import Setting
-from knnext.experiments.lab.figures import COLORS, MARKERS, MUTED, dress, percent_change
+from knnext.experiments.lab.figures import (
+    COLORS,
+    MARKERS,
+    MUTED,
+    dress,
+    legend_below,
+    percent_change,
+)
 from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES
 from knnext.experiments.lab.recall import recall, thin
 from knnext.experiments.lab.results import Description, Findings, PaperFigure
@@ -289,15 +296,14 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     figure, series = axes.figure, result["series"]
     axes.remove()
     fractions = sorted({p["fraction"] for p in series["points"]})
-    figure.set_size_inches(5.2 * len(fractions), 4.6)
+    figure.set_size_inches(5.6 * len(fractions), 5.2)
     panels = figure.subplots(1, len(fractions), squeeze=False)[0]
     for panel, fraction in zip(panels, fractions, strict=True):
         here = [p for p in series["points"] if p["fraction"] == fraction]
         for number, (road, score) in enumerate(_LINES):
             points = [p for p in here if (p["road"], p["score"]) == (road, score)]
-            label = (
-                f"{road}, {'FAISS' if score == 'faiss' else score} score" if road in ROADS else road
-            )
+            distances = "FAISS's distances" if score == "faiss" else "real distances"
+            label = f"{road}, {distances}" if road in ROADS else road
             line = "-" if road == LISTS else ":" if road == CODE_BYTES else "--"
             style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": line}
             _line(panel, sorted(points, key=lambda p: p["recall"]), label, **style)
@@ -307,7 +313,9 @@ def plot(result: dict[str, Any], axes: Any) -> None:
             title=f"{100 * fraction:.3g} % of the datastore",
             xlabel="recall of the true neighbors",
             ylabel="change of perplexity against exact, %",
+            legend=False,
         )
+        legend_below(panel)
 
 
 def _line(axes: Any, points: Sequence[dict[str, Any]], label: str, **style: Any) -> None:

@@ -229,16 +229,11 @@ def _series(mask: str, score: str, curve: Curve) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Perplexity against the number of rows, a line for each search."""
-    from knnext.experiments.lab.figures import dress, line, reference_line
+    from knnext.experiments.lab.figures import dress, line, reference_line, searched
 
-    names = {
-        ("exact", "real"): "true neighbors, real scores",
-        ("faiss", "real"): "FAISS neighbors, real scores",
-        ("faiss", "faiss"): "FAISS neighbors, FAISS scores",
-    }
     reference_line(axes, result["series"]["base"], "the LM alone")
     for number, one in enumerate(result["series"]["curves"]):
-        label = names[one["mask"], one["score"]]
+        label = searched(one["mask"], one["score"])
         line(axes, one["entries"], one["perplexity"], label, number)
         if (one["mask"], one["score"]) == ("exact", "real"):
             line(axes, one["entries"], one["at t = 1"], f"{label}, t = 1", 7, linestyle=":")

@@ -22,7 +22,7 @@ from knnext.experiments import multi_embedding
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds
 from knnext.experiments.lab.examples import Examples, layer_examples, train_log_p_lm
-from knnext.experiments.lab.figures import bars, dress
+from knnext.experiments.lab.figures import MUTED, bars, dress
 from knnext.experiments.lab.leave_one_out import row_neighbors
 from knnext.experiments.lab.recovery import (
     Replacement,
@@ -256,12 +256,12 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     series = result["series"]
     spans = list(zip(series["low"], series["high"], strict=True))
     bars(axes, series["labels"], series["gain"], spans)
-    axes.axvline(series["knn"], color="#52606d", linewidth=1.0, linestyle="--")
+    axes.axvline(series["knn"], color=MUTED, linewidth=1.0, linestyle="--")
     place = {"xycoords": ("data", "axes fraction"), "ha": "right", "fontsize": 9}
     axes.annotate("kNN-LM ", (series["knn"], 0.01), **place)
     dress(
         axes,
-        title="Gain of W_ds by training objective",
+        title="Gain of $W_{ds}$ by training objective",
         xlabel="gain in log perplexity over the base LM, test (nats per token)",
         ylabel="",
     )

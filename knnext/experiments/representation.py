@@ -220,17 +220,18 @@ def change(figures: Mixture) -> str:
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Change of perplexity by member, one mark for each way of searching and of choosing t."""
-    from knnext.experiments.lab.figures import COLORS, INK, MARKERS, MUTED, dress
+    from knnext.experiments.lab.figures import COLORS, INK, MARKERS, MUTED, dress, searched
 
     members = result["details"]["members"]
     labels = [f"{state}, {metric}" for state, metric in product(STATES, METRICS)]
     shown = (
-        ("true neighbors, t fitted", "exact", "real", FITTED),
-        ("true neighbors, t = 1", "exact", "real", ONE),
-        ("FAISS neighbors, real scores, t fitted", "faiss", "real", FITTED),
-        ("FAISS neighbors and scores, t fitted", "faiss", "faiss", FITTED),
+        ("exact", "real", FITTED),
+        ("exact", "real", ONE),
+        ("faiss", "real", FITTED),
+        ("faiss", "faiss", FITTED),
     )
-    for number, (name, mask, score, how) in enumerate(shown):
+    for number, (mask, score, how) in enumerate(shown):
+        name = f"{searched(mask, score)}, {'t = 1' if how == ONE else 't fitted'}"
         style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": "none"}
         for m in members:
             setting, interval = m["setting"], m["interval"]

@@ -214,36 +214,50 @@ def row(fraction: float, mask: str, score: str, s: Sweep, gain: Gain) -> dict[st
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
-    """Perplexity against t: a colour for each pair, dashes for the smaller datastore."""
-    from knnext.experiments.lab.figures import INK, MUTED, dress, line
+    """Perplexity against t, a panel for each size of the datastore.
 
-    curves = result["series"]["curves"]
-    largest = max(one["fraction"] for one in curves)
-    smaller = ", ".join(sorted({f"{c['fraction']:.0%}" for c in curves if c["fraction"] < largest}))
-    for one in curves:
-        pair = (one["mask"], one["score"])
-        whole = one["fraction"] == largest
-        line(
-            axes,
-            one["temperatures"],
-            one["perplexity"],
-            _name(*pair) if whole else "_",  # once in the legend
-            PAIRS.index(pair),
-            linestyle="-" if whole else "--",
-            markevery=[one["temperatures"].index(one["best"])],
+    True and FAISS's neighbors often lie on one another: those are drawn broad and pale, these thin
+    above them. The colour is the score's.
+    """
+    from knnext.experiments.lab.figures import COLORS, INK, MUTED, dress, legend_below, searched
+
+    figure, curves = axes.figure, result["series"]["curves"]
+    axes.remove()
+    fractions = sorted({one["fraction"] for one in curves})
+    figure.set_size_inches(5.4 * len(fractions) if len(fractions) > 1 else 7.2, 5.4)
+    figure.suptitle(result["title"], x=0.01, ha="left", fontsize=12, color=INK)
+    panels = figure.subplots(1, len(fractions), sharey=True, squeeze=False)[0]
+    for panel, fraction in zip(panels, fractions, strict=True):
+        for mask, score in sorted(PAIRS):
+            for one in curves:
+                if (one["fraction"], one["mask"], one["score"]) != (fraction, mask, score):
+                    continue
+                broad = mask == "exact"
+                best = one["temperatures"].index(one["best"])
+                panel.plot(
+                    one["temperatures"],
+                    one["perplexity"],
+                    color=COLORS[score == "faiss"],
+                    linewidth=6.0 if broad else 1.6,
+                    alpha=0.35 if broad else 1.0,
+                    solid_capstyle="butt",
+                    marker="o" if broad else "s",
+                    markersize=9 if broad else 4.5,
+                    markevery=[best],
+                    label=searched(mask, score),
+                )
+        panel.axhline(result["series"]["base"], color=INK, linewidth=1.0, label="the LM alone")
+        panel.axvline(1.0, color=MUTED, linewidth=0.8, linestyle=":", label="t = 1")
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+        dress(
+            panel,
+            title=f"{100 * fraction:.3g} % of the datastore (marks: best on valid)",
+            xlabel="temperature t, log scale",
+            ylabel="perplexity per token (test), λ fitted at each t" if panel is panels[0] else "",
+            legend=False,
         )
-    if smaller:
-        axes.plot([], [], "--", color=MUTED, label=f"dashes: {smaller} of the rows")
-    axes.axhline(result["series"]["base"], color=INK, linewidth=1.0, label="the LM alone")
-    axes.axvline(1.0, color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-    dress(
-        axes,
-        title=f"{result['title']} (marks: best on valid)",
-        xlabel="temperature, log scale",
-        ylabel="perplexity per token (test), lmbda fitted at each t",
-    )
+        legend_below(panel)
 
 
 def _series(fraction: float, mask: str, score: str, s: Sweep) -> dict[str, Any]:

@@ -250,26 +250,36 @@ def _headline(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
-    """One panel a feature: change of perplexity by bucket, those of a few tokens left out."""
+    """One panel a feature: change of perplexity by bucket, those of a few tokens left out.
+
+    All panels have one scale, so that bars may be compared across them.
+    """
     by = _large(result["series"]["rows"])
     figure = axes.figure
     axes.remove()
-    figure.set_size_inches(11.0, 7.2)
-    panels = figure.subplots(2, 3).flat
-    for number, (panel, (name, here)) in enumerate(zip(panels, by.items(), strict=True)):
+    counts = [len(here) for here in by.values()]
+    tallest = [max(counts[:3]), max(counts[3:], default=1)]
+    figure.set_size_inches(11.0, 2.0 + 0.27 * sum(tallest))
+    grid = figure.subplots(2, 3, sharex=True, gridspec_kw={"height_ratios": tallest})
+    figure.suptitle(result["title"], x=0.01, ha="left", fontsize=12, color=INK)
+    for number, (panel, (name, here)) in enumerate(zip(grid.flat, by.items(), strict=True)):
         values = [percent_change(r["gain"]) for r in here]
-        panel.bar(range(len(here)), values, color=COLORS[number], width=0.7)
+        # Blue where the neighbors help, orange where they harm, as in the pages.
+        panel.barh(range(len(here)), values, color=[COLORS[v > 0] for v in values], height=0.66)
         for place, row in enumerate(here):
             if row["low"] is not None:
                 ends = [percent_change(row["low"]), percent_change(row["high"])]
-                panel.plot([place, place], ends, color=INK, linewidth=1.2)
-        panel.axhline(0, color=MUTED, linewidth=1.0)
-        panel.set_xticks(range(len(here)), [r["bucket"] for r in here], rotation=35, fontsize=7)
-        left = number % 3 == 0
+                panel.plot(ends, [place, place], color=INK, linewidth=1.2)
+        panel.axvline(0, color=MUTED, linewidth=1.0)
         dress(
             panel,
             title=name,
-            xlabel="",
-            ylabel="change of perplexity, %" if left else "",
+            xlabel="change of perplexity, %" if number >= 3 else "",
+            ylabel="",
             legend=False,
         )
+        panel.set_yticks(range(len(here)), [r["bucket"] for r in here], fontsize=8)
+        # Of one height in all panels, whatever the number of buckets.
+        panel.set_ylim(max(tallest[number // 3], len(here)) - 0.5, -0.5)
+    for panel in list(grid.flat)[len(by) :]:
+        panel.remove()

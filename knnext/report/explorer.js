@@ -248,9 +248,9 @@ const knnextExplorer = (() => {
   addEventListener("resize", place);
 
   function openSheet(open) {
-    panel.classList.toggle("open", open);
-    document.body.classList.toggle("sheet", open && NARROW.matches);
+    for (const [element, name] of [[panel, "open"], [document.body, "sheet"]]) element.classList.toggle(name, open && NARROW.matches);
   }
+  NARROW.addEventListener("change", () => openSheet(false));
 
   // Choosing
 

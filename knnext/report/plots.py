@@ -1,4 +1,5 @@
-"""Pictures of results. matplotlib is loaded when one is made, and its global state is not used."""
+"""Pictures of results, in the pages' colours. matplotlib is loaded when one is made, and its global
+state is not used."""
 
 from __future__ import annotations
 
@@ -9,8 +10,7 @@ import numpy as np
 
 from knnext.evaluation.tune import TuneResult
 from knnext.output import whole_file
-
-_INK, _MUTED = "#1f2933", "#52606d"
+from knnext.report.colors import INK, MUTED, OVER, SHADES
 
 
 def plot_surface(
@@ -31,22 +31,24 @@ def plot_surface(
             f"a surface needs two temperatures and two lmbdas, got {result.surface.shape}"
         )
     figure, axes = _new_figure()
-    levels = _levels(result)
+    levels, colors = _bands(result)
     perplexity = np.exp(result.surface).clip(levels[0], levels[-1])
     grid = (result.temperatures, result.lmbdas, perplexity.T)
-    filled = axes.contourf(*grid, levels=levels, colors=_shades(levels.size - 1))
-    lines = axes.contour(*grid, levels=levels[4:-1:4], colors=_MUTED, linewidths=0.5)
-    axes.clabel(lines, fmt=_label, fontsize=8, colors=_INK)
-    if levels[0] < result.base_perplexity < levels[-1]:
-        # Above this line the neighbors do harm.
-        axes.contour(
-            *grid, levels=[result.base_perplexity], colors=_INK, linewidths=1.0, linestyles="--"
-        )
-    axes.plot(result.temperature, result.lmbda, "o", ms=8, mfc="#f25c54", mec="white", mew=1.5)
+    filled = axes.contourf(*grid, levels=levels, colors=colors)
+    # The ring of the report's surface.
+    place = (result.temperature, result.lmbda)
+    axes.plot(*place, "o", ms=11, mfc="none", mec="#10181f", mew=4.5)
+    axes.plot(*place, "o", ms=11, mfc="none", mec="white", mew=2.0)
     _annotate(axes, result)
     _dress(axes, result, title)
     bar = figure.colorbar(filled, ax=axes, pad=0.02, format=lambda value, _: _label(value))
-    bar.set_label("perplexity per token", color=_MUTED)
+    bar.set_label("perplexity per token", color=MUTED)
+    # The last band runs from the base's perplexity to the worst there is: it needs a word, no end.
+    bar.set_ticks(levels[: len(SHADES) + 1 : 5] if len(colors) > 2 else levels[:1])
+    bar.ax.tick_params(colors=MUTED)
+    if colors[-1] == OVER:
+        high = float(np.mean(levels[-2:]))
+        bar.ax.text(1.4, high, "worse than\nthe base", va="center", fontsize=8, color=MUTED)
     bar.outline.set_visible(False)
     if path is not None:
         save_figure(figure, Path(path))
@@ -68,28 +70,29 @@ def _new_figure() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _shades(count: int) -> Any:
-    """Pale where perplexity is low, so that lines, labels and the mark stay readable there."""
-    import matplotlib
+def _bands(result: TuneResult) -> tuple[Any, list[str]]:
+    """Levels and the colour between each two: as the report's surface has them.
 
-    return matplotlib.colormaps["Blues"](np.linspace(0.02, 0.62, count))
-
-
-def _levels(result: TuneResult) -> Any:
-    """Levels from the best perplexity up to somewhat above the base, closer near the best.
-
-    Near lmbda = 1 the surface runs to infinity: contours up there would hide the valley.
+    Ten bands of log perplexity from the best point to the base, and one for all that is worse. Near
+    lmbda = 1 the surface runs to infinity: contours up there would hide the valley.
     """
-    low = float(result.surface[np.isfinite(result.surface)].min())
     finite = result.surface[np.isfinite(result.surface)]
-    high = min(float(finite.max()), result.base_nll + max(0.5 * (result.base_nll - low), 0.05))
-    return np.exp(low + max(high - low, 1e-3) * np.linspace(0, 1, 25) ** 2)
+    low, base = float(finite.min()), result.base_nll
+    # lmbda 0 is the base itself, and no worse than it.
+    worse = bool((result.surface > base + 1e-9).any())
+    if base - low < 1e-6:  # nothing beats the base
+        return np.exp([low, low + 1e-3, low + 2e-3]), [SHADES[-1], OVER]
+    levels = np.exp(np.linspace(low, base, len(SHADES) + 1))
+    levels[-1] *= 1 + 1e-9
+    if not worse:
+        return levels, list(SHADES)
+    step = levels[-1] - levels[-2]
+    return np.append(levels, levels[-1] + step), [*SHADES, OVER]
 
 
 def _annotate(axes: Any, result: TuneResult) -> None:
     text = (
-        f"{_label(result.perplexity)} at temperature {result.temperature:.3g}, "
-        f"lmbda {result.lmbda:.3g}"
+        f"{_label(result.perplexity)} at temperature {result.temperature:.3g}, λ {result.lmbda:.3g}"
     )
     # Kept inside the picture: the label goes to the side with more room.
     left = _share_along(result) > 0.5
@@ -100,7 +103,7 @@ def _annotate(axes: Any, result: TuneResult) -> None:
         textcoords="offset points",
         ha="right" if left else "left",
         fontsize=9,
-        color=_INK,
+        color=INK,
         bbox={"boxstyle": "round,pad=0.3", "fc": "white", "ec": "none", "alpha": 0.85},
     )
 
@@ -116,16 +119,15 @@ def _dress(axes: Any, result: TuneResult, title: str | None) -> None:
     if _is_log(result):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("temperature", color=_MUTED)
-    axes.set_ylabel("lmbda, weight of p_knn", color=_MUTED)
+    axes.set_xlabel("temperature", color=MUTED)
+    axes.set_ylabel("λ, weight of $p_{kNN}$", color=MUTED)
     axes.set_title(
-        title
-        or f"base {_label(result.base_perplexity)} (dashed), best {_label(result.perplexity)}",
+        title or f"base {_label(result.base_perplexity)}, best {_label(result.perplexity)}",
         loc="left",
         fontsize=11,
-        color=_INK,
+        color=INK,
     )
-    axes.tick_params(colors=_MUTED)
+    axes.tick_params(colors=MUTED)
     for spine in axes.spines.values():
         spine.set_visible(False)
 

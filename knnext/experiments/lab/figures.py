@@ -6,9 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-INK, MUTED, GRID = "#1f2933", "#52606d", "#e4e7eb"
-#: Told apart in colour and in grey, also by colour-blind readers.
-COLORS = ("#0b6bcb", "#d9480f", "#2b8a3e", "#7b2d8b", "#c99700", "#1098ad", "#862e9c", "#495057")
+from knnext.report.colors import GRID, INK, MUTED
+
+__all__ = [
+    *("COLORS", "GRID", "INK", "MARKERS", "MUTED", "bars", "dress", "legend_below", "line"),
+    *("new_figure", "percent_change", "reference_line", "searched"),
+]
+
+#: Told apart in colour and in grey, also by colour-blind readers; blue and orange are the pages'.
+COLORS = ("#1f5fa8", "#d9710f", "#2b8a3e", "#7b2d8b", "#c99700", "#1098ad", "#862e9c", "#495057")
+#: How neighbors were found and scored, by (mask, score), as every figure says it.
+_SEARCHED = {
+    ("exact", "real"): "true neighbors, real distances",
+    ("exact", "faiss"): "true neighbors, FAISS's distances",
+    ("faiss", "real"): "FAISS's neighbors, real distances",
+    ("faiss", "faiss"): "FAISS's neighbors and distances",
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -37,6 +50,23 @@ def dress(axes: Any, *, title: str, xlabel: str, ylabel: str, legend: bool = Tru
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
+def searched(mask: str, score: str) -> str:
+    """A way of searching in words: who chooses the neighbors, and whose distances count."""
+    return _SEARCHED[mask, score]
+
+
+def legend_below(axes: Any, columns: int = 2) -> None:
+    """The legend under the axis, where it covers no curve."""
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        ncols=columns,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14),
+    )
+
+
 def percent_change(log_gain: float) -> float:
     """A gain in log perplexity as a change of perplexity in percent: 0.1 becomes -9.5."""
     return 100 * math.expm1(-log_gain)
@@ -58,8 +88,7 @@ def line(
         color=COLORS[number % len(COLORS)],
         marker=MARKERS[number % len(MARKERS)],
         markersize=5,
-        linewidth=1.6,
-        **style,
+        **{"linewidth": 1.6, **style},
     )
 
 

@@ -9,12 +9,14 @@ from knnext.experiments.lab.figures import (
     INK,
     MUTED,
     dress,
+    legend_below,
     line,
     percent_change,
     reference_line,
+    searched,
 )
 
-_WIDTH, _HEIGHT = 11.0, 8.6
+_WIDTH, _HEIGHT = 12.0, 11.0
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
@@ -31,36 +33,34 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     _origins(panels[1, 1], series["origins"])
 
 
-def _name(mask: str, score: str) -> str:
-    if mask == "exact":
-        return "exact"
-    return "FAISS" if score == "faiss" else "FAISS, real score"
-
-
 def _curves(axes: Any, curves: list[dict[str, Any]], fraction: float) -> None:
     """Perplexity by temperature; zero rows dashed."""
-    numbers = {"exact": 0, "FAISS": 1, "FAISS, real score": 2}
+    numbers = {("exact", "real"): 0, ("faiss", "faiss"): 1, ("faiss", "real"): 2}
     for curve in curves:
-        name = _name(curve["mask"], curve["score"])
-        style = {"linestyle": "--", "fillstyle": "none"} if curve["padding"] else {}
-        label = f"{name}, zero rows" if curve["padding"] else name
-        line(axes, curve["temperatures"], curve["perplexity"], label, numbers[name], **style)
+        way = (curve["mask"], curve["score"])
+        # What lies on one another stays visible: broad and pale below, thin above.
+        broad = {"alpha": 0.35, "linewidth": 5.0} if curve["mask"] == "exact" else {}
+        style = {"linestyle": "--", "fillstyle": "none"} if curve["padding"] else broad
+        label = searched(*way) + (", zero rows" if curve["padding"] else "")
+        line(axes, curve["temperatures"], curve["perplexity"], label, numbers[way], **style)
     reference_line(axes, curves[0]["base"], "LM alone")
     axes.set_xscale("log")
     dress(
         axes,
         title=f"{100 * fraction:.3g} % of the datastore",
-        xlabel="temperature t (lmbda fitted on valid for each)",
+        xlabel="temperature t (λ fitted on valid for each)",
         ylabel="perplexity on test",
+        legend=False,
     )
+    legend_below(axes)
 
 
 def _advantages(axes: Any, contrasts: list[dict[str, Any]]) -> None:
     """FAISS instead of exact search: change of perplexity, with and without zero rows."""
     labels = []
     for place, c in enumerate(reversed(contrasts)):
-        score = "real score" if c["score"] == "real" else "FAISS score"
-        labels.append(f"{100 * c['fraction']:.3g} %, nprobe {c['nprobe']}, {score}")
+        score = "real distances" if c["score"] == "real" else "FAISS's distances"
+        labels.append(f"{100 * c['fraction']:.3g} %, {c['nprobe']} lists, {score}")
         for shift, number, name in ((0.17, 1, "with_rows"), (-0.17, 0, "without")):
             gain = c[name]
             y = place + shift
@@ -83,7 +83,9 @@ def _advantages(axes: Any, contrasts: list[dict[str, Any]]) -> None:
         title="FAISS instead of exact search",
         xlabel="change of perplexity, % (left of 0: FAISS is better)",
         ylabel="",
+        legend=False,
     )
+    legend_below(axes)
 
 
 def _depths(axes: Any, depths: dict[str, Any]) -> None:
@@ -99,18 +101,26 @@ def _depths(axes: Any, depths: dict[str, Any]) -> None:
         axes.plot(depths["kept"], [100 * p for p in curve["places"]], label=label, **style)
     for name, kept in depths["ours"].items():
         axes.axvline(kept, color=COLORS[2], linewidth=1.0)
-        axes.text(kept, 101, f"ours, {100 * float(name):.3g} %", fontsize=7, ha="center")
+        _above(axes, kept, f"ours,\n{100 * float(name):.3g} %")
     for name, kept in depths["paper"].items():
         axes.axvline(kept, color=COLORS[4], linewidth=1.0)
-        axes.text(kept, 101, f"paper, {name}", fontsize=7, ha="center")
+        _above(axes, kept, f"paper,\n{name}")
     axes.set_xscale("log")
-    axes.set_ylim(0, 108)
+    axes.set_ylim(0, 100)
     dress(
         axes,
-        title="Where zero rows get into the exact top k",
+        title="Where zero rows get into the exact top k\n\n",
         xlabel="k / N: share of the real rows that is kept",
         ylabel="places taken by zero rows, %",
+        legend=False,
     )
+    legend_below(axes, 3)
+
+
+def _above(axes: Any, x: float, text: str) -> None:
+    """A word at the upper edge, outside the curves' room."""
+    place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+    axes.annotate(text, (x, 1.01), fontsize=7, color=MUTED, **place)
 
 
 def _origins(axes: Any, origins: list[dict[str, Any]]) -> None:
@@ -136,4 +146,6 @@ def _origins(axes: Any, origins: list[dict[str, Any]]) -> None:
         title="What zero rows do to exact search, by geometry",
         xlabel="|mean key|$^2$ / mean |key|$^2$",
         ylabel="change of perplexity, %",
+        legend=False,
     )
+    legend_below(axes, 3)
