@@ -1,0 +1,77 @@
+"""The programs in examples/ do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch import ROOT, TORCHRUN
+
+EXAMPLES = ROOT / "examples"
+TESTED = {"eval_loop.py", "own_model.py", "many_ranks.py"}
+
+
+def run(*words: str) -> str:
+    done = subprocess.run(
+        words,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == TESTED
+
+
+def test_eval_loop() -> None:
+    out = run(sys.executable, str(EXAMPLES / "eval_loop.py"))
+    base, mixed = map(float, re.findall(r"perplexity ([\d.]+)", out))
+    assert base == pytest.approx(1000, abs=1) and mixed < 20
+
+
+@pytest.mark.slow
+def test_own_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from knnext.corpus import Document
+    from knnext.lm.load import save_lm
+    from knnext.lm.train import train_tokenizer
+
+    tokenizer = train_tokenizer([Document("a", "some text to learn from\n" * 9)], vocab_size=258)
+    config = transformers.GPT2Config(
+        vocab_size=258, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0
+    )
+    save_lm(tmp_path / "model", transformers.GPT2LMHeadModel(config), tokenizer)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(f"text {number} of some " * 12)
+    words = [str(tmp_path / name) for name in ("model", "texts", "store")]
+    for _ in range(2):  # the second time all of it is there
+        out = run(sys.executable, str(EXAMPLES / "own_model.py"), *words, "some", "--k", "16")
+        before, after = map(float, re.findall(r"([\d.]+) -> ([\d.]+)", out)[0])
+        assert after < 0.8 * before
+
+
+@pytest.mark.slow
+def test_many_ranks(tmp_path: Path) -> None:
+    from knnext import Datastore
+
+    with Datastore.create(tmp_path / "store", 16, torch.float16) as store:
+        store.append(torch.randn(3000, 16), torch.zeros(3000, dtype=torch.int64))
+    words = ["--standalone", "--nproc-per-node", "2", str(EXAMPLES / "many_ranks.py")]
+    out = run(*TORCHRUN, *words, str(tmp_path / "store"))
+    assert sorted(re.findall(r"rank (\d): 32 queries, the answers of one process: True", out)) == [
+        "0",
+        "1",
+    ]
