@@ -66,6 +66,21 @@ def test_a_program_that_knows_nothing_of_ranks_is_served(store: Datastore) -> No
     assert isinstance(open_exact(store), ExactIndex)  # nobody leads any more
 
 
+def test_experiments_search_with_the_rows_of_all(store: Datastore) -> None:
+    from knnext.experiments.lab import searches
+    from knnext.experiments.lab.family import Setting
+
+    queries, setting = grid_keys(20, seed=4), Setting()
+    wanted = searches.search(store, queries, 7, setting, None, 1)
+
+    def lead(ranks: Ranks) -> bool:
+        found = searches.search(store, queries, 7, setting, None, 1)
+        assert ranks.received > 0
+        return torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+    assert crew(lead) == [True, [], []]
+
+
 def test_views_are_searched_by_the_one_who_has_them(store: Datastore) -> None:
     assert crew(lambda _: type(open_exact(store.subsample(0.5))))[0] is ExactIndex
 

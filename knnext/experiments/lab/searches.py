@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from knnext.experiments.lab.family import Setting
-from knnext.index import ExactIndex, FaissIndex, StoredCodes
+from knnext.index import FaissIndex, StoredCodes
+from knnext.index.sharded_crew import open_exact
 from knnext.ops import gather_tokens, merge_topk, rescore
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def search(
         )
     if index is None and "faiss" in (setting.mask, setting.score):
         raise ValueError("mask or score is FAISS's: pass the index")
-    exact = ExactIndex(store, metric=setting.metric, device=device)
+    exact = open_exact(store, metric=setting.metric, device=device)
     parts = []
     for batch in queries.split(_QUERY_BATCH):
         if setting.mask == "exact":
