@@ -103,3 +103,6 @@ def test_differences_names_what_changed() -> None:
     report = {"a": {"sm_80": {"registers": 9}}, "new": {"sm_80": {"registers": 3}}}
     lines = ptxas.differences(table, report)
     assert [line.split(" on ")[0] for line in lines] == ["a", "gone", "new"]
+    table["only there"] = {"sm_90a": {"registers": 4}}  # for which nothing was built
+    table["a"]["sm_90a"] = {"registers": 4}
+    assert ptxas.differences(table, report) == lines
