@@ -36,6 +36,7 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _MOST_NEIGHBORS = 32
+_BACKLOG = 32
 
 
 class Service:
@@ -205,6 +206,7 @@ class Server:
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.bind((host, port))
+            self.socket.listen(_BACKLOG)  # who opens the address at once waits, and is not refused
         except OSError as error:
             self.socket.close()
             place = f"{host}:{port}"
@@ -235,7 +237,7 @@ class Server:
             server_header=False,
             proxy_headers=False,
             limit_concurrency=32,
-            backlog=32,
+            backlog=_BACKLOG,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=0,  # answers have no effects that would have to be whole
             h11_max_incomplete_event_size=32 << 10,

@@ -1,4 +1,4 @@
-"""The report's page at work in a browser: clicked, typed, dragged, wide and narrow, light and dark."""
+"""The report's page in a browser: clicked, typed, dragged, wide and narrow, light and dark."""
 
 from __future__ import annotations
 

@@ -9,8 +9,19 @@ from typing import Any
 from knnext.report.colors import GRID, INK, MUTED
 
 __all__ = [
-    *("COLORS", "GRID", "INK", "MARKERS", "MUTED", "bars", "dress", "legend_below", "line"),
-    *("new_figure", "percent_change", "reference_line", "searched"),
+    "COLORS",
+    "GRID",
+    "INK",
+    "MARKERS",
+    "MUTED",
+    "bars",
+    "dress",
+    "legend_below",
+    "line",
+    "new_figure",
+    "percent_change",
+    "reference_line",
+    "searched",
 ]
 
 #: Told apart in colour and in grey, also by colour-blind readers; blue and orange are the pages'.
