@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from knnext.datastore.meta import KEY_DTYPES, installed_version
 from knnext.index import faiss_library
-from knnext.ops import encode_keys, knn_search
+from knnext.ops import encode_keys, knn_search, mean_key
 from knnext.planning.model_shape import ModelShape
 from knnext.planning.rates import Rate, Rates, this_machine
 from knnext.planning.words import rate_text
@@ -81,7 +82,7 @@ def measure(
 Found = Iterator[tuple[str, float, str]]
 
 
-def _best(run: Callable[[], Any], device: torch.device | None = None) -> float:
+def best(run: Callable[[], Any], device: torch.device | None = None) -> float:
     """Seconds of the quickest of a few runs; the first one, which warms up, counts if it is all."""
     best, begin = float("inf"), time.perf_counter()
     for number in range(_RUNS + 1):
@@ -96,6 +97,15 @@ def _best(run: Callable[[], Any], device: torch.device | None = None) -> float:
     return best
 
 
+def _states(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Made keys that lie as hidden states do: few directions of much, many of little spread.
+
+    How many rows codes leave open depends on it; with equal spread it is more.
+    """
+    spread = torch.arange(1, dim + 1, device=device).rsqrt()
+    return (3 * _random(rows, dim, device, torch.float32) * spread + 1).to(dtype)
+
+
 def _random(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(rows, dim, generator=generator, device=device).to(dtype)
@@ -106,7 +116,7 @@ def _random(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> Te
 
 def _forward(sizes: Sizes, device: torch.device, _: Path, forward: Forward | None) -> Found:
     timed = forward or _standard_stack(sizes, device)
-    seconds = _best(timed.run, device)
+    seconds = best(timed.run, device)
     flops = timed.tokens * timed.shape.flops(timed.block)
     yield "forward", flops / seconds, f"{timed.shape.name}, {timed.tokens:,} tokens"
 
@@ -147,6 +157,7 @@ def _disk(sizes: Sizes, _: torch.device, folder: Path, __: Forward | None) -> Fo
         os.fsync(fd)
         took = time.perf_counter() - start
         yield "disk_write", written / took, f"{binary_size(written)} and fsync in {folder}"
+        yield "checksum", len(block) / best(lambda: zlib.crc32(block)), "zlib's CRC-32, one thread"
         cached = _drop(fd, written)
         start = time.perf_counter()
         os.lseek(fd, 0, os.SEEK_SET)
@@ -175,7 +186,7 @@ def _drop(fd: int, size: int) -> bool:
 
 def _memory(sizes: Sizes, _: torch.device, __: Path, ___: Forward | None) -> Found:
     numbers = torch.ones(sizes.memory_bytes // 4, device="cpu")
-    rate = numbers.nbytes / _best(lambda: numbers.sum())
+    rate = numbers.nbytes / best(lambda: numbers.sum())
     yield "memory_read", rate, f"{binary_size(numbers.nbytes)} summed by {_threads()}"
 
 
@@ -184,21 +195,21 @@ def _copy(sizes: Sizes, device: torch.device, _: Path, __: Forward | None) -> Fo
         return
     numbers = torch.ones(sizes.memory_bytes // 4, device="cpu").pin_memory()
     target = torch.empty_like(numbers, device=device)
-    rate = numbers.nbytes / _best(lambda: target.copy_(numbers, non_blocking=True), device)
+    rate = numbers.nbytes / best(lambda: target.copy_(numbers, non_blocking=True), device)
     yield "host_to_device", rate, f"{binary_size(numbers.nbytes)} of pinned memory"
 
 
 def _search(sizes: Sizes, device: torch.device, _: Path, __: Forward | None) -> Found:
     for name, dtype in KEY_DTYPES.items():
-        keys = _random(sizes.entries, sizes.dim, device, dtype)
+        keys = _states(sizes.entries, sizes.dim, device, dtype)
         yield from _searched(f".{name}", sizes, keys, keys.nbytes, f"{name} keys", None)
 
 
 def _codes(sizes: Sizes, _: torch.device, __: Path, ___: Forward | None) -> Found:
     """Codes serve the CPU, also beside a GPU."""
-    keys = _random(sizes.entries, sizes.dim, torch.device("cpu"), torch.float16)
-    center = torch.zeros(sizes.dim, device="cpu")
-    rate = keys.numel() / _best(lambda: encode_keys(keys, center))
+    keys = _states(sizes.entries, sizes.dim, torch.device("cpu"), torch.float16)
+    center = mean_key(keys)
+    rate = keys.numel() / best(lambda: encode_keys(keys, center))
     yield "encode", rate, f"{_rows(sizes)} float16 keys by {_threads()}"
     codes = encode_keys(keys, center)
     yield from _searched("", sizes, keys, codes.nbytes, "codes", codes, of="codes")
@@ -207,13 +218,16 @@ def _codes(sizes: Sizes, _: torch.device, __: Path, ___: Forward | None) -> Foun
 def _searched(
     ending: str, sizes: Sizes, keys: Tensor, read: int, what: str, codes: Any, of: str = "search"
 ) -> Found:
-    queries = _random(sizes.queries, sizes.dim, keys.device, keys.dtype)
+    # Queries near keys, and none of them equal to one.
+    near = keys[torch.arange(sizes.queries, device=keys.device) % len(keys)].float()
+    noise = _random(len(near), sizes.dim, keys.device, torch.float32)
+    queries = (near + 0.1 * noise).to(keys.dtype)
     k = min(sizes.k, sizes.entries)
-    many = _best(lambda: knn_search(queries, keys, k, codes=codes), keys.device)
+    many = best(lambda: knn_search(queries, keys, k, codes=codes), keys.device)
     flops = 2.0 * sizes.queries * keys.numel() / many
     how = f"{_rows(sizes)} {what}, k {k:,}"
     yield f"{of}_flops{ending}", flops, f"{sizes.queries:,} queries in {how}"
-    one = _best(lambda: knn_search(queries[:1], keys, k, codes=codes), keys.device)
+    one = best(lambda: knn_search(queries[:1], keys, k, codes=codes), keys.device)
     yield f"{of}_bytes{ending}", read / one, f"a query in {how}"
 
 
@@ -241,7 +255,7 @@ def _faiss(sizes: Sizes, _: torch.device, __: Path, ___: Forward | None) -> Foun
     yield "faiss_add", flops / added, f"{_rows(sizes)} rows, {factory}"
     faiss_library.set_nprobe(index, lists)
     queries = keys[: min(64, sizes.queries)]
-    seconds = _best(lambda: faiss_library.search(index, queries, min(sizes.k, 1024)))
+    seconds = best(lambda: faiss_library.search(index, queries, min(sizes.k, 1024)))
     scanned = len(queries) * sizes.entries * max(1, sizes.dim // 16)
     yield "faiss_scan", scanned / seconds, f"{len(queries)} queries through {factory}, all lists"
 

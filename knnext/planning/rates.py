@@ -37,6 +37,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "encode": ("numbers/s", "encoding of keys, a node"),
     "memory_read": ("B/s", "reading memory, a node"),
     "host_to_device": ("B/s", "copies from memory to a GPU"),
+    "checksum": ("B/s", "checksums of what is written, a process"),
     "disk_write": ("B/s", "writing a disk to its end"),
     "disk_read": ("B/s", "reading a disk"),
     "network": ("B/s", "between nodes, one way, a rank"),

@@ -47,15 +47,22 @@ def _forward(job: Job, rates: Rates) -> Stage:
 
 
 def _write(job: Job, rates: Rates) -> Stage:
-    seconds = job.disk()["datastore"] / (rates["disk_write"] * job.disks)
-    return Stage("write", seconds, ("disk_write",))
+    seconds = _written(job.disk()["datastore"], job, job.ranks, rates)
+    return Stage("write", seconds, ("disk_write", "checksum"))
+
+
+def _written(num_bytes: int, job: Job, processes: int, rates: Rates) -> float:
+    """Seconds to write what each process sums up before it goes to the disks."""
+    return num_bytes / (rates["disk_write"] * job.disks) + num_bytes / (
+        rates["checksum"] * processes
+    )
 
 
 def _encode(job: Job, machine: Machine, rates: Rates) -> Stage:
     numbers = job.tokens * job.shape.dim / (rates["encode"] * job.nodes)
-    written = job.disk()["codes"] / (rates["disk_write"] * job.disks)
+    written = _written(job.disk()["codes"], job, job.nodes, rates)
     read, names = _read_again(job, machine, rates)
-    return Stage("encode", numbers + read + written, ("encode", "disk_write", *names))
+    return Stage("encode", numbers + read + written, ("encode", "disk_write", "checksum", *names))
 
 
 def _read_again(job: Job, machine: Machine, rates: Rates) -> tuple[float, tuple[str, ...]]:
