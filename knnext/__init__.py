@@ -21,20 +21,18 @@ if TYPE_CHECKING:
     from knnext.evaluation.tune import tune
     from knnext.index import ExactIndex, FaissIndex, ShardedIndex
     from knnext.lm.knnlm import KNNLM
-    from knnext.ops import (
-        KeyCodes,
-        encode_keys,
-        failed_queries,
-        gather_tokens,
-        key_sqnorms,
-        knn_interpolate,
-        knn_search,
-        knn_softmax,
-        knn_target_log_prob,
-        mean_key,
-        merge_topk,
-        rescore,
-    )
+
+    # By their modules: from the package mypy would take the modules themselves.
+    from knnext.ops.encode_keys import KeyCodes, encode_keys, mean_key
+    from knnext.ops.failed_queries import failed_queries
+    from knnext.ops.gather_tokens import gather_tokens
+    from knnext.ops.key_sqnorms import key_sqnorms
+    from knnext.ops.knn_interpolate import knn_interpolate
+    from knnext.ops.knn_search import knn_search
+    from knnext.ops.knn_softmax import knn_softmax
+    from knnext.ops.knn_target_log_prob import knn_target_log_prob
+    from knnext.ops.merge_topk import merge_topk
+    from knnext.ops.rescore import rescore
 
 try:
     __version__ = _version("knnext")
