@@ -33,8 +33,8 @@ from knnext.cli.arguments import (
     seeds,
     share,
 )
-from knnext.ranks import launched
 from knnext.cli.plan_arguments import add_plan_options, add_rates_options
+from knnext.launch import launched
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_explore,
         _add_info,
         _add_import,
+        _add_export,
         _add_experiment,
         _add_doctor,
     ):
@@ -199,6 +200,13 @@ def _add_eval(commands: Any) -> argparse.ArgumentParser:
     add_search_options(c)
     add_ranks(c)
     add_mixture(c)
+    c.add_argument(
+        "--words",
+        choices=("marks", "wikitext", "harness"),
+        help="of word-level perplexity. marks: what white space divides, and the marks between "
+        "documents where they are scored (default); wikitext: and line ends; harness: as "
+        "lm-evaluation-harness counts",
+    )
     c.add_argument("--scores", metavar="FILE.npz", help="evaluate what was kept; needs no model")
     c.add_argument("--save-scores", metavar="FILE.npz", help="keep what the search found")
     c.add_argument("--token-log", metavar="FILE", help="one row a token, .parquet or .jsonl")
@@ -303,6 +311,20 @@ def _add_import(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--corpus", help="a description")
     c.add_argument(
         "--resume", action="store_true", help="go on with an import that was interrupted"
+    )
+    return c
+
+
+def _add_export(commands: Any) -> argparse.ArgumentParser:
+    text = "write the rows of a datastore for other programs"
+    c = _command(commands, "export", "knnext.cli.export:export", text)
+    add_datastore(c)
+    c.add_argument("out", metavar="FOLDER", help="a new folder")
+    c.add_argument(
+        "--format",
+        choices=("npy", "safetensors", "parquet"),
+        required=True,
+        help="bfloat16 keys stay so in safetensors, and are float32 in the others",
     )
     return c
 
