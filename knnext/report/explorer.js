@@ -165,7 +165,7 @@ const knnextExplorer = (() => {
     const best = (kind) => rows.reduce((a, b) => (b[kind] > a[kind] ? b : a));
     const [lm, mix] = [best("lm"), best("mix")], name = (row) => make("code", {}, label(of.word(row.id)));
     if (same(lm.id, mix.id)) return make("p", { class: "why" }, "Likeliest with and without the neighbors: ", name(lm), ".");
-    return make("p", { class: "why" }, "Likeliest of the mixture: ", name(mix), ", of which the neighbors give ",
+    return make("p", { class: "why" }, "Likeliest of the mixture: ", name(mix), ", to which the neighbors give ",
       `${chance(mix.knn)}; the base LM alone would say `, name(lm), ` (${chance(lm.lm)}).`);
   }
 
