@@ -51,7 +51,11 @@ def joined(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ra
     if launched()[1] == 1 or dist.is_initialized():
         yield Ranks(dist.group.WORLD if dist.is_initialized() else None, timeout=timeout)
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "cpu:gloo"
+    backend, where = "cpu:gloo", torch.device(device)
+    if where.type == "cuda":
+        # NCCL takes the current device for this rank's.
+        torch.cuda.set_device(local_rank() if where.index is None else where.index)
+        backend = "cpu:gloo,cuda:nccl"
     try:
         with _sentence(timeout, "finding each other"):
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
@@ -173,6 +177,13 @@ class Ranks:
     def waiting(self, what: str) -> Any:
         """Within, the many ways in which torch says that a rank is lost are one sentence."""
         return _sentence(self.timeout, what)
+
+    def connect(self, device: torch.device) -> None:
+        """NCCL wants all ranks in its first exchange, also those that have nothing to send."""
+        with self.waiting("connecting GPUs"):
+            self._wait(
+                dist.all_reduce(torch.zeros(1, device=device), group=self.group, async_op=True)
+            )
 
     def has_nccl(self) -> bool:
         """Whether the group can exchange what lies on GPUs."""

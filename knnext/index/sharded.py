@@ -286,6 +286,8 @@ class ShardedIndex(TokenTable):
         settled = self.ranks.gather([on_gpu and self.ranks.has_nccl(), streamed])
         by_nccl = all(nccl for nccl, _ in settled)
         self._exchange_device = torch.device(options["device"] if by_nccl else "cpu")
+        if by_nccl and self.ranks.size > 1:
+            self.ranks.connect(self._exchange_device)
         # What is resident costs nothing to go through again, and small rounds overlap.
         batch = int(options.get("query_batch") or 4096)
         self._most_queries = None if any(one for _, one in settled) else batch
