@@ -57,6 +57,7 @@ def _shape(args: argparse.Namespace) -> ModelShape:
 
 
 def _job(args: argparse.Namespace, shape: ModelShape, gpus: int) -> Job:
+    from knnext.lm.windows import build_stride
     from knnext.planning import Job
 
     block = args.block_size or min(shape.context or 1024, 1024)
@@ -73,7 +74,7 @@ def _job(args: argparse.Namespace, shape: ModelShape, gpus: int) -> Job:
         nprobe=args.nprobe,
         queries=args.queries,
         block=block,
-        stride=args.stride or max(1, block // 2),
+        stride=args.stride or build_stride(block),
         batch=args.batch_size,
         disks=args.disks,
     )

@@ -53,7 +53,7 @@ class Job:
     nprobe: int = 32
     queries: int = DEFAULT_QUERIES
     block: int = 1024
-    stride: int = 512
+    stride: int = 768
     batch: int = 8
     disks: int = 1
 
