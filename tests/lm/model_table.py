@@ -59,6 +59,8 @@ def row(name: str) -> Row:
         check_causal(model)
     except NotCausalError:
         return Row(name, architecture, refused="it sees the future")
+    except ValueError:
+        return Row(name, architecture, refused="it has several states for each token")
     try:
         found = find_feed_forward(model)
     except ValueError:
