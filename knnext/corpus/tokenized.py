@@ -125,6 +125,7 @@ def tokenize(
             lengths.append(len(ids) + 1)
             num_words.append(WORDS[words](text))
             num_bytes.append(len(text.encode("utf-8", "surrogatepass")))
+        del encoded  # a hundred bytes a token, which need not be there beside the next
     return TokenizedDocuments(
         tokens=np.concatenate(parts) if parts else np.empty(0, np.int32),
         document_offsets=np.cumsum([0, *lengths], dtype=np.int64),

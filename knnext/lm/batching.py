@@ -64,11 +64,15 @@ def length_matters(model: nn.Module, block_size: int) -> bool:
     """Whether a state depends on how far its row is filled up, though the model is causal.
 
     Some rotary embeddings (Phi-3's long context, dynamic NTK) turn at another speed as soon as a
-    row is longer than what the model was first trained on.
+    row is longer than what the model was first trained on. Where attention picks some tokens out of
+    a row (DeepSeek 3.2 and its kin, Reformer), what fills it up takes a place among those picked.
     """
     config: Any = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
     config = config if get is None else get()
+    picked = _first(config, ("index_topk", "lsh_attn_chunk_length"))
+    if picked is not None and block_size > picked:
+        return True
     trained = _first(config, ("original_max_position_embeddings", "max_position_embeddings"))
     for rope in _ropes(config):
         if (rope.get("rope_type") or rope.get("type")) in _LENGTH_ROPES:

@@ -178,7 +178,7 @@ def _checked_tokens(model: nn.Module, tokens: Any) -> Tensor:
             f"tokens must lie in [0, {size}), the model's vocabulary; got "
             f"{array.min()} to {array.max()}: are they of another tokenizer?"
         )
-    return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(array.astype(np.int32))  # half of what a long text takes as int64
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -254,7 +254,7 @@ def _cells_of(
         for part in (windows.begins, windows.ends, windows.gives)
     )
     positions = begins + torch.arange(int((ends - begins).max()), device="cpu")
-    ids = stream[torch.minimum(positions, ends - 1)]
+    ids = stream[torch.minimum(positions, ends - 1)].long()
     if bos is not None:
         ids[torch.from_numpy(~windows.heads[chosen]), 0] = bos  # a document has its own head
     return ids, torch.where((positions >= gives) & (positions < ends), positions, -1)
@@ -284,7 +284,9 @@ class _Rows:
         if not len(places):
             return
         device = forward.device
-        states, log_p, logits = forward(ids.to(device), wanted, stream[places + 1].to(device))
+        states, log_p, logits = forward(
+            ids.to(device), wanted, stream[places + 1].long().to(device)
+        )
         self.filled += len(places)
         whole = len(places) == self.high - self.low and bool((places.diff() == 1).all())
         rows = None if whole else places - self.low
@@ -314,5 +316,5 @@ class _Rows:
                 f"{largest:.4g}): use dtype=torch.bfloat16 or torch.float32"
             )
         positions = torch.arange(self.low, self.high, device=forward.device)
-        targets = stream[self.low + 1 : self.high + 1].to(forward.device)
+        targets = stream[self.low + 1 : self.high + 1].long().to(forward.device)
         return HiddenStatesBatch(positions, self.keys, targets, self.log_p, self.logits)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from knnext.corpus import TokenizedDocuments
 from knnext.lm.batching import choose_batch_size, length_matters, token_bytes
-from knnext.lm.causal import NotCausalError
 from knnext.lm.hidden_states import batch_ends, hidden_states
+from knnext.lm.key_layer import find_key_module
+from knnext.lm.running import trace_inputs
 from tests.lm.every_model import NAMES, NOT_BUILT, every
 from tests.lm.tiny_models import CONFIGS, random_tokens, tiny
 
@@ -36,8 +37,9 @@ def alone(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    extra = {"use_cache": False} if "use_cache" in trace_inputs(model) else {}
     with torch.no_grad():
-        logits = model(input_ids=tokens[None]).logits
+        logits = model(input_ids=tokens[None], **extra).logits
     handle.remove()
     return seen[-1].reshape(len(tokens), -1), logits[0].float().log_softmax(-1)
 
@@ -84,14 +86,17 @@ def test_states_are_those_of_each_document_alone(name: str, block: int) -> None:
 def test_so_are_those_of_every_family(part: int) -> None:
     failed = []
     for name in NAMES[part::8]:
-        if name in NOT_BUILT:
+        if name in NOT_BUILT or name == "reformer":  # whose hashes are drawn anew in every pass
+            continue
+        model = every(name)
+        try:
+            find_key_module(model, "ffn")
+        except ValueError:  # it sees the future, or has no output layer
             continue
         try:
-            check_against_single_runs(every(name), 64)
-        except NotCausalError:
-            continue
-        except (AssertionError, RuntimeError, ValueError) as error:
-            failed.append(f"{name}: {str(error).strip()[:300]}")
+            check_against_single_runs(model, 32)
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {str(error).strip()[:300]}")
     assert not failed, "\n".join(failed)
 
 
@@ -131,6 +136,13 @@ def test_rows_are_not_filled_up_where_their_length_turns_the_positions() -> None
     assert length_matters(model, 64) and not length_matters(model, 16)
     check_against_single_runs(model, 64)
     assert not any(length_matters(tiny(name), 64) for name in CONFIGS)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_nor_where_attention_picks_tokens_out_of_a_row(name: str) -> None:
+    model = every(name)
+    assert length_matters(model, 32) and not length_matters(model, 8)
+    check_against_single_runs(model, 32)
 
 
 def test_a_resumed_stream_has_the_same_bits() -> None:
