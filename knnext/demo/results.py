@@ -306,7 +306,9 @@ def _facts(
         "target among the neighbors": f"{100 * test.target_found:.1f} % of the test tokens",
         "machine": where,
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "time": ", ".join(f"{name} {format_duration(s)}" for name, s in seconds.items()),
+        "time": ", ".join(
+            f"{name.replace('lmbda', 'λ')} {format_duration(s)}" for name, s in seconds.items()
+        ),
     }
 
 

@@ -46,7 +46,7 @@ const knnextExplorer = (() => {
     return element;
   }
 
-  const signed = (x) => (x < 0 ? "−" : "+") + (Number.isFinite(x) ? Math.abs(x).toFixed(2) : "∞");
+  const signed = (x) => (Math.abs(x) < 0.005 ? "±" : x < 0 ? "−" : "+") + (Number.isFinite(x) ? Math.abs(x).toFixed(2) : "∞");
   const percent = (x) => (x >= 0.0995 ? (100 * x).toFixed(0) : (100 * x).toFixed(x >= 0.01 ? 1 : 2)) + " %";
   const superscript = (n) => String(n).replace(/[-0-9]/g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]);
   const factor = (x) => (x >= 100 ? Math.round(x).toLocaleString("en") : x.toPrecision(3));

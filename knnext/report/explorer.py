@@ -59,7 +59,7 @@ def explorer_data(
     *,
     num_excerpts: int = 12,
     excerpt_tokens: int = 256,
-    num_neighbors: int = 8,
+    num_neighbors: int = 6,
 ) -> dict[str, Any]:
     """Excerpts as plain values for the page's script.
 
