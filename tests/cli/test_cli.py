@@ -18,7 +18,7 @@ from knnext import cli
 from knnext.cli import main, plain
 from knnext.cli.parser import build_parser, num_bytes
 
-COMMANDS = "demo build join index tune eval search generate info import doctor".split()  # noqa: SIM905
+COMMANDS = "demo plan build join index tune eval search generate info import doctor".split()  # noqa: SIM905
 WORDS = "the a row key value state of next token near far text model and store".split()  # noqa: SIM905
 
 
