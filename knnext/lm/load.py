@@ -99,6 +99,11 @@ def load_lm(
     kind = None if quantization is None else check_quantization(quantization)
     if kind is not None and gguf is not None:
         raise ValueError(f"quantization {kind} is for weights that are not: {gguf} is GGUF")
+    if kind is not None and merge_adapter:
+        raise ValueError(
+            f"merge_adapter puts an adapter into the weights, which quantization {kind} packs: "
+            "leave one of them out, or save the merged model first"
+        )
     _, transformers = libraries()
     facts: dict[str, str] = {}
     if gguf is not None:

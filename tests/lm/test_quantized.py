@@ -100,6 +100,8 @@ def test_what_is_refused(
     monkeypatch.setitem(sys.modules, "bitsandbytes", sys)  # there, as far as anybody asks
     with pytest.raises(ValueError, match=r"weights that are not: q\.gguf is GGUF"):
         load_lm(saved("llama"), quantization="8bit", gguf="q.gguf")
+    with pytest.raises(ValueError, match="leave one of them out"):
+        load_lm(saved("llama"), quantization="8bit", adapter="a", merge_adapter=True)
     folder = model_folder("llama")
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ValueError, match="is quantized already"):
