@@ -50,6 +50,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Datastore:
         (3, 401, {"stride": 16, "batch_size": 8, "query_batch": 7}),
         (3, 401, {"batch_size": 100}),  # one batch, so one rank has all of it
         (2, 2, {"batch_size": 1}),
+        (2, 401, {"stride": 24, "batch_size": 1, "query_batch": 50, "separate_documents": True}),
+        (2, 401, {}),  # batches by memory, of which the ranks agree on the least
     ],
 )
 def test_scores_are_those_of_one_process(
