@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 _MAX_DEFAULT_BLOCK = 1024
+#: Devices that work on a batch while the one before it is copied and written.
+_AHEAD = {"cuda"}
 
 
 @dataclass
@@ -215,8 +217,6 @@ def _batches(
     bos: int | None,
 ) -> Iterator[HiddenStatesBatch]:
     given, ahead = start, None
-    # A GPU works on a batch while the one before is copied and written.
-    wait = forward.device.type == "cuda"
     for shelf in grid.shelves:
         begin, end = int(grid.windows.gives[shelf[0]]), int(grid.windows.ends[shelf[1] - 1])
         low, high = max(begin, start), min(end, stop)
@@ -232,7 +232,7 @@ def _batches(
         if ahead is not None:
             yield ahead.batch(forward, stream, dtype)
         ahead = rows
-        if not wait:
+        if forward.device.type not in _AHEAD:
             yield ahead.batch(forward, stream, dtype)
             ahead = None
     if ahead is not None:

@@ -31,7 +31,12 @@ def check_model_dtype(model_dtype: str | torch.dtype) -> str:
 
 
 def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 by instructions of its own (AMX, AVX-512 BF16)."""
+    """Whether this processor multiplies bfloat16 by instructions of its own (AMX, AVX-512 BF16).
+
+    Only oneDNN does so; a torch without it is slower with bfloat16 on any processor.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
     try:
         text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:  # no Linux: not known, and float32 is right anywhere

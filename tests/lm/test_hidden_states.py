@@ -139,6 +139,21 @@ def test_runs_between_batch_ends_share_a_stream(
             assert torch.equal(joined(parts, name), joined(whole, name))
 
 
+@pytest.mark.parametrize("more", [{}, {"start": 37, "stop": 111}, {"start": 149}])
+@pytest.mark.parametrize("documents", [False, [0, 40, 90, 150]])
+def test_a_batch_ahead_changes_nothing(
+    more: dict[str, int], documents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the next batch is begun before the last one is given."""
+    options: dict[str, Any] = {**WINDOWS, "batch_size": 1, "separate_documents": documents, **more}
+    usual = list(hidden_states(tiny("gpt2"), random_tokens(150), **options))
+    monkeypatch.setattr("knnext.lm.hidden_states._AHEAD", {"cpu"})
+    ahead = list(hidden_states(tiny("gpt2"), random_tokens(150), **options))
+    assert [len(batch) for batch in ahead] == [len(batch) for batch in usual]
+    for one, other in zip(ahead, usual, strict=True):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.positions, other.positions)
+
+
 def test_logits_and_log_p_agree() -> None:
     tokens = random_tokens(50)
     for batch in hidden_states(tiny("llama"), tokens, with_log_p_lm=True, with_logits=True):

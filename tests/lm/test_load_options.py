@@ -72,6 +72,15 @@ def test_dtype(
     assert model_parts(model)["dtype"] == loaded
 
 
+def test_bfloat16_is_slow_without_onednn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from knnext.lm.model_dtype import fast_bfloat16
+
+    processor(monkeypatch, tmp_path, "avx512_bf16")
+    assert fast_bfloat16()
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    assert not fast_bfloat16()
+
+
 def test_a_dtype_of_torch_and_a_wrong_one(saved: Callable[[str], Path]) -> None:
     assert load_lm(saved("gpt2"), model_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     for wrong in ("bf16", torch.int8, "float64"):
