@@ -19,11 +19,14 @@ def plan(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     """The command. ``exit_code`` is 1 where something does not fit."""
     from knnext.datastore.room import free_bytes
     from knnext.planning import make_plan
+    from knnext.planning.placement import usual_batch
 
     shape = _shape(args)
     gpus = _gpus() if args.gpus is None else args.gpus
     rates, notes = _rates(args, gpus)
     job = _job(args, shape, gpus)
+    if args.batch_size is None:
+        job = usual_batch(job, rates.machine)
     free = free_bytes(args.disk) if args.free is None else args.free
     made = make_plan(job, rates, free=free, must_stay=args.resident)
     made = replace(made, notes=[*notes, *made.notes])
@@ -75,7 +78,7 @@ def _job(args: argparse.Namespace, shape: ModelShape, gpus: int) -> Job:
         queries=args.queries,
         block=block,
         stride=args.stride or build_stride(block),
-        batch=args.batch_size,
+        batch=args.batch_size or 1,
         disks=args.disks,
     )
 

@@ -64,7 +64,7 @@ def add_plan_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--nprobe", type=positive, default=32, help="lists to visit; default: 32")
     c.add_argument("--block-size", type=positive, help="as of build")
     c.add_argument("--stride", type=positive, help="as of build; default: build's")
-    c.add_argument("--batch-size", type=positive, default=8, help="as of build; default: 8")
+    c.add_argument("--batch-size", type=positive, help="as of build; default: build's")
     c.add_argument(
         "--resident", action="store_true", help="refuse what would have to stream in a search"
     )

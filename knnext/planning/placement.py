@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from knnext.planning.job import Job
+from knnext.planning.job import MODEL_BYTES, Job
 from knnext.planning.rates import Machine
 
 #: Of a memory, what may be planned with; the rest is the driver's, the allocator's, others'.
@@ -61,9 +61,22 @@ def working_bytes(job: Job) -> int:
 
 
 def build_memory(job: Job) -> int:
-    """Bytes of a building rank's memory: weights, and states of the windows read at once."""
-    states = 16 * job.batch * job.block * job.shape.attention * (2 if job.gpus else 4)
+    """Bytes of a building rank's memory: weights, and what a pass holds for each of its tokens.
+
+    That is a state of every layer and one layer's work, as `choose_batch_size` reckons.
+    """
+    numbers = job.shape.attention * (job.shape.layers + 24)
+    states = job.batch * job.block * numbers * max(2, MODEL_BYTES[job.model_dtype])
     return round(job.weight_bytes) + states + 2 * job.batch * job.block * job.key_bytes
+
+
+def usual_batch(job: Job, machine: Machine) -> Job:
+    """The job with as many windows at once as a build would choose, fewer where memory is short."""
+    tokens = 32_768 if job.gpus else 8192
+    job = replace(job, batch=max(1, tokens // job.block))
+    while job.batch > 1 and build_memory(job) > USABLE * rank_memory(job, machine):
+        job = replace(job, batch=job.batch // 2)
+    return job
 
 
 def place(job: Job, machine: Machine) -> Placement:

@@ -22,6 +22,7 @@ from knnext.output import write_json
 
 MAGIC, FORMAT_VERSION = "knnext-rates", 1
 STALE_DAYS = 30
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 DTYPES = ("float16", "bfloat16", "float32")
 
 #: Every rate that a plan may want: its unit and what it is. One of a rank is of one GPU, or of all
@@ -149,10 +150,16 @@ def _processor() -> str:
 
 
 def _memory() -> int:
+    """Bytes of the machine, or of the container that this process may not leave."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         return 0
+    try:
+        limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
+    except OSError:  # no such limit here
+        return found
+    return min(found, int(limit)) if limit.isdigit() else found
 
 
 def _vector_path() -> str:

@@ -20,6 +20,7 @@ from knnext.planning.placement import (
     FROM_MEMORY,
     RESIDENT,
     place,
+    usual_batch,
 )
 from tests.planning.jobs import PAPER, job, machine, rates
 
@@ -134,6 +135,15 @@ def test_a_model_larger_than_a_gpu_is_refused():
     assert "the model takes" in plan.refusals[0] and "of a GPU's" in plan.refusals[0]
     assert "parameters would fit" in plan.refusals[0]
     assert make_plan(replace(large, shape=described(4096, 32, 7e9)), rates("a100")).fits
+
+
+def test_a_batch_is_as_build_chooses_it():
+    found = rates()
+    assert usual_batch(job(), found.machine).batch == 32_768 // 1024
+    assert usual_batch(job(gpus=0), found.machine).batch == 8192 // 1024
+    tight = job(shape=described(8192, 76, 62e9))  # 124 GB of weights
+    batch = usual_batch(tight, found.machine).batch
+    assert 1 <= batch < 32 and make_plan(usual_batch(tight, found.machine), found).fits
 
 
 def test_a_batch_larger_than_a_gpu_is_refused():
