@@ -47,7 +47,10 @@ def write_report(
     missing = [name for name in names if name not in found]
     if missing:
         say(f"not run yet: {', '.join(missing)}")
-    pages = {"report.html": render(found, folder, missing), "report.md": f"# The experiments\n\n{markdown_table(found)}"}
+    pages = {
+        "report.html": render(found, folder, missing),
+        "report.md": f"# The experiments\n\n{markdown_table(found)}",
+    }
     for name, text in pages.items():
         write_text(folder / name, text, errors="replace")
     say(f"wrote {folder / 'report.html'} and {folder / 'report.md'}")
