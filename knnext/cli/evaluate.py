@@ -143,6 +143,7 @@ def _scores(
         check_outputs(args.save_scores, *outputs, reads=(args.scores,))
     if args.scores:
         scores = StreamScores.load(args.scores)
+        _check_kept(args, scores)
         return scores.truncate(args.k) if args.k else scores
     store = open_datastore(args)
     model, tokenizer = open_model(args, store)
@@ -169,6 +170,23 @@ def _scores(
     if args.save_scores and is_first(args):
         scores.save(args.save_scores)
     return scores
+
+
+def _check_kept(args: argparse.Namespace, scores: StreamScores) -> None:
+    """ValueError for options that what was kept can no longer follow."""
+    words = getattr(args, "words", None)
+    if words is not None and words != scores.words:
+        raise ValueError(
+            f"--words {words}: the words of {args.scores} were counted as {scores.words!r}; score "
+            "the text again, without --scores"
+        )
+    given = {
+        "--separate-documents": args.separate_documents,
+        "--full-last-window": args.full_last_window or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"{option}: {args.scores} keeps how it was read; leave the option out")
 
 
 def _apart(args: argparse.Namespace, store: Datastore, say: Say) -> bool:

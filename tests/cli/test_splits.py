@@ -336,3 +336,16 @@ def test_words_are_counted_as_asked(place: Place) -> None:
     assert plain["num_words"] == found["marks"] + documents - 1
     assert found["wikitext"] == found["marks"] + 4 * documents  # four lines each
     assert found["harness"] == found["marks"] + documents  # and nothing, behind the last line
+
+
+def test_what_was_kept_cannot_be_read_in_another_way(place: Place) -> None:
+    place("build", "store", "--corpus", "notes")
+    kept = ("--scores", "scores.npz")
+    found = place("eval", "store", "--words", "harness", "--save-scores", "scores.npz")
+    assert place("eval", "store", *kept)["base"] == found["base"]
+    assert place("eval", "store", *kept, "--words", "harness")["num_words"] == found["num_words"]
+    place("eval", "store", *kept, "--words", "marks", fails="were counted as 'harness'")
+    for option in ("--separate-documents", "--no-separate-documents", "--full-last-window"):
+        message = "scores.npz keeps how it was read"
+        place("eval", "store", *kept, option, fails=message)
+        place("tune", "store", *kept, option, fails=message)
