@@ -60,7 +60,7 @@ _WORDS = {
     "torch_eager": "torch",
     "torch_topk": "torch.topk",
     "torch_gather": "torch, rows gathered",
-    "torch_vector_norm": "torch.linalg.vector_norm",
+    "torch_vector_norm": "torch, vector norm",
     "torch_float_square_sum": "torch, squares summed",
     "torch_compiled": "torch.compile",
     "torch_chunked": "torch, in chunks",
