@@ -206,7 +206,7 @@ def settled(
     step = half_stride(max(1, block)) if stride is None else stride
     check_windows(block, step)
     if batch_size is None:
-        mine = choose_batch_size(model, block)
+        mine = choose_batch_size(model, block, logits=True)
         batch_size = min(size for (size,) in (ranks or Ranks()).gather([mine]))
     return {"block_size": block, "stride": step, "batch_size": batch_size}
 

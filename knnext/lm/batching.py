@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from knnext.lm.running import input_device
+from knnext.lm.running import input_device, num_known_tokens
 
 #: Tokens a pass. More bring a CPU nothing, and keep a GPU busy between two passes.
 _TOKENS = {"cpu": 8192, "cuda": 32_768}
@@ -24,8 +24,11 @@ _HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads")
 _LENGTH_ROPES = ("dynamic", "longrope")
 
 
-def choose_batch_size(model: nn.Module, block_size: int) -> int:
-    """Windows of ``block_size`` tokens that are read at once, where nobody says how many."""
+def choose_batch_size(model: nn.Module, block_size: int, *, logits: bool = False) -> int:
+    """Windows of ``block_size`` tokens that are read at once, where nobody says how many.
+
+    ``logits``: whether the output layer is run too, on all of them in some models.
+    """
     device = input_device(model)
     tokens = _TOKENS.get(device.type, _TOKENS["cpu"])
     free = free_memory(device)
@@ -34,7 +37,7 @@ def choose_batch_size(model: nn.Module, block_size: int) -> int:
     return max(1, tokens // block_size)
 
 
-def token_bytes(model: nn.Module, block_size: int) -> int:
+def token_bytes(model: nn.Module, block_size: int, *, logits: bool = False) -> int:
     """About what a pass holds for each token: a state of every layer, and one layer's work."""
     config: Any = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
@@ -45,8 +48,9 @@ def token_bytes(model: nn.Module, block_size: int) -> int:
     numbers = width * (layers + 12) + 3 * inner
     if getattr(config, "_attn_implementation", None) == "eager":
         numbers += 3 * block_size * (_first(config, _HEAD_NAMES) or 1)  # every pair of tokens
-    itemsize = next(model.parameters()).element_size()
-    return numbers * max(2, itemsize)
+    itemsize = max(2, next(model.parameters()).element_size())
+    of_words = num_known_tokens(model) * (itemsize + 4) if logits else 0
+    return numbers * itemsize + of_words
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -115,7 +115,8 @@ def hidden_states(
     block = default_block_size(model) if block_size is None else block_size
     step = half_stride(max(1, block)) if stride is None else stride
     windows = Windows.over(len(stream), block, step, documents, full_last=full_last_window)
-    batch = choose_batch_size(model, block) if batch_size is None else batch_size
+    logits = with_log_p_lm or with_logits
+    batch = choose_batch_size(model, block, logits=logits) if batch_size is None else batch_size
     _check_batch_size(batch)
     last = _check_range(start, stop, max(0, len(stream) - 1))
     if bos is not None and bool((~windows.heads & (windows.begins == windows.gives)).any()):

@@ -221,5 +221,7 @@ def test_batches_are_sized_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = choose_batch_size(model, 64)
         assert chosen * 64 * token_bytes(model, 64) <= free / 4
         assert 1 <= chosen < 128
+    with_logits = token_bytes(model, 64, logits=True) - token_bytes(model, 64)
+    assert with_logits == 97 * 8  # of each word, as the model gives it and in float32
     monkeypatch.setattr("knnext.lm.batching.free_memory", lambda _: 0)
     assert choose_batch_size(model, 64) == 1
