@@ -16,7 +16,7 @@ from torch import Tensor
 
 from knnext.datastore import Datastore
 from knnext.evaluation.spans import neighbor_spans
-from knnext.evaluation.stream import _search, describe_stream
+from knnext.evaluation.stream import Piece, _Found, describe_stream
 from knnext.index import ExactIndex, FaissIndex, check_exactness
 from tests.index.stores import clustered, make_datastore
 
@@ -94,6 +94,16 @@ class Words:
         return " ".join(map(str, ids))
 
 
+def searched(index: Any, queries: Tensor) -> dict[str, Tensor | None]:
+    """Neighbors of all queries, found in pieces."""
+    found = _Found(index, len(queries), 6, True)
+    for first in range(0, len(queries), 4):
+        part = queries[first : first + 4]
+        none = torch.zeros(len(part), device="cpu")
+        found.search(Piece(first, part, none.long(), none), None)
+    return {"distances": found.distances, "tokens": found.tokens, "indices": found.indices}
+
+
 def everything(store: Datastore, folder: Path, queries: Tensor, rows: Tensor) -> list[Any]:
     """Results of all that searches and reads, as plain tensors."""
     exact = ExactIndex(store, chunk_bytes=20_000)
@@ -111,7 +121,7 @@ def everything(store: Datastore, folder: Path, queries: Tensor, rows: Tensor) ->
     half = fresh.subsample(0.5)
     results += [half.keys[0:9], half.document_offsets, fresh.shard(1, 3).document_offsets]
     results += neighbor_spans(fresh, Words(), rows)
-    results += _search(exact, queries, 6, 4, True, None, "").values()
+    results += searched(exact, queries).values()
     return results
 
 
@@ -134,7 +144,7 @@ def scored(store: Datastore, queries: Tensor, folder: Path) -> list[Any]:
     )
     targets = torch.from_numpy(np.arange(1, count + 1))
     log_p_lm = -torch.from_numpy(np.linspace(1, 9, count, dtype=np.float32))
-    found = _search(ExactIndex(store), queries, 6, 4, True, None, "")
+    found = searched(ExactIndex(store), queries)
     scores = StreamScores(**describe_stream(text, targets, log_p_lm), **found)
     fit = tune(scores, [1.0, 10.0, 100.0], [0, 0.2, 0.5])
     figures = evaluate(scores, fit.temperature, 0.3)
