@@ -195,6 +195,11 @@ def test_compiling_a_knnlm_whole_says_what_to_compile(index: ExactIndex) -> None
         compiled(input_ids=TOKENS[None])
 
 
+def test_an_index_without_values_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"has no values.*from_tensors\(keys, values\)"):
+        KNNLM(tiny("llama"), ExactIndex.from_tensors(torch.zeros(4, 32)), k=2)
+
+
 # Adapters
 
 
