@@ -378,6 +378,7 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def libraries() -> tuple[Any, Any]:
+    """The modules tokenizers and transformers; ImportError that says how to get them."""
     try:
         import tokenizers
         import transformers
