@@ -182,7 +182,11 @@ class Ranks:
         """NCCL wants all ranks in its first exchange, also those that have nothing to send."""
         with self.waiting("connecting GPUs"):
             self._wait(
-                dist.all_reduce(torch.zeros(1, device=device), group=self.group, async_op=True)
+                dist.all_reduce(
+                    torch.zeros(1, dtype=torch.float32, device=device),
+                    group=self.group,
+                    async_op=True,
+                )
             )
 
     def has_nccl(self) -> bool:

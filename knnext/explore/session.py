@@ -294,7 +294,9 @@ class Writing:
         weight = lmbda if side == "mixture" else 0.0
         log_p = found.log_mixture(logits[None], temperature, weight, self.k)
         token = next_token(log_p[0], self.generators[side])
-        found = found.with_targets(torch.tensor([token], device="cpu"), logits[None])
+        found = found.with_targets(
+            torch.tensor([token], dtype=torch.int64, device="cpu"), logits[None]
+        )
         writer.ids.append(token)
         ends = token in writer.ends
         self.left[side] = 0 if ends else self.left[side] - 1

@@ -147,7 +147,12 @@ def serve(ranks: Ranks, complain: Callable[[Exception], None]) -> None:
                 store = Datastore.open(place["path"])
                 indexes[number] = ShardedIndex(store, ranks, **_device_here(place["options"]))
             elif what == _SEARCH:
-                indexes[number].search(torch.empty(0, indexes[number].datastore.dim), 1)
+                indexes[number].search(
+                    torch.empty(
+                        0, indexes[number].datastore.dim, dtype=torch.float32, device="cpu"
+                    ),
+                    1,
+                )
         except RankLostError:
             raise
         except Exception as error:

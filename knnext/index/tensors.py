@@ -58,13 +58,13 @@ class BlockRows:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
-                return self[torch.arange(start, stop, step)]
+                return self[torch.arange(start, stop, step, device="cpu")]
             return self._read(start, max(start, stop))
         rows = check_rows(index, len(self))
         whole = self._read(0, len(self)) if len(self._blocks) == 1 else None
         if whole is not None:
             return whole[rows.to(whole.device)]
-        found = torch.empty((*rows.shape, *self.shape[1:]), dtype=self.dtype)
+        found = torch.empty((*rows.shape, *self.shape[1:]), dtype=self.dtype, device="cpu")
         for number, block in enumerate(self._blocks):
             first, last = self._bounds[number : number + 2].tolist()
             here = (rows >= first) & (rows < last)
@@ -171,11 +171,11 @@ class TensorStore:
     def document_offsets(self) -> Tensor:
         """(documents + 1,) int64; of none, one 0."""
         if not self._has[1]:
-            return torch.zeros(1, dtype=torch.int64)
+            return torch.zeros(1, dtype=torch.int64, device="cpu")
         documents = torch.cat(self._documents)
         if not len(documents):
-            return torch.zeros(1, dtype=torch.int64)
-        return torch.searchsorted(documents, torch.arange(int(documents[-1]) + 2))
+            return torch.zeros(1, dtype=torch.int64, device="cpu")
+        return torch.searchsorted(documents, torch.arange(int(documents[-1]) + 2, device="cpu"))
 
     @property
     def fingerprint(self) -> str:
@@ -191,7 +191,11 @@ class TensorStore:
         if rows is not None and codes is not None:
             return KeyCodes.cat([codes, encode_keys(rows, codes.center)])
         some = self.keys[0 : min(_CENTER_ROWS, self.num_entries)]
-        center = mean_key(some) if len(some) else torch.zeros(self.dim)
+        center = (
+            mean_key(some)
+            if len(some)
+            else torch.zeros(self.dim, dtype=torch.float32, device="cpu")
+        )
         return KeyCodes.cat([encode_keys(block, center) for block in self._keys])
 
     def _prepared(self, keys: ArrayLike, dim: int | None) -> Tensor:

@@ -52,7 +52,12 @@ def leaves(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if tensor.is_quantized:
         yield "int_repr", tensor.int_repr()
         if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            yield "scale", torch.tensor([tensor.q_scale(), tensor.q_zero_point()])
+            yield (
+                "scale",
+                torch.tensor(
+                    [tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float32, device="cpu"
+                ),
+            )
         else:
             yield "scale", tensor.q_per_channel_scales()
             yield "zero_point", tensor.q_per_channel_zero_points()

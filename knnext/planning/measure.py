@@ -108,7 +108,7 @@ def _states(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> Te
 
 def _random(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
-    return torch.randn(rows, dim, generator=generator, device=device).to(dtype)
+    return torch.randn(rows, dim, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
 
 # The parts
@@ -185,7 +185,7 @@ def _drop(fd: int, size: int) -> bool:
 
 
 def _memory(sizes: Sizes, _: torch.device, __: Path, ___: Forward | None) -> Found:
-    numbers = torch.ones(sizes.memory_bytes // 4, device="cpu")
+    numbers = torch.ones(sizes.memory_bytes // 4, dtype=torch.float32, device="cpu")
     rate = numbers.nbytes / best(lambda: numbers.sum())
     yield "memory_read", rate, f"{binary_size(numbers.nbytes)} summed by {_threads()}"
 
@@ -193,7 +193,7 @@ def _memory(sizes: Sizes, _: torch.device, __: Path, ___: Forward | None) -> Fou
 def _copy(sizes: Sizes, device: torch.device, _: Path, __: Forward | None) -> Found:
     if device.type != "cuda":
         return
-    numbers = torch.ones(sizes.memory_bytes // 4, device="cpu").pin_memory()
+    numbers = torch.ones(sizes.memory_bytes // 4, dtype=torch.float32, device="cpu").pin_memory()
     target = torch.empty_like(numbers, device=device)
     rate = numbers.nbytes / best(lambda: target.copy_(numbers, non_blocking=True), device)
     yield "host_to_device", rate, f"{binary_size(numbers.nbytes)} of pinned memory"

@@ -110,7 +110,7 @@ def _searches(store: Datastore, job: Job, rates: Rates) -> Iterator[tuple[str, f
     how = "codes" if job.codes else "keys"
     for count in _QUERIES:
         one = replace(job, queries=count)
-        queries = store.keys[torch.arange(count) * (len(store.keys) // count)]
+        queries = store.keys[torch.arange(count, device="cpu") * (len(store.keys) // count)]
         predicted = local_search(one, place(one, rates.machine), rates).seconds
         took = best(partial(exact.search, queries, 1024))
         yield f"search by {how}, {count:,} queries, k 1,024", predicted, took
