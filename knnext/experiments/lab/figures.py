@@ -73,6 +73,8 @@ def legend_below(axes: Any, columns: int = 2) -> None:
         fontsize=8,
         labelcolor=INK,
         ncols=columns,
+        columnspacing=1.2,
+        handlelength=1.8,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.14),
     )

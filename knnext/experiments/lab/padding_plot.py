@@ -52,7 +52,7 @@ def _curves(axes: Any, curves: list[dict[str, Any]], fraction: float) -> None:
         ylabel="perplexity on test",
         legend=False,
     )
-    legend_below(axes)
+    legend_below(axes, 1)
 
 
 def _advantages(axes: Any, contrasts: list[dict[str, Any]]) -> None:
