@@ -223,7 +223,7 @@ def test_finished_segments_are_not_added_again(
         patch.setattr(faiss_build, "_merge", no_merge)
         with pytest.raises(KeyboardInterrupt):
             FaissIndex.build(stores["l2"], tmp_path / "ix", "IVF16,PQ16x4", segment_rows=1000)
-    monkeypatch.setattr(faiss_build, "_train", None)  # a call would fail
+    monkeypatch.setattr(faiss_build, "trained", None)  # a call would fail
     monkeypatch.setattr(faiss_build.faiss_library, "as_float32", None)
     faiss_build.build(
         stores["l2"],
