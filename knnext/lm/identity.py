@@ -104,6 +104,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def sha256(content: bytes) -> str:
+    """``sha256:`` and 64 hexadecimal digits."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
