@@ -301,7 +301,7 @@ def test_a_searchs_memory_reaches_the_index(
 
     knnext("build")
     plain = knnext("search")
-    monkeypatch.setattr("knnext.index.ExactIndex", Seen)
+    monkeypatch.setattr("knnext.index.sharded_crew.ExactIndex", Seen)
     options = ["--query-batch", "2", "--chunk-bytes", "2KB", "--resident-bytes", "0"]
     assert knnext("search", *options) == plain
     assert seen[0].items() >= {"query_batch": 2, "chunk_bytes": 2000, "resident_bytes": 0}.items()
