@@ -297,7 +297,7 @@ def _facts(
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
     return {
-        "datastore": f"{store.num_entries:,} tokens of the train split, "
+        "datastore": f"{store.num_entries:,} of the train split's tokens, "
         f"{store.num_documents:,} documents, keys {store.key_layer!r}, float16 x {store.dim}",
         "FAISS index": f"{index.factory}, nprobe {index.nprobe}, {format_bytes(index.num_bytes)}",
         "neighbors per token": f"{config.k:,}",
