@@ -242,7 +242,7 @@ def differences(expected: DatastoreMeta, actual: DatastoreMeta, names: tuple[str
         want, have = getattr(expected, name), getattr(actual, name)
         if want != have and name == "origin" and want and have:
             found += [
-                f"{key}: datastore has {have.get(key)!r}, asked for {want.get(key)!r}"
+                f"origin, {key}: datastore has {have.get(key)!r}, asked for {want.get(key)!r}"
                 for key in dict.fromkeys([*have, *want])
                 if have.get(key) != want.get(key)
             ]

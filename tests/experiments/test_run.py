@@ -108,9 +108,9 @@ def test_the_page(fake, tmp_path):
     assert "data:image/png;base64," in text
     assert "http" not in re.sub(r"base64,[^']*", "", text).replace("http-equiv", "")
     rows = table.read_text().splitlines()
-    assert rows[0].startswith("| experiment | claim")
-    assert "19.17 \\| <att> (recalled, unverified); 21.75 |" in rows[2]
-    assert rows[2].endswith("| -5.0 % [-6.0, -4.0] | agrees |")
+    assert rows[0] == "# The experiments" and rows[2].startswith("| experiment | claim")
+    assert "19.17 \\| <att> (recalled, unverified); 21.75 |" in rows[4]
+    assert rows[4].endswith("| -5.0 % [-6.0, -4.0] | agrees |")
 
 
 def check_page(text: str) -> None:
