@@ -157,7 +157,7 @@ def test_the_configuration_counts_what_the_model_has(folder: Path) -> None:
     config.save_pretrained(folder.parent / "experts")
     shape = read_shape(str(folder.parent / "experts"))
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     assert shape.params == sum(p.numel() for p in model.parameters())
     experts = 2 * 8 * 3 * 32 * 48
     others = shape.params - experts - 2 * 100 * 32

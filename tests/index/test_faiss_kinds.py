@@ -53,7 +53,7 @@ def test_an_unsearchable_kind_is_refused_before_the_rows_are_added(
 ) -> None:
     """One that nobody here knows of; another factory may be tried in the folder after it."""
     monkeypatch.setattr(faiss_library, "_check_kind", lambda *_: None)
-    monkeypatch.setattr(faiss_build, "_add_segments", None)  # a call would fail
+    monkeypatch.setattr(faiss_build, "add_segment", None)  # a call would fail
     for factory in ("IDMap,Flat", "ZnLattice4x10_6"):
         with pytest.raises(ValueError, match=f"{factory!r} cannot be searched"):
             FaissIndex.build(stores["l2"], tmp_path / "ix", factory)
