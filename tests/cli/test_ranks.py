@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from knnext.cli import main
 from knnext.cli.parser import build_parser
 from knnext.cli.ranks import EACH, LED, TOGETHER
+from knnext.datastore import Datastore
 from tests.cli.test_cli import COMMANDS, Run, folder, run
 from tests.launch import TORCHRUN, ended, on_machines, on_processes, processes, two_machines
 
@@ -147,11 +149,28 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_sentence(
 
 
 @pytest.mark.slow
-def test_two_machines_give_the_figures_of_one(built: Path, run: Run) -> None:
-    words = words_of(built, "eval", *MIXTURE)
-    wanted = run(*words[1:])
-    with two_machines() as machines, on_machines(machines, [*words, "--json"]) as [first, second]:
-        code, out, err = ended(first)
-        assert code == 0, err
-        same_but_for_times(out, wanted)
-        assert ended(second)[:2] == (0, "")
+def test_the_road_over_two_machines_is_that_of_one(built: Path, run: Run, tmp_path: Path) -> None:
+    """Build with codes, each machine some parts; then eval, each with its share of the text."""
+    model = ["--model", str(built / "model"), "--device", "cpu"]
+    corpus = ["--corpus", str(built / "corpus"), "--batch-size", "8", "--codes"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run("build", str(one), *model, *corpus)
+    wanted = run("eval", str(one), *model, *MIXTURE)
+    with two_machines() as machines:
+        with on_machines(machines, ["knnext", "build", str(two), *model, *corpus]) as begun:
+            for process in begun:
+                code, _, err = ended(process)
+                assert code == 0, err
+        stores = [Datastore.open(path) for path in (one, two)]
+        assert len(stores[1].meta.parts or ()) > 1
+        for name in ("keys", "values"):
+            ours, theirs = (getattr(store, name)[0 : len(store)] for store in stores)
+            assert torch.equal(ours, theirs)
+        codes = [path.with_name(f"{path.name}.codes") / "codes.bin" for path in (one, two)]
+        assert codes[0].read_bytes() == codes[1].read_bytes()
+        words = ["knnext", "eval", str(two), *model, *MIXTURE, "--json"]
+        with on_machines(machines, words) as [first, second]:
+            code, out, err = ended(first)
+            assert code == 0, err
+            same_but_for_times(out, wanted)
+            assert ended(second)[:2] == (0, "")
