@@ -188,5 +188,5 @@ def test_an_import_goes_on(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         check(Datastore.import_legacy(path, tmp_path / "ds", resume=True), keys, values)
     write(path, keys[:250], values[:250], "f2", "i4", 50)
-    with pytest.raises(IncompatibleDatastoreError, match="cannot resume: dropped_rows"):
+    with pytest.raises(IncompatibleDatastoreError, match="cannot resume: origin, dropped_rows"):
         Datastore.import_legacy(path, tmp_path / "ds", resume=True)
