@@ -37,9 +37,9 @@ def explore(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     server = Server(
         session, _facts(args, settings), host=args.host, port=args.port, seconds=args.seconds
     )
-    say(f"open        {server.address}")
-    say("            Ctrl-C ends it")
     try:
+        say(f"open        {server.address}")
+        say("            Ctrl-C ends it")
         server.run()
     except KeyboardInterrupt:
         say("ended")

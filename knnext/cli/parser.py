@@ -43,6 +43,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """An option that a command does not know is that command's error, with its help."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            command = commands.choices.get(getattr(found, "command", None), self)
+            command.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
     def _print_message(self, message: str, file: Any = None) -> None:
         with suppress(ValueError):
             if launched()[0]:  # of ranks, whose command lines are one, the first speaks

@@ -343,8 +343,9 @@ def _reasons(source: str, part: str) -> Iterator[None]:
             raise ValueError(_CODE_WANTED.format(source=source, named=named)) from error
         line = (text.splitlines() or [""])[0][:300]
         kind = OSError if isinstance(error, OSError) else ValueError
+        hint = "" if Path(source).exists() else f" (and there is no folder {source} here)"
         raise kind(
-            f"the {part} of {source} cannot be loaded: {type(error).__name__}: {line}"
+            f"the {part} of {source} cannot be loaded: {type(error).__name__}: {line}{hint}"
         ) from error
 
 

@@ -281,3 +281,19 @@ def test_marks_in_both_tables(documents: int | None, mark: bool) -> None:
     # Without an interval there is nothing to mark.
     alone = Row("a", 12.0, (float("nan"), float("nan")), num_documents=1)
     assert "*" not in text_table([alone])
+
+
+@pytest.mark.parametrize("command", ["eval", "build", "search", "plan"])
+def test_an_unknown_option_is_its_commands_error(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {
+        "eval": ["s", "--model", "m"],
+        "build": ["s", "--model", "m", "--corpus", "c"],
+        "search": ["s", "text", "--model", "m"],
+        "plan": ["--tokens", "5"],
+    }
+    assert main([command, *words[command], "--temprature", "3"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"knnext {command}: unrecognized arguments: --temprature 3")
+    assert said.endswith(f"see knnext {command} --help\n") and said.count("\n") == 1
