@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
-            command = commands.choices.get(getattr(found, "command", None), self)
+            command = commands.choices.get(str(getattr(found, "command", "")), self)
             command.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found
 

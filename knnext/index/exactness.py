@@ -78,8 +78,11 @@ def check_exactness(
     )
     picked = queries[chosen.to(queries.device)].cpu()
     distances, indices = (t.cpu() for t in index.search(picked, k))
-    rounded = prepare_queries(picked, datastore.dim, datastore.dtype).double()
-    search = _Float64Search(datastore, rounded, k, index.metric)
+    cosine = index.metric == "cosine"
+    rounded = prepare_queries(picked, datastore.dim, datastore.dtype, cosine=cosine).double()
+    if cosine:  # of keys and queries of length 1
+        distances = distances - 1
+    search = _Float64Search(datastore, rounded, k, "ip" if cosine else index.metric)
     return _compare(search, distances.double(), indices, rounding_of(index))
 
 

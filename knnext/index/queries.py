@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnext.index.tensors import as_tensor, normalised
+from knnext.index.tensors import DocumentBounds, as_tensor, normalised
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,7 +36,11 @@ def prepare_queries(queries: Any, dim: int, dtype: torch.dtype, *, cosine: bool 
 
 def as_distances(scores: Tensor, *, cosine: bool) -> Tensor:
     """Of ``cosine`` 1 - cos, from 0 to 2, where the search gave -cos; padding stays +inf."""
-    return (scores + 1).clamp_min_(0) if cosine else scores
+    if not cosine:
+        return scores
+    found = scores + 1
+    # Keys and queries of length 1 are so up to their dtype's rounding.
+    return torch.where(found.isinf(), found, found.clamp(0, 2))
 
 
 def check_k(k: int) -> int:
@@ -87,7 +91,7 @@ class QueryGroup:
 
 def group_queries(
     exclude_documents: Tensor | Sequence[int] | None,
-    document_offsets: Tensor,
+    document_offsets: Tensor | DocumentBounds,
     num_queries: int,
 ) -> list[QueryGroup]:
     """Sort queries into groups by what they exclude.
@@ -141,11 +145,11 @@ def _check_documents(ids: list[int], num_documents: int, *, lowest: int) -> None
             )
 
 
-def _rows_of(document: int, document_offsets: Tensor) -> Range:
+def _rows_of(document: int, document_offsets: Tensor | DocumentBounds) -> Range:
     return int(document_offsets[document]), int(document_offsets[document + 1])
 
 
-def _excluded_rows(document: int, document_offsets: Tensor) -> tuple[Range, ...]:
+def _excluded_rows(document: int, document_offsets: Tensor | DocumentBounds) -> tuple[Range, ...]:
     return () if document < 0 else _merge([_rows_of(document, document_offsets)])
 
 

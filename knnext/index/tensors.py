@@ -1,7 +1,7 @@
 """Keys and values in memory, in the place of a datastore: what an index of plain tensors searches.
 
-Nothing is copied that need not be: keys of a float dtype that lie in one piece are searched where
-they are, and what is added later is a block of its own.
+The first keys are not copied where they need not be: those of a float dtype that lie in one piece
+are searched where they are. What is added later is copied, into blocks of its own.
 """
 
 from __future__ import annotations
@@ -91,6 +91,24 @@ class BlockRows:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class DocumentBounds:
+    """Row bounds by document id, as a datastore's ``document_offsets``: found when they are asked
+    for, as ids may be far larger than there are rows."""
+
+    def __init__(self, blocks: list[Tensor]) -> None:
+        self._blocks = blocks
+        self._documents: Tensor | None = None
+
+    def numel(self) -> int:
+        last = next((int(block[-1]) for block in reversed(self._blocks) if len(block)), -1)
+        return last + 2
+
+    def __getitem__(self, document: int) -> int:
+        if self._documents is None:
+            self._documents = torch.cat(self._blocks)
+        return int(torch.searchsorted(self._documents, document))
+
+
 class TensorStore:
     """Keys (N, D), and perhaps values (N,) int32 and documents, as an index reads them.
 
@@ -121,6 +139,8 @@ class TensorStore:
     def add(self, keys: ArrayLike, values: ArrayLike | None, documents: ArrayLike | None) -> Tensor:
         """The rows as they were added, (n, D) in the dtype of those before."""
         prepared = self._prepared(keys, self.dim).to(self.device, self.dtype)
+        if prepared.data_ptr() == as_tensor("keys", keys).data_ptr():
+            prepared = prepared.clone()  # whoever adds from one buffer writes to it again
         _check_finite(prepared)  # of another dtype they may have been larger than this one's
         self._append(len(prepared), values, documents)
         if len(prepared):
@@ -168,14 +188,8 @@ class TensorStore:
         return BlockRows(self._values)
 
     @property
-    def document_offsets(self) -> Tensor:
-        """(documents + 1,) int64; of none, one 0."""
-        if not self._has[1]:
-            return torch.zeros(1, dtype=torch.int64, device="cpu")
-        documents = torch.cat(self._documents)
-        if not len(documents):
-            return torch.zeros(1, dtype=torch.int64, device="cpu")
-        return torch.searchsorted(documents, torch.arange(int(documents[-1]) + 2, device="cpu"))
+    def document_offsets(self) -> DocumentBounds:
+        return DocumentBounds(self._documents)
 
     @property
     def fingerprint(self) -> str:
@@ -270,6 +284,7 @@ def _integers(name: str, given: ArrayLike, rows: int) -> Tensor:
     tensor = as_tensor(name, given)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+    tensor = tensor.to(torch.int64, copy=True)  # not all that is asked below is there for uint16
     if tensor.shape != (rows,):
         raise ValueError(f"{name} must be ({rows},), one for each key, got {tuple(tensor.shape)}")
     if rows and not 0 <= int(tensor.min()) <= int(tensor.max()) < 2**31:

@@ -298,3 +298,81 @@ def test_datastores_take_nothing_in(stores: dict[str, Any], tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"ExactIndex\.from_tensors searches by it"):
         ExactIndex(stores["l2"], metric="cosine")
     assert len(index) == len(stores["l2"])
+
+
+# What a first user found
+
+
+@pytest.mark.parametrize("per_query", [True, False])
+def test_ids_of_documents_may_be_far_larger_than_there_are_rows(per_query: bool) -> None:
+    """The cost is the rows': an array by id would take 16 GiB here."""
+    keys = torch.randn(4, 8)
+    documents = torch.tensor([3, 2**31 - 5, 2**31 - 5, 2**31 - 2])
+    index = ExactIndex.from_tensors(keys, documents=documents)
+    assert index.search(keys[:1], 1)[1].tolist() == [[0]]
+    left_out = torch.tensor([2**31 - 5]) if per_query else [2**31 - 5]
+    assert index.search(keys[1:2], 4, left_out)[1].sort().values.tolist() == [[-1, -1, 0, 3]]
+    with pytest.raises(ValueError, match="document"):
+        index.search(keys[:1], 1, [2**31 - 1])
+
+
+def test_an_empty_index_with_documents_is_searched() -> None:
+    empty = torch.zeros(0, dtype=torch.int64)
+    index = ExactIndex.from_tensors(torch.zeros(0, 8), documents=empty)
+    assert index.search(torch.randn(2, 8), 3)[1].tolist() == [[-1] * 3] * 2
+    index.add(torch.randn(2, 8), documents=torch.tensor([4, 9]))
+    assert index.search(torch.randn(1, 8), 3, [4])[1].tolist() == [[1, -1, -1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cosine_distances_lie_between_0_and_2(dtype: torch.dtype) -> None:
+    keys = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    queries = torch.cat([keys[:100], -keys[:100]])
+    found = ExactIndex.from_tensors(keys, metric="cosine").search(queries, 501)[0]
+    assert found[:, :500].min() >= 0 and found[:, :500].max() <= 2
+    assert found[:, 500].isinf().all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("kind", ["tensor", "numpy"])
+def test_one_buffer_may_be_added_from_again_and_again(metric: str, kind: str) -> None:
+    rows, queries = torch.randn(400, 16), torch.randn(5, 16)
+    buffer, values = torch.empty(100, 16), torch.empty(100, dtype=torch.int32)
+    index = ExactIndex.from_tensors(rows[:0], torch.zeros(0, dtype=torch.int32), metric=metric)
+    for first in range(0, 400, 100):
+        buffer.copy_(rows[first : first + 100])
+        values.copy_(torch.arange(first, first + 100))
+        index.add(*((buffer, values) if kind == "tensor" else (buffer.numpy(), values.numpy())))
+    whole = ExactIndex.from_tensors(rows, torch.arange(400), metric=metric)
+    for ours, theirs in zip(index.search(queries, 9), whole.search(queries, 9), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(index.tokens(index.search(queries, 9)[1]), index.search(queries, 9)[1])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.uint32, np.uint64])
+def test_values_and_documents_of_any_integers(dtype: type) -> None:
+    numbers = np.arange(50).astype(dtype)
+    index = ExactIndex.from_tensors(torch.randn(50, 8), numbers, documents=numbers)
+    assert index.tokens(torch.arange(50)[None]).tolist() == [list(range(50))]
+    if np.iinfo(dtype).max >= 2**31:
+        with pytest.raises(ValueError, match="must lie in"):
+            ExactIndex.from_tensors(torch.randn(1, 8), np.array([2**31], dtype=dtype))
+
+
+def test_exactness_of_cosine_is_measured_as_cosine() -> None:
+    from knnext.index import check_exactness
+
+    keys = torch.randn(600, 16, generator=torch.Generator().manual_seed(3))
+    index = ExactIndex.from_tensors(keys, metric="cosine")
+    right = check_exactness(index, keys[:20] + 0.1, 5)
+    assert right.exact and right.recall == 1 and right.max_distance_error < 1e-6
+
+    class Wrong:
+        datastore, metric, device = index.datastore, "cosine", "cpu"
+
+        def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            distances, indices = index.search(queries, k + 50)
+            return distances[:, 50:], indices[:, 50:]
+
+    wrong = check_exactness(Wrong(), keys[:20] + 0.1, 5)  # type: ignore[arg-type]
+    assert wrong.wrong > 50 and wrong.recall == 0
