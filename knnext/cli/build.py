@@ -217,9 +217,13 @@ def import_legacy(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.datastore import Datastore
+    from knnext.datastore.meta_file import not_joined
     from knnext.progress import Progress
 
     store = Datastore.open(args.datastore, allow_unfinished=True)
+    if args.verify and store.unfinished and store.meta.parts:
+        lacks = not_joined(store.path, store.meta)
+        raise ValueError(f"--verify reads what is joined, or the folder of one part; {lacks}")
     say(store.describe())
     facts = facts_of(store) | _beside(args.datastore)
     for name in ("index", "tuning"):

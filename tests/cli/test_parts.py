@@ -72,6 +72,8 @@ def test_a_store_its_codes_and_its_index_in_parts(
     refused = run(*words_of(folder, "parts", "--part", "2/4"), code=1)
     assert "parts: datastore has 3, asked for 4" in refused
     assert "1 of 3 whole" in _said(capsys, "info", store)
+    assert "--verify reads what is joined" in run("info", store, "--verify", code=1)
+    assert run("info", f"{store}/part-00002", "--verify")["verified"]
     capsys.readouterr()
     assert main(words_of(folder, "parts", "--part", "1/3")) == 0
     assert "missing: 3" in capsys.readouterr().out
