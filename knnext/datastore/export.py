@@ -10,6 +10,7 @@ bfloat16 exactly.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,13 +71,20 @@ def export_rows(
     documents = _DOCUMENT_BYTES if store.num_documents else 0
     needed = len(store) * (width + VALUE_BYTES + documents)
     check_disk(path, needed, f"an export of {len(store):,} rows", "give another place")
-    part = path.with_name(f"{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was cut off
+    # Of this export alone: another one into the same place must not find its files half-written.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     part.mkdir(parents=True)
     try:
         _WRITERS[file_format](store, part, file_bytes, progress or (lambda done, total: None))
         (part / FACTS_FILE).write_text(json.dumps(_facts(store), indent=1) + "\n", encoding="utf-8")
-        part.rename(path)
+        try:
+            part.rename(path)
+        except OSError as error:
+            if path.exists():
+                raise FileExistsError(
+                    f"{path} was made meanwhile; this export is dropped"
+                ) from error
+            raise
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

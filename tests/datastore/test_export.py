@@ -80,7 +80,21 @@ def test_rows_come_back(
         assert facts["document_names"] == ["text 0", "text 1", "text 2"]
     else:
         assert facts["document_names"] is None
-    assert not (tmp_path / "out.part").exists()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_two_at_once_are_one_whole_and_one_refused(file_format: str, tmp_path: Path) -> None:
+    store = write(tmp_path / "store", torch.float16)
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == total:
+            export_rows(store, tmp_path / "out", file_format)
+
+    with pytest.raises(FileExistsError, match="made meanwhile"):
+        export_rows(store, tmp_path / "out", file_format, progress=meanwhile)
+    assert torch.equal(read_back(tmp_path / "out", file_format)["keys"].half(), store.keys[0:ROWS])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -104,9 +118,7 @@ def test_numpy_can_map_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_what_breaks_off_leaves_nothing(
-    file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_breaks_off_leaves_nothing(file_format: str, tmp_path: Path) -> None:
     store = write(tmp_path / "store", torch.float16)
 
     def stop(done: int, total: int) -> None:
@@ -115,10 +127,8 @@ def test_what_breaks_off_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         export_rows(store, tmp_path / "out", file_format, progress=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
-    (tmp_path / "out.part").mkdir()  # as a kill leaves it
-    (tmp_path / "out.part" / "rows-00009.safetensors").write_text("old")
     export_rows(store, tmp_path / "out", file_format)
-    assert not (tmp_path / "out" / "rows-00009.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "store"]
 
 
 def test_bad_wishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +142,7 @@ def test_bad_wishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "free_bytes", lambda path: 100)
     with pytest.raises(DatastoreWriteError, match="an export of 40 rows needs"):
         export_rows(store, tmp_path / "out", "npy")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
