@@ -24,7 +24,7 @@ from knnext.datastore.meta_file import read_meta
 from knnext.datastore.parts import read_plan
 from knnext.datastore.room import check_room, row_bytes
 from knnext.lm.batching import choose_batch_size
-from knnext.lm.hidden_states import default_block_size, find_key_module
+from knnext.lm.hidden_states import default_block_size, find_key_modules
 from knnext.lm.key_layer import capture_hidden_states
 from knnext.lm.load import model_identity, model_parts, sha256, tokenizer_hash
 from knnext.lm.running import evaluating, trace_inputs
@@ -173,10 +173,12 @@ def bos_of(tokenizer: Any, each_window: bool | None) -> int | None:
 
 def key_width(model: nn.Module, key_layer: str) -> int:
     """The width of a key; a short pass of the model tells it."""
-    key = find_key_module(model, key_layer)
-    with evaluating(model), capture_hidden_states(model, key) as captured:
-        model(**trace_inputs(model))
-        return int(captured.states(1).shape[-1])
+    width = 0
+    for key in find_key_modules(model, key_layer):
+        with evaluating(model), capture_hidden_states(model, key) as captured:
+            model(**trace_inputs(model))
+            width += int(captured.states(1).shape[-1])
+    return width
 
 
 def _vocab_size(model: nn.Module) -> int:

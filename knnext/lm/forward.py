@@ -9,6 +9,8 @@ short pass tells; models that do more (soft caps, scales, projections) are run w
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,17 +38,26 @@ class ModelForward:
     """
 
     def __init__(
-        self, model: nn.Module, key: KeyModule, with_log_p_lm: bool, with_logits: bool
+        self,
+        model: nn.Module,
+        keys: Sequence[KeyModule],
+        with_log_p_lm: bool,
+        with_logits: bool,
     ) -> None:
         model = plain_model(model)
-        self.model, self.key = model, key
+        #: Whose states stand side by side in a key.
+        self.model, self.keys = model, tuple(keys)
         self.with_log_p_lm, self.with_logits = with_log_p_lm, with_logits
         self.device = input_device(model)
         base, head = _plain_parts(model)
-        self._key_is_head = key.module is head and key.side == "input"
-        #: The key is read in the base model, where ``logits_to_keep`` cuts nothing off yet.
-        self._key_in_base = base is not None and any(m is key.module for m in base.modules())
-        usable = head is not None and (self._key_is_head or self._key_in_base)
+        inner = set() if base is None else {id(module) for module in base.modules()}
+        #: Keys that the output layer reads, which are the base model's output.
+        self._of_head = [k for k in self.keys if k.module is head and k.side == "input"]
+        #: All keys are read in the base model, where ``logits_to_keep`` cuts nothing off yet.
+        self._keys_in_base = all(id(k.module) in inner for k in self.keys)
+        usable = head is not None and all(
+            k in self._of_head or id(k.module) in inner for k in self.keys
+        )
         self._base, self._head = (base, head) if usable else (None, None)
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in trace_inputs(model) else {}
@@ -68,20 +79,40 @@ class ModelForward:
             return states, log_p, logits if self.with_logits else None
 
     def _run_base(self, base: nn.Module, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        if self._key_is_head:
+        with self._captured(without=self._of_head) as captured:
             output = _chosen(_last_state(base(input_ids=ids, **self._extra)), wanted)
-            return output, output
-        with capture_hidden_states(self.model, self.key) as captured:
-            output = _last_state(base(input_ids=ids, **self._extra))
-        return self._states(captured, wanted), _chosen(output, wanted)
+        return self._states(captured, wanted, output), output
 
-    def _states(self, captured: CapturedStates, wanted: Tensor) -> Tensor:
-        """(n, D) of the wanted cells; the model may have run its last positions only."""
+    @contextmanager
+    def _captured(self, without: Sequence[KeyModule] = ()) -> Iterator[list[CapturedStates | None]]:
+        """What is to read each of the keys; None for those ``without``."""
+        with ExitStack() as stack:
+            yield [
+                None
+                if key in without
+                else stack.enter_context(capture_hidden_states(self.model, key))
+                for key in self.keys
+            ]
+
+    def _states(
+        self,
+        captured: Sequence[CapturedStates | None],
+        wanted: Tensor,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        """(n, D) of the wanted cells; ``output`` is that of keys which nothing captured."""
+        parts = [output if one is None else self._states_of(one, wanted) for one in captured]
+        found = [part for part in parts if part is not None]
+        return found[0] if len(found) == 1 else torch.cat([p.to(self.device) for p in found], 1)
+
+    def _states_of(self, captured: CapturedStates, wanted: Tensor) -> Tensor:
+        """(n, D) of one key; the model may have run its last positions only."""
         states, length = captured.states(len(wanted)), wanted.shape[1]
         if states.shape[1] > length:
             raise ValueError(
-                f"{self.key} has {states.shape[1]} states for {length} tokens, where knnext needs "
-                "one for each: several streams, or padding; name another module as the key layer"
+                f"{captured.key} has {states.shape[1]} states for {length} tokens, where knnext "
+                "needs one for each: several streams, or padding; name another module as the key "
+                "layer"
             )
         return _chosen(states, wanted[:, length - states.shape[1] :])
 
@@ -106,8 +137,8 @@ class ModelForward:
         if self._can_keep:
             only_keys = not (self.with_log_p_lm or self.with_logits)
             first = int(wanted.any(dim=0).int().argmax())
-            extra["logits_to_keep"] = 1 if only_keys and self._key_in_base else length - first
-        with capture_hidden_states(self.model, self.key) as captured:
+            extra["logits_to_keep"] = 1 if only_keys and self._keys_in_base else length - first
+        with self._captured() as captured:
             output = self.model(input_ids=ids, **extra)
         states = self._states(captured, wanted)
         if not (self.with_log_p_lm or self.with_logits):

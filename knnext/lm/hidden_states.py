@@ -28,6 +28,7 @@ from knnext.lm.key_layer import (
     KeyModule,
     capture_hidden_states,
     find_key_module,
+    find_key_modules,
 )
 from knnext.lm.running import context_length, num_known_tokens
 from knnext.lm.windows import Windows, check_documents, half_stride
@@ -41,6 +42,7 @@ __all__ = [
     "capture_hidden_states",
     "default_block_size",
     "find_key_module",
+    "find_key_modules",
     "hidden_states",
 ]
 
@@ -94,14 +96,15 @@ def hidden_states(
 
     ``stop`` ends before that position instead.
 
-    ``tokens`` (T,): integers, as array, tensor or list; or ``TokenizedDocuments``. ``block_size``
-    defaults to the model's context (at most 1,024), ``stride`` to half of it, ``batch_size`` (full
-    windows at once) to what suits the device and fits into its memory. ``dtype`` is that of the
-    keys. ``with_log_p_lm`` adds the targets' log-probabilities, computed in float32 over a bounded
-    number of rows at a time; ``with_logits`` adds the whole (n, V) logits. The output layer runs
-    once, and only for rows that are given. The model is left as it was, also on an error and
-    between batches. ``bos`` is a token that every window begins with, in the place of the first
-    one that it sees; that one gives no state there, so ``stride`` must be below ``block_size``.
+    ``tokens`` (T,): integers, as array, tensor or list; or ``TokenizedDocuments``. ``key_layer``
+    may join layers: ``"att+ffn"`` gives the states of both side by side. ``block_size`` defaults to
+    the model's context (at most 1,024), ``stride`` to half of it, ``batch_size`` (full windows at
+    once) to what suits the device and fits into its memory. ``dtype`` is that of the keys.
+    ``with_log_p_lm`` adds the targets' log-probabilities, computed in float32 over a bounded number
+    of rows at a time; ``with_logits`` adds the whole (n, V) logits. The output layer runs once, and
+    only for rows that are given. The model is left as it was, also on an error and between batches.
+    ``bos`` is a token that every window begins with, in the place of the first one that it sees;
+    that one gives no state there, so ``stride`` must be below ``block_size``.
 
     ``separate_documents``: no state sees another document than its own. True for
     ``TokenizedDocuments``; for other tokens the places where documents begin, and T. The state of a
@@ -125,8 +128,8 @@ def hidden_states(
             f"{step}: a window's first token is then bos, and cannot be due a state "
             "(--no-bos-each-window, bos=None)"
         )
-    key = find_key_module(model, key_layer)
-    forward = ModelForward(model, key, with_log_p_lm, with_logits)
+    keys = find_key_modules(model, key_layer)
+    forward = ModelForward(model, keys, with_log_p_lm, with_logits)
     shelves = list(windows.shelves(batch, most=1) if with_logits else windows.shelves(batch))
     grid = _Grid(windows, shelves, batch, length_matters(model, block))
     return _batches(forward, stream, grid, dtype, start, last, bos)
@@ -313,8 +316,8 @@ class _Rows:
         if not bool(bounds.to(dtype).isfinite().all()):
             largest = bounds.abs().amax().item()
             raise ValueError(
-                f"the hidden states of {forward.key} do not fit {dtype} (largest magnitude "
-                f"{largest:.4g}): use dtype=torch.bfloat16 or torch.float32"
+                f"the hidden states of {' and '.join(map(str, forward.keys))} do not fit {dtype} "
+                f"(largest magnitude {largest:.4g}): use dtype=torch.bfloat16 or torch.float32"
             )
         positions = torch.arange(self.low, self.high, device=forward.device)
         targets = stream[self.low + 1 : self.high + 1].long().to(forward.device)

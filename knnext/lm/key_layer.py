@@ -8,7 +8,8 @@ Two layers have names (h_ds in the paper):
 ``"ffn"`` is the input of ``model.get_output_embeddings()``. ``"att"`` has no accessor, and models
 name and arrange their blocks in many ways, so it is found by watching a short forward pass
 (knnext/lm/feed_forward.py). Anything else is named by hand: ``"module:NAME:input"`` or
-``"module:NAME:output"`` with a name out of ``model.named_modules()``.
+``"module:NAME:output"`` with a name out of ``model.named_modules()``. Keys of several layers side
+by side, from one run of the model, are named with ``+``: ``"att+ffn"`` (``find_key_modules``).
 """
 
 from __future__ import annotations
@@ -88,6 +89,20 @@ def find_key_module(model: nn.Module, key_layer: str | KeyModule) -> KeyModule:
             found = find_feed_forward(plain)
             return KeyModule(plain_name(found.name), found.module, "input")
     return _output_layer(plain) if key_layer == "ffn" else _named_module(model, key_layer)
+
+
+def find_key_modules(model: nn.Module, key_layer: str | KeyModule) -> tuple[KeyModule, ...]:
+    """The modules behind ``key_layer``, which may join several with ``+``, in that order.
+
+    Their states stand side by side in one key, whose width is the sum of theirs. ValueError for a
+    layer that is named twice; see ``find_key_module``, which knows of one layer only, for others.
+    """
+    if isinstance(key_layer, KeyModule):
+        return (key_layer,)
+    layers = key_layer.split("+") if isinstance(key_layer, str) else [key_layer]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"key_layer names a layer twice: {key_layer!r}")
+    return tuple(find_key_module(model, layer) for layer in layers)
 
 
 def _output_layer(model: nn.Module) -> KeyModule:
