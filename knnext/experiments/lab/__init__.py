@@ -7,6 +7,7 @@ by all experiments of a folder. No experiment searches twice to change a tempera
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from knnext.experiments.lab.mixture import LogP
 from knnext.experiments.lab.models import EVALUATED, LM, ModelLab, States
 from knnext.experiments.lab.presets import Preset
 from knnext.index.faiss_build import faiss_recipe
+from knnext.lm.key_layer import KEY_LAYERS
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -64,12 +66,16 @@ class Lab(ModelLab):
         from knnext.datastore import Datastore
 
         lm = lm or self.lm()
-        settings = self._store_settings(key_layer, lm)
-        whole = self.cache.get("datastore", settings, lambda f: self._build(f, key_layer, lm))
-        store = Datastore.open(whole / "datastore")
+        store = self._whole_store(key_layer, lm)
         if metric == store.metric and fraction == 1 and not padding:
             return store
-        settings = {**settings, "metric": metric, "fraction": fraction, "padding": padding}
+        settings = {
+            **self.store_settings(lm),
+            "key_layer": key_layer,
+            "metric": metric,
+            "fraction": fraction,
+            "padding": padding,
+        }
 
         def make(folder: Path) -> None:
             with self.step(f"copy {fraction:.3g} of the datastore, {padding:.3g} of it zero rows"):
@@ -94,41 +100,65 @@ class Lab(ModelLab):
         store = self.store(key_layer, lm=lm)
         return States(store.keys[0 : len(store)], store.values[0 : len(store)].long())
 
-    def _store_settings(self, key_layer: str, lm: LM) -> dict[str, Any]:
+    def store_settings(self, lm: LM) -> dict[str, Any]:
+        """What decides the rows of the datastores of an LM, but for the layer."""
         return {
             "lm": lm.settings,
             "text": {**self._text_settings, "tokens": self.preset.entries},
-            "key_layer": key_layer,
             "stride": self._store_stride(lm),
             "block_size": self.preset.block_size,
         }
 
     def _store_stride(self, lm: LM) -> int:
-        """Each state of the store has seen a quarter of a window at least."""
+        """By default each state of the store has seen a quarter of a window at least."""
         from knnext.lm.hidden_states import default_block_size
 
-        return self.preset.stride or max(1, default_block_size(lm.model) * 3 // 4)
+        p = self.preset
+        block = p.block_size or default_block_size(lm.model)
+        return p.store_stride or p.stride or max(1, block * 3 // 4)
 
-    def _build(self, folder: Path, key_layer: str, lm: LM) -> None:
-        from knnext.datastore.build import build_datastore
+    def _whole_store(self, key_layer: str, lm: LM) -> Datastore:
+        """Of all rows; that of both named layers is made by one run of the LM over the text."""
+        from knnext.datastore import Datastore
+
+        both = KEY_LAYERS if key_layer in KEY_LAYERS else (key_layer,)
+        settings = {**self.store_settings(lm), "key_layers": list(both)}
+        made = self.cache.get("datastores", settings, lambda f: self._build(f, both, lm))
+        return Datastore.open(made / searches.layer_folder(key_layer))
+
+    def _build(self, folder: Path, layers: tuple[str, ...], lm: LM) -> None:
+        """The datastore of each layer, in a folder of its name."""
         from knnext.datastore.overlap import check_overlap
         from knnext.index import StoredCodes
 
-        with self.step(f"write the datastore of {key_layer} states"):
-            store = build_datastore(
-                lm.model,
-                lm.tokenizer,
-                self.text("store"),
-                folder / "datastore",
-                key_layer=key_layer,
-                block_size=self.preset.block_size,
-                stride=self._store_stride(lm),
-                batch_size=self.preset.batch_size,
-                corpus=self.corpus.facts("train"),
-            )
+        with self.step(f"write the datastore of {' and '.join(layers)} states"):
+            joined = self.build_joined(folder, layers, lm)
+        with self.step("part it by layers"):
+            stores = searches.split_store(joined, folder, layers)
+        for store in stores:
             StoredCodes.renew(store)
         for split in EVALUATED:
-            check_overlap(store, self.text(split))
+            check_overlap(joined, self.text(split))
+        shutil.rmtree(joined.path)
+
+    def build_joined(
+        self, folder: Path, layers: tuple[str, ...], lm: LM, **options: Any
+    ) -> Datastore:
+        """The states of the layers side by side; see `build_datastore` for the options."""
+        from knnext.datastore.build import build_datastore
+
+        return build_datastore(
+            lm.model,
+            lm.tokenizer,
+            self.text("store"),
+            folder / "joined",
+            key_layer="+".join(layers),
+            block_size=self.preset.block_size,
+            stride=self._store_stride(lm),
+            batch_size=self.preset.batch_size,
+            corpus=self.corpus.facts("train"),
+            **options,
+        )
 
     def faiss(
         self,

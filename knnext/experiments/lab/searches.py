@@ -7,6 +7,7 @@ rows are decoded for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,35 @@ def copy_store(
     return copy
 
 
-def _copy_rows(store: Datastore, target: Datastore) -> None:
+def split_store(joined: Datastore, folder: Path, layers: Sequence[str]) -> list[Datastore]:
+    """The datastore of each layer out of one whose keys hold theirs side by side, equally wide."""
+    from knnext.datastore import Datastore
+
+    width = joined.dim // len(layers)
+    if width * len(layers) != joined.dim:
+        raise ValueError(f"keys of {joined.dim} dimensions hold no {len(layers)} of one width")
+    for number, layer in enumerate(layers):
+        target = Datastore.create(
+            folder / layer_folder(layer),
+            width,
+            joined.dtype,
+            metric=joined.metric,
+            key_layer=layer,
+            vocab_size=joined.vocab_size,
+            origin={"layer_of": joined.fingerprint},
+            resume=True,
+        )
+        with target:
+            _copy_rows(joined, target, slice(number * width, (number + 1) * width))
+    return [Datastore.open(folder / layer_folder(layer)) for layer in layers]
+
+
+def layer_folder(layer: str) -> str:
+    """The name of a folder for a layer."""
+    return layer.replace(":", "_")
+
+
+def _copy_rows(store: Datastore, target: Datastore, columns: slice = slice(None)) -> None:
     for begin in range(len(target), len(store), _COPY_ROWS):
         end = min(begin + _COPY_ROWS, len(store))
-        target.append(store.keys[begin:end], store.values[begin:end])
+        target.append(store.keys[begin:end][:, columns], store.values[begin:end])
