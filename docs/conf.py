@@ -24,6 +24,7 @@ os.environ["COLUMNS"] = "90"  # by which argparse breaks its lines
 #: Modules whose names are promised to users, in the order of the data's way, and their headings.
 PUBLIC = {
     "knnext": "knnext: the ops, and what everyone uses",
+    "knnext.errors": "knnext.errors: what can go wrong",
     "knnext.corpus": "knnext.corpus: texts and token streams",
     "knnext.lm.load": "knnext.lm.load: models from disk or a hub",
     "knnext.lm.hidden_states": "knnext.lm.hidden_states: keys and queries",

@@ -11,14 +11,6 @@ DEFAULT_TIMEOUT = 1800.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 
 
-class RankLostError(RuntimeError):
-    """Another rank has gone or does not answer: nothing more can be done with the group."""
-
-
-class RankFailedError(RuntimeError):
-    """Another rank could not do its part, and says why; the group is ready for the next thing."""
-
-
 def launched() -> tuple[int, int]:
     """(rank, number of ranks) as torchrun's environment has them; (0, 1) without one."""
     found = [os.environ.get(name) for name in _VARIABLES]

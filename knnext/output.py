@@ -11,6 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from knnext.errors import FULL, NoRoomError
+
 _numbers = count()
 
 
@@ -48,8 +50,9 @@ def check_outputs(*paths: str | Path | None, reads: Iterable[str | Path | None] 
 def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to; at the end it is forced to disk and takes the name.
 
-    After an exception nothing of it stays. An OSError that names no file (a full disk) is raised
-    again with the name, and so is whatever else a library says where the disk is what is wrong.
+    After an exception nothing of it stays. An OSError that names no file is raised again with the
+    name (NoRoomError of a full disk), and so is whatever else a library says where the disk is
+    what is wrong.
     Without `commit` the file is made and removed. Whoever writes the same file at the same time
     has a part of its own, and the last one to end has the name. A link is written through.
     """
@@ -69,14 +72,18 @@ def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
         if error.filename not in (None, str(part)):
             raise
         reason = error.errno or _refusal(part) or errno.EIO
-        raise OSError(reason, error.strerror or str(error), str(path)) from error
+        raise _refused(reason, error.strerror or str(error), path) from error
     except Exception as error:
         # Libraries write in C++ and call a full disk anything: ask it.
         if part.exists() and (number := _refusal(part)):
-            raise OSError(number, os.strerror(number), str(path)) from error
+            raise _refused(number, os.strerror(number), path) from error
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _refused(number: int, words: str, path: Path) -> OSError:
+    return (NoRoomError if number in FULL else OSError)(number, words, str(path))
 
 
 def _refusal(path: Path) -> int | None:

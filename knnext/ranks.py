@@ -17,13 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from knnext.launch import (
-    DEFAULT_TIMEOUT,
-    RankFailedError,
-    RankLostError,
-    launched,
-    local_rank,
-)
+from knnext.errors import RankFailedError, RankLostError
+from knnext.launch import DEFAULT_TIMEOUT, launched, local_rank
 
 __all__ = [
     "DEFAULT_TIMEOUT",

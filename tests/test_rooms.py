@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "knnext"
 #: From the first room to the last. What stands in one line are single files, which know no room
 #: but those before them. A room knows itself and the rooms before it.
 ORDER = (
+    ("errors",),
     ("launch",),
     ("_host", "progress", "say", "output", "reference", "ranks"),
     ("ops",),
@@ -101,7 +102,8 @@ def test_the_table_in_contributing_is_true() -> None:
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| `([\w.]+)` \| [^|]+ \|(.*)\|$", text, flags=re.MULTILINE)
     stated = {name: set(re.findall(r"`([\w.]+)`", known)) for name, known in lines}
-    files = {"", "_host", "progress", "say", "output", "launch", "ranks"}  # which all may know
+    # Which all may know.
+    files = {"", "_host", "errors", "progress", "say", "output", "launch", "ranks"}
     found: dict[str, set[str]] = {name: set() for name in stated}
     for module, names in IMPORTS.items():
         if room(module) in found:

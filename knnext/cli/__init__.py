@@ -24,7 +24,8 @@ from knnext.cli import streams
 from knnext.cli.memory import is_out_of_memory, out_of_memory
 from knnext.cli.parser import build_parser
 from knnext.cli.ranks import run as run_on_ranks
-from knnext.launch import RankFailedError, RankLostError, launched
+from knnext.errors import KnnextError, missing_package
+from knnext.launch import launched
 
 _EXTRAS = {
     **dict.fromkeys(
@@ -120,12 +121,11 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is not None:
-            return f'this needs {error.name}: pip install "knnext[{extra}]"'
+            return str(missing_package("this needs", str(error.name), extra))
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         return out_of_memory(text)
-    plainly = ValueError | OSError | ImportError | RankLostError | RankFailedError
-    if isinstance(error, plainly) and text:
+    if isinstance(error, KnnextError | ValueError | OSError | ImportError) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
 

@@ -15,6 +15,7 @@ import torch
 
 import knnext
 from knnext.cli.plan import measure_rates
+from knnext.errors import install
 from knnext.ops import REPORT
 from knnext.ops._cards import can_run, cuda_driver_version, visible_cards
 from knnext.ops._library import COMPOSED, built_for, cuda_symbols
@@ -226,7 +227,7 @@ def _cpu() -> dict[str, Any]:
 
 def _faiss() -> dict[str, Any]:
     if importlib.util.find_spec("faiss") is None:
-        return {"version": None, "gpus": 0, "text": 'not installed (pip install "knnext[faiss]")'}
+        return {"version": None, "gpus": 0, "text": f"not installed ({install('faiss')})"}
     try:
         import faiss
     except (ImportError, RuntimeError) as error:  # its libraries do not load

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knnext.errors import MissingFileError
 from knnext.say import Say, binary_size
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _rates(args: argparse.Namespace, gpus: int) -> tuple[Rates, list[str]]:
             found = read_rates(path).over(stated)
         except FileNotFoundError:
             if args.rates == "here":
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"nothing was measured on this machine yet ({machine.describe()}): run "
                     "`knnext doctor --rates`"
                 ) from None

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import TextIO, cast
 
+from knnext.errors import KnnextError
 from knnext.say import lenient
 
 
-class StreamError(Exception):
+class StreamError(KnnextError):
     """stdout takes no more, for a reason other than that its reader has gone."""
 
 

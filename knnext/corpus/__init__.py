@@ -11,7 +11,6 @@ from knnext.corpus.documents import (
     SHARES,
     SPLITS,
     Corpus,
-    CorpusError,
     CorpusNote,
     Document,
     SplitFacts,
@@ -28,6 +27,7 @@ from knnext.corpus.tokenized import (
     tokenize,
     window_bos,
 )
+from knnext.errors import CorpusError
 
 __all__ = [
     "Corpus",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from knnext.corpus.documents import CorpusError
+from knnext.errors import CorpusError
 
 ERRORS = ("strict", "replace")
 #: How to go on after such an error, for the messages.

@@ -14,16 +14,14 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from knnext.errors import CorpusError
+
 SPLITS = ("train", "valid", "test")
 #: Parts of train, valid and test in a hundred, where a corpus brings no split of its own.
 SHARES = (80.0, 10.0, 10.0)
 
 HASH_BYTES = 16
 _SPACE = string.whitespace.encode()
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be found, read or divided; the message says what was wanted."""
 
 
 class CorpusNote(UserWarning):

@@ -31,9 +31,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from knnext.corpus.decode import Reading, UnreadableError, kind_of, plain_name, read_text
-from knnext.corpus.documents import CorpusError, Document, few, unique_names
+from knnext.corpus.documents import Document, few, unique_names
 from knnext.corpus.rows import NoTextError, json_file, json_lines, notebook
 from knnext.corpus.walk import Skipped, files_below
+from knnext.errors import CorpusError
 
 # fmt: off
 #: What is text by its name: not being UTF-8 is then an error and no reason to pass it over.

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from knnext.corpus.decode import Reading
-from knnext.corpus.documents import CorpusError, Document, unique_names
+from knnext.corpus.documents import Document, unique_names
 from knnext.corpus.files import documents_of_text
+from knnext.errors import CorpusError, missing_package
 
 _SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 _LABELS = ("name", "title", "path", "url", "id")
@@ -44,9 +45,7 @@ def _load(spec: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "corpora named 'hf:...' need the datasets package: pip install \"knnext[lm]\""
-        ) from error
+        raise missing_package("corpora named 'hf:...' need", "datasets", "lm") from error
     path = Path(spec).expanduser()
     try:
         if (path / "dataset_dict.json").is_file():

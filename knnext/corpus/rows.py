@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from knnext.corpus.decode import READ_ON, Reading, check_text
-from knnext.corpus.documents import CorpusError, Document, few
+from knnext.corpus.documents import Document, few
+from knnext.errors import CorpusError
 
 _LABELS = ("name", "title", "id")
 

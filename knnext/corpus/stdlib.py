@@ -14,7 +14,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from knnext.corpus.documents import CorpusError, Document
+from knnext.corpus.documents import Document
+from knnext.errors import CorpusError
 
 #: Folders that are no part of the library's own text, wherever they stand in the path.
 _TESTS = {"test", "tests", "idle_test", "testing", "__phello__"}

@@ -61,7 +61,7 @@ def build_datastore(
     same bytes as an unbroken one; a finished one is opened as it is. Model, revision, tokenizer,
     text, windows and batches are written into the datastore, and a build that differs in any of
     them is refused by name (IncompatibleDatastoreError); so is one that the disk has not the room
-    for (DatastoreWriteError), before anything is written. ``resume=False`` refuses any datastore
+    for (DatastoreFullError), before anything is written. ``resume=False`` refuses any datastore
     that is there. ``corpus`` is ``Corpus.facts(split)``, by which later evaluations find the other
     splits and know the text again; or a description for people. See ``hidden_states`` for the
     windows, which advance by three quarters of their size if ``stride`` does not say (each token is

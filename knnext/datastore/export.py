@@ -25,6 +25,7 @@ from knnext.datastore.meta import DTYPE_NAMES, VALUE_BYTES
 from knnext.datastore.reader import DatastoreReader
 from knnext.datastore.room import check_disk
 from knnext.datastore.verify import Progress
+from knnext.errors import missing_package
 
 FACTS_FILE = "datastore.json"
 #: Of keys in one file of safetensors, which is held in memory while it is written.
@@ -57,7 +58,7 @@ def export_rows(
         ValueError: for an unknown format, or one file's bytes below a row.
         FileExistsError: where ``path`` exists.
         ImportError: where the format's package is missing; it says what to install.
-        DatastoreWriteError: where the disk has not the room, before anything is written.
+        DatastoreFullError: where the disk has not the room, before anything is written.
     """
     path = Path(path)
     if file_format not in _WRITERS:
@@ -154,7 +155,7 @@ def _safetensors(store: DatastoreReader, folder: Path, file_bytes: int, progress
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ImportError('this format needs safetensors: pip install "knnext[lm]"') from error
+        raise missing_package("this format needs", "safetensors", "lm") from error
     count = max(1, file_bytes // (store.dim * store.dtype.itemsize))
     for number, (start, (keys, values, documents)) in enumerate(_rows(store, count)):
         tensors = {"keys": keys.contiguous(), "values": values.contiguous()}
@@ -170,7 +171,7 @@ def _parquet(store: DatastoreReader, folder: Path, _: int, progress: Progress) -
         import pyarrow as arrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError('this format needs pyarrow: pip install "knnext[lm]"') from error
+        raise missing_package("this format needs", "pyarrow", "lm") from error
     dtype = _dtype(store, "parquet")
     number = {torch.float16: arrow.float16(), torch.float32: arrow.float32()}[dtype]
     fields = [("key", arrow.list_(number, store.dim)), ("value", arrow.int32())]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from knnext.datastore.errors import DatastoreError, DatastoreWriteError
+from knnext.datastore.errors import DatastoreError, DatastoreFullError
 from knnext.datastore.meta import BUILD_FILE, META_FILE, VALUE_BYTES
 from knnext.datastore.meta_file import read_meta
 from knnext.say import binary_size
@@ -20,7 +20,7 @@ def row_bytes(dim: int, dtype: torch.dtype) -> int:
 
 
 def check_room(path: str | Path, rows: int, bytes_of_row: int, also: str = "") -> None:
-    """DatastoreWriteError where the disk of ``path`` has not the room for ``rows`` rows.
+    """DatastoreFullError where the disk of ``path`` has not the room for ``rows`` rows.
 
     Rows that an earlier build left there are there already, and so are those of parts. ``also``:
     what the row's bytes hold beside key and value, for the message.
@@ -34,7 +34,7 @@ def check_disk(path: str | Path, needed: int, what: str, hint: str) -> None:
     """DatastoreWriteError, with the hint, where the disk of ``path`` has not so many bytes free."""
     free = free_bytes(path)
     if needed > free:
-        raise DatastoreWriteError(
+        raise DatastoreFullError(
             f"{path}: {what} needs {binary_size(needed)} ({needed:,} bytes) and the disk has "
             f"{binary_size(free)} ({free:,} bytes) free; {hint}"
         )

@@ -21,6 +21,7 @@ import torch
 from knnext.datastore.batch import Batch, check_batch
 from knnext.datastore.documents import DocumentWriter, hash_bytes
 from knnext.datastore.errors import (
+    DatastoreFullError,
     DatastoreWriteError,
     IncompatibleDatastoreError,
 )
@@ -34,6 +35,7 @@ from knnext.datastore.meta import BUILD_FILE, META_FILE, DatastoreMeta, ShardMet
 from knnext.datastore.meta_file import to_json
 from knnext.datastore.open_shard import OpenShard, check_content, remove_leftovers
 from knnext.datastore.rows import ShardFiles
+from knnext.errors import FULL
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ class DatastoreWriter:
 
     def _write_error(self, error: OSError) -> DatastoreWriteError:
         free = disk_usage(self.directory).free
-        return DatastoreWriteError(
+        kind = DatastoreFullError if error.errno in FULL else DatastoreWriteError
+        return kind(
             f"{self.directory}: {error.strerror or error} after {self.num_entries:,} entries "
             f"({free:,} bytes free on this disk). Nothing written before is lost: make room and "
             "append again, or resume with Datastore.create(..., resume=True)"

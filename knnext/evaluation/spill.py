@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from knnext.errors import NoRoomError
 from knnext.say import binary_size
 
 #: Arrays of at most so many bytes stay in memory.
@@ -79,7 +80,7 @@ def _map(size: int) -> mmap.mmap:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise OSError(
+            raise NoRoomError(
                 errno.ENOSPC,
                 f"the neighbors of this text want {binary_size(size)} on the disk of {folder}: set "
                 "TMPDIR to a folder with more room, or take fewer neighbors or tokens",

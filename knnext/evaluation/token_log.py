@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from knnext.errors import missing_package
 from knnext.evaluation.scores import StreamScores, mix_log_probs
 from knnext.output import whole_file
 
@@ -54,9 +55,8 @@ def check_token_log(path: str | Path) -> Path:
     if path.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"a token log must end in .parquet or .jsonl, got {path.name!r}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(
-            'a .parquet log needs pyarrow: pip install "knnext[lm]", or write a .jsonl log'
-        )
+        what = "a .parquet log (a .jsonl log does not) needs"
+        raise missing_package(what, "pyarrow", "lm")
     return path
 
 

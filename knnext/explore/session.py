@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from knnext.errors import KnnextError
 from knnext.explore.figures import figures
 from knnext.explore.writer import Writer, next_token
 from knnext.report.copies import copied_runs
@@ -26,7 +27,7 @@ _MOST_SPANS = 64
 MOST_NEW_TOKENS = 200
 
 
-class TooLong(RuntimeError):
+class TooLong(KnnextError, RuntimeError):
     """The work was given up: it took longer than it may, or nobody waits for it any more."""
 
 

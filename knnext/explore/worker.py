@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from knnext.errors import KnnextError
 from knnext.explore.session import Limit
 
 Result = TypeVar("Result")
@@ -17,7 +18,7 @@ Result = TypeVar("Result")
 _GRACE = 1.0
 
 
-class Busy(RuntimeError):
+class Busy(KnnextError, RuntimeError):
     """So many wait already that one more would wait too long."""
 
 

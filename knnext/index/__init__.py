@@ -7,13 +7,13 @@ among processes. A caller need not know which of them it holds: each is an `Inde
 
 from __future__ import annotations
 
+from knnext.errors import IndexMismatchError
 from knnext.index.base import Index
 from knnext.index.codes import StoredCodes
 from knnext.index.exact import ExactIndex
 from knnext.index.exactness import ExactnessReport, check_exactness
 from knnext.index.faiss import FaissIndex
 from knnext.index.sharded import ShardedIndex
-from knnext.index.sidecar import IndexMismatchError
 
 __all__ = [
     "ExactIndex",

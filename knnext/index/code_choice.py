@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
+from knnext.errors import IndexMismatchError
 from knnext.index.codes import StoredCodes, default_path
 from knnext.index.codes_meta import HOW_TO_MAKE
-from knnext.index.sidecar import IndexMismatchError
 from knnext.index.tensors import TensorStore, tensor_store
 from knnext.ops import KeyCodes
 from knnext.say import binary_size

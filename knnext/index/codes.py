@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knnext.datastore.rows import LazyRows, ShardFiles
+from knnext.errors import IndexMismatchError, MissingFileError
 from knnext.index import codes_build
 from knnext.index.codes_meta import (
     BUILD_FILE,
@@ -27,7 +28,6 @@ from knnext.index.codes_meta import (
     read_center,
     read_meta,
 )
-from knnext.index.sidecar import IndexMismatchError
 from knnext.ops import KeyCodes
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class StoredCodes:
         except (FileNotFoundError, NotADirectoryError):
             begun = (folder / BUILD_FILE).exists()
             state = "an encoding that has not ended" if begun else "no codes"
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"there is {state} in {folder}: {HOW_TO_MAKE.format(datastore.path)}"
             ) from None
         check_datastore(meta, datastore, folder)

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from knnext.datastore.errors import CorruptDatastoreError, DatastoreError, DatastoreWriteError
+from knnext.datastore.errors import (
+    CorruptDatastoreError,
+    DatastoreError,
+    DatastoreFullError,
+    DatastoreWriteError,
+)
 from knnext.datastore.files import (
     check_file,
     file_checksum,
@@ -25,7 +30,8 @@ from knnext.datastore.files import (
     parse_checksum,
 )
 from knnext.datastore.meta import FileMeta
-from knnext.index.sidecar import IndexMismatchError, read_json
+from knnext.errors import FULL, IndexMismatchError
+from knnext.index.sidecar import read_json
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -207,7 +213,8 @@ def naming_the_disk(folder: Path, total: int, done: Callable[[], int]) -> Iterat
         yield
     except OSError as error:
         free = disk_usage(folder).free
-        raise DatastoreWriteError(
+        kind = DatastoreFullError if error.errno in FULL else DatastoreWriteError
+        raise kind(
             f"{folder}: {error.strerror or error} after {done():,} of {total:,} rows "
             f"({free:,} bytes free on this disk). Nothing written before is lost: make room and "
             "encode again, which goes on from there"

@@ -35,6 +35,7 @@ from knnext.datastore.files import (
 from knnext.datastore.meta import part_folder
 from knnext.datastore.meta_file import ranges
 from knnext.datastore.parts import check_part, cut
+from knnext.errors import IndexMismatchError
 from knnext.index.codes_meta import (
     BUILD_FILE,
     CODES_FILE,
@@ -47,7 +48,7 @@ from knnext.index.codes_meta import (
     parse_meta,
     read_center,
 )
-from knnext.index.sidecar import IndexMismatchError, read_json
+from knnext.index.sidecar import read_json
 from knnext.ops import encode_keys
 from knnext.progress import Progress
 

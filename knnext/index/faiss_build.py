@@ -30,11 +30,11 @@ import torch
 from knnext.datastore.errors import DatastoreLockedError
 from knnext.datastore.files import WriterLock
 from knnext.datastore.room import check_disk, taken_bytes
+from knnext.errors import IndexMismatchError
 from knnext.index import faiss_library
 from knnext.index.faiss_size import faiss_size
 from knnext.index.queries import check_count
 from knnext.index.sidecar import (
-    IndexMismatchError,
     Recipe,
     Sidecar,
     check_recipe,
@@ -260,7 +260,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
 
 
 def _check_disk(folder: Path, recipe: Recipe) -> None:
-    """DatastoreWriteError where the disk has not the room, as far as the factory tells how much."""
+    """DatastoreFullError where the disk has not the room, as far as the factory tells how much."""
     size = faiss_size(recipe.factory, recipe.dim)
     if size is None:
         return

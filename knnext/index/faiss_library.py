@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnext.errors import missing_package
 from knnext.index.queries import Range
 
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -25,9 +26,7 @@ def load() -> ModuleType:
     try:
         import faiss
     except ImportError:
-        raise ImportError(
-            'FaissIndex needs the faiss package: pip install "knnext[faiss]"'
-        ) from None
+        raise missing_package("FaissIndex needs", "faiss", "faiss") from None
     return faiss
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knnext.errors import IndexMismatchError, MissingFileError
 from knnext.index import faiss_build, faiss_library
-from knnext.index.sidecar import IndexMismatchError, Sidecar, file_crc32, read_sidecar
+from knnext.index.sidecar import Sidecar, file_crc32, read_sidecar
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -23,7 +24,7 @@ def read_index(folder: Path, datastore: Datastore, verify: bool) -> tuple[Sideca
     """
     path = folder / faiss_build.SIDECAR_FILE
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no finished index in {folder}: FaissIndex.build makes one, and goes on "
             "with one that was interrupted"
         )

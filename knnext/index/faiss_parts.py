@@ -16,6 +16,7 @@ from knnext.datastore.claims import check_locks, in_turn, take_all, when_free
 from knnext.datastore.errors import UnfinishedDatastoreError
 from knnext.datastore.meta_file import ranges
 from knnext.datastore.parts import check_part
+from knnext.errors import IndexMismatchError
 from knnext.index import faiss_build
 from knnext.index.faiss_build import (
     PLAN_FILE,
@@ -23,7 +24,12 @@ from knnext.index.faiss_build import (
     TRAINED_FILE,
     segment_file,
 )
-from knnext.index.sidecar import IndexMismatchError, Recipe, check_recipe, read_json, read_sidecar
+from knnext.index.sidecar import (
+    Recipe,
+    check_recipe,
+    read_json,
+    read_sidecar,
+)
 from knnext.output import write_json
 from knnext.progress import progress
 

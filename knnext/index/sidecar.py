@@ -13,15 +13,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from knnext.errors import IndexMismatchError
 from knnext.output import write_json
 
 MAGIC = "knnext-faiss-index"
 FORMAT_VERSION = 1
 _READ_BYTES = 8 << 20
-
-
-class IndexMismatchError(ValueError):
-    """An index file is damaged, or belongs to another datastore, metric or request."""
 
 
 @dataclass(frozen=True)

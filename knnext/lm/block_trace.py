@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knnext.errors import ModelError
 from knnext.lm.positions import Place, dependence, output_tensor, positions_first, replaced
 from knnext.lm.quantized import is_quantized
 from knnext.lm.running import first_tensor, here, trace_inputs, trace_length
@@ -141,7 +142,7 @@ class BlockTrace:
             peers = [c for c in reversed(blocks) if lists[id(c.module)] == owner]
             if any(self._mixes(peer) for peer in peers):
                 return block
-        raise ValueError(
+        raise ModelError(
             f"{type(self.model).__name__} has no list of blocks that ran in a forward pass of "
             f"{self.length} tokens; {how_to_name()}"
         )

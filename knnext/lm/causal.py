@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knnext.errors import ModelError
 from knnext.lm.positions import Place, at_place, dependence, positions_first
 from knnext.lm.quantized import is_quantized
 from knnext.lm.running import context_length, evaluating, num_known_tokens, trace_inputs
@@ -36,7 +37,7 @@ _SHARE_HALF = 0.05
 _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class NotCausalError(ValueError):
+class NotCausalError(ModelError):
     """The model's states depend on tokens that come after them."""
 
 
@@ -161,7 +162,7 @@ def _states(model: nn.Module, length: int, number: int) -> Tensor | None:
         return None
     streams = first.numel() // (length * first.shape[-1])
     if streams > 1:
-        raise ValueError(
+        raise ModelError(
             f"{type(model).__name__} has {streams} states for each token, which its output layer "
             f"reads as {tuple(found[0].shape)}; knnext needs a causal language model of one"
         )

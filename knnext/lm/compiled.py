@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from knnext.errors import MissingPackageError
 from knnext.lm.block_trace import BlockTrace
 from knnext.lm.running import evaluating
 from knnext.lm.wrapped import COMPILED_NAME
@@ -110,6 +111,7 @@ def check_compiler(model: nn.Module) -> None:
         try:
             importlib.import_module("triton")
         except ImportError as error:
-            raise ImportError("compile on a GPU needs triton: pip install triton") from error
+            text = "compile on a GPU needs triton: pip install triton"
+            raise MissingPackageError(text, name="triton") from error
     elif not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         raise RuntimeError("compile on the CPU needs a C++ compiler such as g++, and none is here")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from knnext.errors import MissingFileError, ModelError, missing_package
+
 _MAGIC = b"GGUF"
 
 
@@ -23,33 +25,33 @@ def split_gguf(path: str | Path, gguf: str | Path | None) -> tuple[str | Path, s
 
 
 def check_gguf(folder: Path, name: str) -> Path:
-    """The file. FileNotFoundError or ValueError where the folder has no such GGUF file."""
+    """The file. MissingFileError or ModelError where the folder has no such GGUF file."""
     check_libraries()
     file = folder / Path(name).expanduser()  # an absolute name stays what it is
     if not file.is_file():
         there = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f" (there: {', '.join(there[:5])})" if there else ""
-        raise FileNotFoundError(f"no GGUF file {name} in {folder}{hint}")
+        raise MissingFileError(f"no GGUF file {name} in {folder}{hint}")
     with file.open("rb") as content:
         head = content.read(len(_MAGIC))
     if head != _MAGIC:
-        raise ValueError(f"{file} is no GGUF file: it begins with {head!r}, not {_MAGIC!r}")
+        raise ModelError(f"{file} is no GGUF file: it begins with {head!r}, not {_MAGIC!r}")
     return file
 
 
 def check_libraries() -> None:
-    """ImportError that says what to install, where transformers could not read GGUF."""
+    """MissingPackageError that says what to install, where transformers could not read GGUF."""
     for package in ("gguf", "accelerate"):
         try:
             __import__(package)
         except ImportError as error:
-            raise ImportError(f'GGUF files need {package}: pip install "knnext[gguf]"') from error
+            raise missing_package("GGUF files need", package, "gguf") from error
 
 
 def gguf_type(file: Path) -> str:
     """The type that most of the file's bytes are in, such as "GGUF Q4_1".
 
-    ValueError where the file cannot be read to its end.
+    ModelError where the file cannot be read to its end.
     """
     from gguf import GGUFReader
 
@@ -57,7 +59,7 @@ def gguf_type(file: Path) -> str:
         tensors = GGUFReader(str(file)).tensors
     except Exception as error:  # whatever numpy says of bytes that are not there
         line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{file} is damaged or cut short ({line})") from error
+        raise ModelError(f"{file} is damaged or cut short ({line})") from error
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_bytes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from knnext.errors import MissingFileError, ModelError, missing_package
 from knnext.lm.adapter import check_adapter, check_adapter_kind, with_adapter
 from knnext.lm.causal import check_config
 from knnext.lm.compiled import compile_blocks
@@ -84,15 +85,15 @@ def load_lm(
             "torchao:int8dq" or "torchao:float8wo", or a quantization config of transformers.
         compile: compile all blocks but the last, in which keys are read, at their first call.
 
-    FileNotFoundError where ``path`` reads like a folder and is none, or lacks a file. ValueError,
+    MissingFileError where ``path`` reads like a folder and is none, or lacks a file. ModelError,
     which says why, where the folder's files are damaged, weights are missing or of other shapes
     than the config wants, the model is no causal LM, or it wants to run code of its own.
-    ImportError that says what to install, where an option needs a package that is missing.
+    MissingPackageError where an option needs a package that is not installed.
     """
     path, gguf = split_gguf(path, gguf)
     folder = Path(path).expanduser()
     if not folder.is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"no language model at {path}: there is no such folder")
+        raise MissingFileError(f"no language model at {path}: there is no such folder")
     source = str(folder if folder.is_dir() else path)
     dtype_name = check_model_dtype(model_dtype)
     _check_options(source, folder, device, revision, device_map, adapter, merge_adapter)
@@ -208,7 +209,7 @@ def _check_options(
     adapter: Any,
     merge_adapter: bool,
 ) -> None:
-    """ValueError or ImportError for options that do not go together, or lack their package."""
+    """ValueError for options that do not go together, MissingPackageError for lack of one."""
     if revision is not None and folder.is_dir():
         raise ValueError(
             f"revision {revision!r} is for a hub name; {source} is a folder, which has one state"
@@ -223,9 +224,7 @@ def _check_options(
         try:
             import accelerate  # noqa: F401
         except ImportError as error:
-            raise ImportError(
-                'device_map needs accelerate: pip install "knnext[accelerate]"'
-            ) from error
+            raise missing_package("device_map needs", "accelerate", "accelerate") from error
 
 
 def _check_attention(attn_implementation: str | None) -> None:
@@ -284,10 +283,10 @@ def _check_code(source: str, config: dict[str, Any]) -> None:
 
     if config.get("model_type") not in CONFIG_MAPPING and config.get("auto_map"):
         named = f"auto_map in {source}/config.json: {_listed(config['auto_map'])}"
-        raise ValueError(_CODE_WANTED.format(source=source, named=named))
+        raise ModelError(_CODE_WANTED.format(source=source, named=named))
     for name, value in _implementations(config):
         named = f"{name} in {source}/config.json: {value}, code from a hub"
-        raise ValueError(_CODE_WANTED.format(source=source, named=named))
+        raise ModelError(_CODE_WANTED.format(source=source, named=named))
 
 
 def _implementations(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -313,9 +312,9 @@ def _check_kind(config: Any, source: str, trust_remote_code: bool) -> None:
         return
     if code:
         named = f"auto_map in its config.json: AutoModelForCausalLM = {code}"
-        raise ValueError(_CODE_WANTED.format(source=source, named=named))
+        raise ModelError(_CODE_WANTED.format(source=source, named=named))
     kind = getattr(config, "model_type", "") or type(config).__name__
-    raise ValueError(
+    raise ModelError(
         f"{source} is a model of type {kind!r}, which transformers does not know as a causal "
         "(left-to-right) language model"
     )
@@ -340,9 +339,9 @@ def _reasons(source: str, part: str) -> Iterator[None]:
         text = str(error).strip()
         if "trust_remote_code" in text:
             named = _mapped_code(Path(source)) or f"the {part}'s auto_map"
-            raise ValueError(_CODE_WANTED.format(source=source, named=named)) from error
+            raise ModelError(_CODE_WANTED.format(source=source, named=named)) from error
         line = (text.splitlines() or [""])[0][:300]
-        kind = OSError if isinstance(error, OSError) else ValueError
+        kind = MissingFileError if isinstance(error, OSError) else ModelError
         hint = "" if Path(source).exists() else f" (and there is no folder {source} here)"
         raise kind(
             f"the {part} of {source} cannot be loaded: {type(error).__name__}: {line}{hint}"
@@ -379,12 +378,10 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def libraries() -> tuple[Any, Any]:
-    """The modules tokenizers and transformers; ImportError that says how to get them."""
+    """The modules tokenizers and transformers; MissingPackageError that says how to get them."""
     try:
         import tokenizers
         import transformers
     except ImportError as error:
-        raise ImportError(
-            'language models need transformers and tokenizers: pip install "knnext[lm]"'
-        ) from error
+        raise missing_package("language models need", "transformers", "lm") from error
     return tokenizers, transformers

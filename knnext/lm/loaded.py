@@ -6,12 +6,13 @@ import math
 import warnings
 from typing import Any
 
+from knnext.errors import ModelError
 from knnext.lm.running import num_known_tokens
 from knnext.lm.tensors import leaves
 
 
 def check_weights(info: Any, source: str) -> None:
-    """ValueError that names the tensors that would be left at random numbers."""
+    """ModelError that names the tensors that would be left at random numbers."""
     found = info if isinstance(info, dict) else info.to_dict()
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     wrong = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
@@ -19,13 +20,13 @@ def check_weights(info: Any, source: str) -> None:
         text = f"{source} lacks weights of its model: {_some(missing)}"
         if unexpected:
             text += f"; it has others that the model does not know: {_some(unexpected)}"
-        raise ValueError(f"{text}. They would be random numbers")
+        raise ModelError(f"{text}. They would be random numbers")
     if wrong:
         shown = [f"{name} is {tuple(given)}, not {tuple(wanted)}" for name, given, wanted in wrong]
-        raise ValueError(f"{source} has weights of other shapes than its config: {_some(shown)}")
+        raise ModelError(f"{source} has weights of other shapes than its config: {_some(shown)}")
     if found.get("error_msgs"):
         lines = [str(message).strip().splitlines()[0] for message in found["error_msgs"]]
-        raise ValueError(f"the weights of {source} cannot be loaded: {_some(lines)}")
+        raise ModelError(f"the weights of {source} cannot be loaded: {_some(lines)}")
     if unexpected:
         warnings.warn(
             f"{source} has {len(unexpected):,} weights that its model, as its config describes it, "
@@ -35,10 +36,10 @@ def check_weights(info: Any, source: str) -> None:
 
 
 def check_finite(model: Any, source: str) -> None:
-    """ValueError that names parameters with inf or nan: every state would be nan."""
+    """ModelError that names parameters with inf or nan: every state would be nan."""
     broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
     if broken:
-        raise ValueError(f"{source} has weights that are inf or nan: {_some(broken)}")
+        raise ModelError(f"{source} has weights that are inf or nan: {_some(broken)}")
 
 
 def _is_finite(parameter: Any) -> bool:
@@ -75,6 +76,6 @@ def warn_of_offloading(model: Any, source: str) -> None:
 def check_tokenizer(tokenizer: Any, model: Any, given: Any, source: str) -> None:
     rows = num_known_tokens(model)
     if len(tokenizer) > rows:
-        raise ValueError(
+        raise ModelError(
             f"the tokenizer {given} has {len(tokenizer):,} tokens; {source} knows {rows:,}"
         )

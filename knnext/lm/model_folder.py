@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from knnext.errors import MissingFileError, ModelError
+
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = tuple(f"{name}.index.json" for name in _WEIGHTS)
 _TOKENIZERS = (
@@ -21,35 +23,35 @@ _LFS = b"version https://git-lfs"
 
 
 def check_folder(folder: Path, *, tokenizer: bool = True) -> None:
-    """FileNotFoundError or ValueError where the folder holds no whole model and tokenizer.
+    """MissingFileError or ModelError where the folder holds no whole model and tokenizer.
 
     ``tokenizer=False``: where the tokenizer comes from elsewhere.
     """
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ValueError(
+        raise ModelError(
             f"{folder} holds an adapter (adapter_config.json) of the model {base!r}, and no model: "
             "give that as --model and this folder as --adapter (in Python: adapter=)"
         )
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no language model in {folder}: {_lacking(folder, 'config.json')}")
+        raise MissingFileError(f"no language model in {folder}: {_lacking(folder, 'config.json')}")
     for path in _weight_files(folder):
         _check_weights(path)
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no tokenizer in {folder}: {_lacking(folder, 'tokenizer.json')}; "
             "tokenizer.save_pretrained(folder) writes it"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError, with the path, where it holds none."""
+    """The object in a JSON file. ModelError, with the path, where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object, but {type(found).__name__}")
+        raise ModelError(f"{path} holds no JSON object, but {type(found).__name__}")
     return found
 
 
@@ -70,18 +72,18 @@ def _weight_files(folder: Path) -> list[Path]:
             continue
         named = read_json(folder / index).get("weight_map")
         if not isinstance(named, dict) or not named:
-            raise ValueError(f"{folder / index} names no files: it has no weight_map")
+            raise ModelError(f"{folder / index} names no files: it has no weight_map")
         shards = sorted({str(name) for name in named.values()})
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"the weights in {folder} are not complete: {', '.join(missing[:3])} "
                 f"({len(missing)} of {len(shards)} files that {index} names) not there"
             )
         return [folder / name for name in shards]
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     hint = f"; for a GGUF file give --gguf {ggufs[0]} (in Python: gguf=)" if ggufs else ""
-    raise FileNotFoundError(f"no weights in {folder}: {_lacking(folder, _WEIGHTS[0])}{hint}")
+    raise MissingFileError(f"no weights in {folder}: {_lacking(folder, _WEIGHTS[0])}{hint}")
 
 
 def _check_weights(path: Path) -> None:
@@ -89,20 +91,20 @@ def _check_weights(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(len(_LFS))
         if head == _LFS:
-            raise ValueError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
+            raise ModelError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
         if path.suffix != ".safetensors":
             return
         length = int.from_bytes(head[:8], "little")
         if size < 8 or 8 + length > size:
-            raise ValueError(f"{path} is damaged or cut short: {size:,} bytes do not hold its head")
+            raise ModelError(f"{path} is damaged or cut short: {size:,} bytes do not hold its head")
         file.seek(8)
         try:
             tensors = json.loads(file.read(length))
             ends = [t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"]
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{path} is no safetensors file: its head cannot be read") from None
+            raise ModelError(f"{path} is no safetensors file: its head cannot be read") from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:
-        raise ValueError(
+        raise ModelError(
             f"{path} is damaged or cut short: it has {size:,} bytes, its head says {expected:,}"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knnext.errors import ModelError, missing_package
 from knnext.lm.tensors import leaves
 
 #: What ``quantization`` may be. "torchao" alone is its weights in eight bits.
@@ -43,9 +44,7 @@ def check_quantization(quantization: Any) -> str:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ImportError(
-                f'quantization {name} needs {package}: pip install "knnext[{wanted}]"'
-            ) from error
+            raise missing_package(f"quantization {name} needs", package, wanted) from error
     return str(name)
 
 
@@ -71,10 +70,10 @@ def _no_word_of_a_cast(record: logging.LogRecord) -> bool:
 
 
 def check_was_quantized(model: nn.Module, quantization: Any, source: str) -> None:
-    """ValueError where nothing was: torchao says nothing where no layer is an nn.Linear."""
+    """ModelError where nothing was: torchao says nothing where no layer is an nn.Linear."""
     if not is_quantized(model):
         kinds = sorted({type(m).__name__ for m in model.modules() if _is_layer(m)})
-        raise ValueError(
+        raise ModelError(
             f"quantization {quantization} changed nothing in {source}: it knows no layers such as "
             f"its {', '.join(kinds) or 'own'}. Try 8bit or 4bit, or load it without"
         )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knnext.errors import MissingFileError
+
 _INSTEAD = "or describe the model by --dim, --layers and --params"
 
 
@@ -99,10 +101,10 @@ def _config(transformers: Any, model: str, revision: str | None) -> Any:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{model} has no config.json, {_INSTEAD}")
+            raise MissingFileError(f"{model} has no config.json, {_INSTEAD}")
         source = str(folder)
     elif model.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no language model at {model}: there is no such folder")
+        raise MissingFileError(f"no language model at {model}: there is no such folder")
     else:
         source = model
     options = {} if revision is None else {"revision": revision}

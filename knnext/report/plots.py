@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from knnext.errors import missing_package
 from knnext.evaluation.tune import TuneResult
 from knnext.output import whole_file
 from knnext.report.colors import INK, MUTED, OVER, SHADES
@@ -65,7 +66,7 @@ def _new_figure() -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('plots need matplotlib: pip install "knnext[lm]"') from None
+        raise missing_package("plots need", "matplotlib", "lm") from None
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     return figure, figure.add_subplot()
 

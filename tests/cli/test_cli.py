@@ -137,7 +137,7 @@ def test_a_missing_extra_is_named(
     fail_with(monkeypatch, ModuleNotFoundError(f"No module named '{module}.x'", name=f"{module}.x"))
     assert main(["doctor"]) == 1
     err = capsys.readouterr().err
-    assert f'pip install "knnext[{extra}]"' in err and err.count("\n") == 1
+    assert f'pip install ".[{extra}]"' in err and err.count("\n") == 1
 
 
 def test_interrupt_is_130(

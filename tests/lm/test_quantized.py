@@ -83,7 +83,7 @@ def test_a_package_that_is_missing(
 ) -> None:
     package = "torchao" if kind == "torchao" else "bitsandbytes"
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf'quantization \S+ needs {package}: pip install "knnext\[{package}\]"'
+    message = rf'quantization \S+ needs {package}: pip install "\.\[{package}\]"'
     with pytest.raises(ImportError, match=message):
         load_lm(saved("llama"), quantization=kind)
 

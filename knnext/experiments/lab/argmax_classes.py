@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnext.errors import missing_package
+
 BOUND = 100.0
 SMALLEST_RADIUS = 1e-8
 #: How a class can be settled, in the order in which it is tried; the last two find no x.
@@ -228,7 +230,7 @@ def _chebyshev(
     try:
         from scipy.optimize import linprog
     except ImportError:
-        raise ImportError('the linear program needs scipy: pip install "knnext[lm]"') from None
+        raise missing_package("the linear program needs", "scipy", "lm") from None
     dim = units.shape[1]
     rows = np.hstack([units, np.ones((len(units), 1))])
     bounds = [(-bound, bound)] * dim + [(None, None)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from knnext.errors import missing_package
 from knnext.report.colors import GRID, INK, MUTED
 
 __all__ = [
@@ -41,7 +42,7 @@ def new_figure(width: float = 7.2, height: float = 4.6) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('figures need matplotlib: pip install "knnext[lm]"') from None
+        raise missing_package("figures need", "matplotlib", "lm") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
