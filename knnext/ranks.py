@@ -7,7 +7,10 @@ seconds, or whose sender has gone, is a `RankLostError`, in one sentence.
 
 from __future__ import annotations
 
+import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,6 +35,11 @@ __all__ = [
 
 Made = TypeVar("Made")
 
+_DONE, _FAILED, _BUSY = range(3)  # what a rank says of its part of a common work
+#: Of the time between two signs of life, what a rank that gets on has spent in the processor: a
+#: thousandth is far below what reading a disk takes, and far above what a wait does.
+_AWAKE = 1e-3
+
 
 @contextmanager
 def joined(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
@@ -51,15 +59,19 @@ def joined(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ra
         # NCCL takes the current device for this rank's.
         torch.cuda.set_device(local_rank() if where.index is None else where.index)
         backend = "cpu:gloo,cuda:nccl"
+        # Else a thread of NCCL ends the process as soon as another is lost, before it can say so.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    lost = True
     try:
         with _sentence(timeout, "finding each other"):
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
             found = Ranks(dist.group.WORLD, timeout=timeout)
             found.gather([0])  # gloo connects pairs of ranks when first asked to
         yield found
+        lost = False
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave(lost and where.type == "cuda")
 
 
 class Ranks:
@@ -98,13 +110,27 @@ class Ranks:
         return [one.tolist() for one in found]
 
     def all_or_none(self, what: str, make: Callable[[], Made]) -> Made:
-        """What `make` gives, once it has ended on every rank; an error of one is one of all."""
-        try:
-            made = make()
-        except Exception:
-            self.gather([1])
-            raise
-        failed = [rank for rank, (flag,) in enumerate(self.gather([0])) if flag]
+        """What `make` gives, once it has ended on every rank; an error of one is one of all.
+
+        It may take any time, as long as it gets on: a rank that is at it says so in time, and one
+        that has used no processor since is no longer waited for. `make` exchanges nothing.
+        """
+        if self.size == 1:
+            return make()
+        with _Beating(self):
+            try:
+                made = make()
+            except Exception as error:
+                failure: Exception | None = error
+            else:
+                failure = None
+        state = _DONE if failure is None else _FAILED
+        states = self.gather([state])
+        while [_BUSY] in states:
+            states = self.gather([state])
+        if failure is not None:
+            raise failure
+        failed = [rank for rank, (flag,) in enumerate(states) if flag]
         if failed:
             raise RankFailedError(f"rank {failed[0]} of {self.size} failed in {what}; it says why")
         return made
@@ -153,14 +179,16 @@ class Ranks:
     ) -> list[Any]:
         moved = [*sends, *receives]
         if moved and moved[0][1].is_cuda:
-            # Only as one bundle are sends and receives of NCCL free of each other's order.
+            # Only as one bundle are sends and receives of NCCL free of each other's order. It knows
+            # no tags, and goes by the order of the bundles, which is the same on all ranks.
             ops = [(dist.irecv, one) for one in receives] + [(dist.isend, one) for one in sends]
-            return dist.batch_isend_irecv(
-                [
-                    dist.P2POp(op, tensor, dist.get_global_rank(self.group, peer), self.group, tag)
-                    for op, (peer, tensor) in ops
-                ]
-            )
+            with torch.cuda.device(moved[0][1].device):  # a bundle is of the current device
+                return dist.batch_isend_irecv(
+                    [
+                        dist.P2POp(op, tensor, dist.get_global_rank(self.group, peer), self.group)
+                        for op, (peer, tensor) in ops
+                    ]
+                )
         group = self._cpu_group
         return [group.recv([tensor], peer, tag) for peer, tensor in receives] + [
             group.send([tensor], peer, tag) for peer, tensor in sends
@@ -189,6 +217,42 @@ class Ranks:
         return self.group is not None and "cuda:nccl" in _backends(self.group)
 
 
+class _Beating:
+    """Within, a thread says in time that this rank is at work, where it has worked since."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._ended = ranks, threading.Event()
+        self._lost: RankLostError | None = None
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._ended.set()
+        if kind is None:  # an interrupt waits for nobody
+            self._thread.join()
+            if self._lost is not None:
+                raise self._lost
+
+    def _beat(self) -> None:
+        wait, before = self._ranks.timeout / 4, _processor_seconds()
+        while not self._ended.wait(wait):
+            now = _processor_seconds()
+            if now - before >= _AWAKE * wait:
+                try:
+                    self._ranks.gather([_BUSY])
+                except RankLostError as error:
+                    self._lost = error
+                    return
+            before = now
+
+
+def _processor_seconds() -> float:
+    """That all threads of this process have spent."""
+    return time.process_time()
+
+
 class Exchange:
     """An exchange under way. Its tensors are held, and must not be touched, until `wait` ends."""
 
@@ -201,6 +265,15 @@ class Exchange:
             for work in self._works:
                 self._ranks._wait(work)
         self._works, self._held = [], None
+
+
+def _leave(at_once: bool) -> None:
+    """The end of the group; `at_once`: of one with NCCL in which something is still under way."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if at_once and abort is not None:
+        abort()  # to destroy it would wait for what never comes
+    else:
+        dist.destroy_process_group()
 
 
 @contextmanager
