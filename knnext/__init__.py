@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from knnext.evaluation.tune import tune
     from knnext.index import ExactIndex, FaissIndex, ShardedIndex
     from knnext.lm.knnlm import KNNLM
+    from knnext.lm.logits_processor import KNNLogitsProcessor
 
     # By their modules: from the package mypy would take the modules themselves.
     from knnext.ops.encode_keys import KeyCodes, encode_keys, mean_key
@@ -45,6 +46,7 @@ __all__ = [
     "DatastoreError",
     "ExactIndex",
     "FaissIndex",
+    "KNNLogitsProcessor",
     "KeyCodes",
     "ShardedIndex",
     "build_datastore",
@@ -72,6 +74,7 @@ _ELSEWHERE = {
     "ExactIndex": "knnext.index",
     "FaissIndex": "knnext.index",
     "KNNLM": "knnext.lm.knnlm",
+    "KNNLogitsProcessor": "knnext.lm.logits_processor",
     "ShardedIndex": "knnext.index",
     "build_datastore": "knnext.datastore.build",
     "evaluate": "knnext.evaluation",

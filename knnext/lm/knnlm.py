@@ -30,13 +30,14 @@ from knnext.lm.agreement import (
 from knnext.lm.compiled import uncompiled
 from knnext.lm.mixing import Call, lending
 from knnext.lm.mixture_loss import loss_trouble, mixture_loss
+from knnext.lm.not_offered import no_continuous_batching, why_not
 from knnext.lm.past_context import explained, num_asked, num_tokens
 from knnext.lm.running import input_device
 from knnext.lm.wrapped import plain_model
 from knnext.ops import knn_interpolate
 
 #: Ways of decoding that read the logits of more than the last position.
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp")
 
 
 class KNNLM(nn.Module):
@@ -150,21 +151,39 @@ class KNNLM(nn.Module):
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[operator]
         return head
 
+    def compute_transition_scores(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base model's, which reads what ``generate`` returned and calls no model."""
+        found: Tensor = self._base.compute_transition_scores(*args, **kwargs)  # type: ignore[operator]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        """AttributeError that tells what to do instead, for what only the base model has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("model")
+            raise AttributeError(why_not(name, base)) from None
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        searched: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's output with ``logits`` (B, L, V) float32, log p of the mixture.
 
         Positions that ``attention_mask`` (B, L) marks 0 are not searched and keep the LM's own
-        log p. ``labels`` (B, L), -100 where ignored, give ``loss``: the mean nll of the mixture,
-        shifted by one, or what the base model's ``loss_function`` makes of the mixture.
-        ``logits_to_keep=n``, for models that know it, gives the last n positions only, and only
-        these are searched. Other arguments go to the base model.
+        log p; so do those that ``searched`` (B, L) bool, where given, marks False. ``labels``
+        (B, L), -100 where ignored, give ``loss``: the mean nll of the mixture, shifted by one, or
+        what the base model's ``loss_function`` makes of the mixture. ``logits_to_keep=n``, for
+        models that know it, gives the last n positions only, and only these are searched. Other
+        arguments go to the base model.
         """
+        if searched is not None:
+            self._check_searched(searched, input_ids)
         if isinstance(input_ids, Tensor) and input_ids.numel() == 0:
             return self._nothing(input_ids, labels, kwargs.get("return_dict"))
         if labels is not None:
@@ -175,7 +194,7 @@ class KNNLM(nn.Module):
                 "load_lm(compile=True)"
             )
         base = self._base
-        with explained(base, num_tokens(input_ids), 0), self.attached():
+        with explained(base, num_tokens(input_ids), 0), self._lent(searched=searched):
             return base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +204,8 @@ class KNNLM(nn.Module):
         What is not given is taken from the model's ``generation_config``, and from transformers
         after it, as always there: sampling then keeps the 50 likeliest tokens unless ``top_k=0``
         is given, and a chat model's file may bring a temperature, a top_p or penalties.
-        ValueError where the base model fails past its context, with the numbers.
+        ValueError where the base model fails past its context, with the numbers, and for drafts by
+        early exit, which do not reach the keys.
         """
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() == 0:
@@ -197,13 +217,8 @@ class KNNLM(nn.Module):
             if not isinstance(self.lmbda, Tensor) and self.lmbda == 0:
                 with lending(base, self._key, None):
                     return base.generate(*args, **kwargs)  # type: ignore[operator]
-            config = kwargs.get("generation_config")
-            assisted = any(
-                kwargs.get(name) is not None or getattr(config, name, None) is not None
-                for name in _ASSISTED
-            )
             kwargs.setdefault("disable_compile", True)  # a search cannot be compiled into the model
-            with self.attached(last_only=not assisted):
+            with self._lent(last_only=not self._is_assisted(kwargs)):
                 return base.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
@@ -213,11 +228,40 @@ class KNNLM(nn.Module):
         And, of labels, the mixture's loss. For code that insists on a transformers model.
         ``last_only`` cuts the logits down to the last position. Yields the base model. It is so
         in the thread (or asyncio task) that entered the block: others get the base model's own
-        logits. Where such blocks are nested, the innermost counts.
+        logits. Where such blocks are nested, the innermost counts. RuntimeError where the base
+        model is asked for continuous batching inside, which runs in a thread of its own.
         """
-        finish = partial(self._finish, last_only)
-        with uncompiled(self.model, self._key.module), lending(self._base, self._key, finish):
+        with no_continuous_batching(self._base), self._lent(last_only):
             yield self.model
+
+    @contextmanager
+    def _lent(self, last_only: bool = False, searched: Tensor | None = None) -> Iterator[None]:
+        finish = partial(self._finish, last_only, searched)
+        with uncompiled(self.model, self._key.module), lending(self._base, self._key, finish):
+            yield
+
+    def _is_assisted(self, given: dict[str, Any]) -> bool:
+        """Whether ``generate`` may read more than the last position's logits."""
+
+        def said(name: str) -> bool:
+            configs = (given.get("generation_config"), self.generation_config)
+            values = (given.get(name), *(getattr(config, name, None) for config in configs))
+            return any(value is not None and value is not False for value in values)
+
+        if said("assistant_early_exit"):
+            raise ValueError(
+                "assistant_early_exit drafts without the last blocks, where keys are read: give an "
+                "assistant_model or prompt_lookup_num_tokens"
+            )
+        return any(map(said, _ASSISTED))
+
+    def _check_searched(self, searched: Tensor, input_ids: Tensor | None) -> None:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        if searched.dtype != torch.bool or (shape is not None and tuple(searched.shape) != shape):
+            raise ValueError(
+                f"searched must be bool of the ids' shape {shape}, got {searched.dtype} of "
+                f"{tuple(searched.shape)}"
+            )
 
     def _nothing(self, ids: Tensor, labels: Tensor | None, return_dict: bool | None) -> Any:
         """The output of no tokens, on which the models themselves fail in reshapes."""
@@ -230,9 +274,9 @@ class KNNLM(nn.Module):
         output = CausalLMOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
-    def _finish(self, last_only: bool, call: Call, output: Any) -> Any:
+    def _finish(self, last_only: bool, searched: Tensor | None, call: Call, output: Any) -> Any:
         """The base model's output with the mixture's logits, and loss where labels were given."""
-        logits = self._mixture(output.logits, call, last_only)
+        logits = self._mixture(output.logits, call, last_only, searched)
         if call.arguments.get("labels") is None:
             return _with(output, logits=logits)
         if last_only:
@@ -243,7 +287,9 @@ class KNNLM(nn.Module):
         loss = mixture_loss(self._base, logits, call.arguments, aux_loss)
         return _with(output, loss=loss, logits=logits)
 
-    def _mixture(self, logits: Tensor, call: Call, last_only: bool) -> Tensor:
+    def _mixture(
+        self, logits: Tensor, call: Call, last_only: bool, searched: Tensor | None
+    ) -> Tensor:
         if last_only:
             logits = logits[:, -1:]
         if logits.numel() == 0 or (not isinstance(self.lmbda, Tensor) and self.lmbda == 0):
@@ -255,12 +301,18 @@ class KNNLM(nn.Module):
         keys = keys[:, -1:] if last_only else _kept_positions(keys, logits, keep)
         rows, queries = logits.flatten(0, 1), keys.flatten(0, 1)
         seen = _seen(call.arguments.get("attention_mask"), logits, keep)
+        if searched is not None:
+            wanted = _kept_positions(searched[..., None], logits, keep).flatten().to(logits.device)
+            seen = wanted if seen is None else seen & wanted
         if seen is None or bool(seen.all()):
             mixed = self._mix_rows(rows, queries)
         else:
             mixed = rows.float().log_softmax(dim=-1)
             if bool(seen.any()):
-                mixed = mixed.index_put((seen,), self._mix_rows(rows[seen], queries[seen]))
+                found = self._mix_rows(rows[seen], queries[seen])
+                # In place where nobody will want gradients of it: these are the largest tensors.
+                put = mixed.index_put if found.requires_grad or mixed.requires_grad else None
+                mixed = (put or mixed.index_put_)((seen,), found)
         return mixed.view(logits.shape)
 
     def _mix_rows(self, logits: Tensor, queries: Tensor) -> Tensor:

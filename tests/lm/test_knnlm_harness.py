@@ -59,7 +59,7 @@ def test_what_is_asked_of_a_model() -> None:
 
 def test_no_other_method_of_the_base_answers_for_the_mixture() -> None:
     """What is not named could call the base model, and give its answers for the mixture's."""
-    for name in ("compute_transition_scores", "generate_batch", "save_pretrained"):
+    for name in ("prepare_inputs_for_generation", "generate_batch", "save_pretrained"):
         with pytest.raises(AttributeError):
             getattr(make(), name)
 
