@@ -25,6 +25,7 @@ ORDER = (
     ("index",),
     ("planning",),
     ("evaluation",),
+    ("hub", "distill"),
     ("report",),
     ("explore",),
     ("demo",),

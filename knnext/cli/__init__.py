@@ -32,6 +32,7 @@ _EXTRAS = {
         ("transformers", "tokenizers", "datasets", "matplotlib", "pyarrow", "scipy"), "lm"
     ),
     "faiss": "faiss",
+    "huggingface_hub": "hub",
     **dict.fromkeys(("starlette", "uvicorn"), "explore"),
 }
 

@@ -33,6 +33,7 @@ from knnext.cli.arguments import (
     seeds,
     share,
 )
+from knnext.cli.hub_arguments import add_pull_options, add_push_options
 from knnext.cli.plan_arguments import add_plan_options, add_rates_options
 from knnext.launch import launched
 
@@ -81,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_info,
         _add_import,
         _add_export,
+        _add_push,
+        _add_pull,
         _add_experiment,
         _add_doctor,
     ):
@@ -335,6 +338,20 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
         required=True,
         help="bfloat16 keys stay so in safetensors, and are float32 in the others",
     )
+    return c
+
+
+def _add_push(commands: Any) -> argparse.ArgumentParser:
+    text = "send a datastore to the Hugging Face Hub, in one commit"
+    c = _command(commands, "push", "knnext.cli.hub:push", text)
+    add_push_options(c)
+    return c
+
+
+def _add_pull(commands: Any) -> argparse.ArgumentParser:
+    text = "fetch a datastore, or some of it, from the Hugging Face Hub"
+    c = _command(commands, "pull", "knnext.cli.hub:pull", text)
+    add_pull_options(c)
     return c
 
 

@@ -7,6 +7,7 @@ a kill during its build, and notices damage. docs/datastore-format.md specifies 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -328,6 +329,26 @@ class Datastore(DatastoreReader):
             rows.append_to(target._writing("import_legacy"), progress)
         return target
 
+    # On the Hugging Face Hub
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Send it to the dataset repository ``repo_id`` in one commit; a new one is private.
+
+        Options (``revision``, ``private``, ``token``, ``commit_message``, ``license``, ``include``,
+        ``verify``), errors and the result are those of :func:`knnext.hub.push`.
+        """
+        return _hub().push(self, repo_id, **options)
+
+    @staticmethod
+    def from_hub(repo_id: str, folder: str | Path | None = None, **options: Any) -> Datastore:
+        """Fetch the datastore of a dataset repository, checked to the last byte, and open it.
+
+        Options (``revision``, ``only``, ``shards``, ``parts``, ``cache_dir``, ``token``,
+        ``progress``), errors and the result are those of :func:`knnext.hub.pull`.
+        """
+        store: Datastore = _hub().pull(repo_id, folder, **options)
+        return store
+
     # Inside
 
     @property
@@ -377,3 +398,8 @@ class Datastore(DatastoreReader):
                 f"{self.path}: {what} of a datastore that is being written; close() it first, or "
                 "open what is committed with Datastore.open(path, allow_unfinished=True)"
             )
+
+
+def _hub() -> Any:
+    """By its name: that room comes after this one, and knows the indexes and fits in between."""
+    return import_module("knnext.hub")
