@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from knnext.cli.influence import Influence, influences
 from knnext.cli.session import Settings, check_model, open_datastore, open_index, open_model
 from knnext.cli.text import text_of
+from knnext.evaluation.continuation import continued, plain_config
+from knnext.evaluation.influence import Influence, influences
 from knnext.evaluation.prompt import Prompt, pieces, read_prompt
 from knnext.say import Say, shown
 
@@ -93,9 +94,9 @@ def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     mixed = KNNLM(model, index, settings.k, temperature, lmbda)
     text = text_of(args.text, args.text_errors or "strict")
     prompt, options["max_new_tokens"] = _prompt(args, text, model, tokenizer, store)
-    model.generation_config = _plain_config(model, tokenizer)
-    new = _continued(mixed, prompt.ids, args.seed, options)
-    base = _continued(model, prompt.ids, args.seed, options)
+    model.generation_config = plain_config(model, tokenizer)
+    new = continued(mixed, prompt.ids, args.seed, **options)
+    base = continued(model, prompt.ids, args.seed, **options)
     parts = pieces(tokenizer, prompt.ids + new, len(prompt.ids))
     base_text = "".join(pieces(tokenizer, prompt.ids + base, len(prompt.ids)))
     moved = influences(
@@ -149,21 +150,6 @@ def _decoding(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _plain_config(model: Any, tokenizer: Any) -> Any:
-    """Of what the model's own generation_config says, only its special tokens.
-
-    The rest (a temperature, penalties, tokens forced or suppressed, lengths) would stand between
-    the mixture and what is drawn, without having been asked for.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = eos if isinstance(eos, list) else [eos]
-    pad = next((x for x in (own.pad_token_id, tokenizer.pad_token_id, ends[0]) if x is not None), 0)
-    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad)
-
-
 def _prompt(
     args: argparse.Namespace, text: str, model: Any, tokenizer: Any, store: Datastore
 ) -> tuple[Prompt, int]:
@@ -181,16 +167,6 @@ def _prompt(
             f"--max-new-tokens can be up to {limit - 1}, which leaves one token to go on from"
         )
     return read_prompt(text, tokenizer, store, limit - asked), asked
-
-
-def _continued(model: Any, ids: list[int], seed: int, options: dict[str, Any]) -> list[int]:
-    import torch
-
-    torch.manual_seed(seed)
-    given = torch.tensor([ids], dtype=torch.int64, device=model.device)
-    output = model.generate(given, attention_mask=torch.ones_like(given), **options)
-    new: list[int] = output[0, len(ids) :].tolist()
-    return new
 
 
 def _comparison(mixed: str, base: str, parts: list[str], moved: list[Influence]) -> Iterator[str]:

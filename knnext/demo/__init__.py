@@ -28,6 +28,7 @@ from knnext.say import Say
 if TYPE_CHECKING:
     from knnext.corpus import Corpus, Document, TokenizedDocuments
     from knnext.datastore import Datastore
+    from knnext.evaluation.continuation import Continuation
     from knnext.evaluation.scores import StreamScores
     from knnext.evaluation.tune import TuneResult
     from knnext.index import FaissIndex
@@ -98,7 +99,8 @@ class Demo:
         self._keep_fit(tuned[EXACT])
         test = self._text("test", corpus.test, tokenizer, config.test_tokens)
         scores = self._score("test", model, store, index, test, keep_indices=True)
-        return corpus, model, tokenizer, store, index, tuned, test, scores
+        written = self._continued(model, tokenizer, store, test, tuned[EXACT])
+        return corpus, model, tokenizer, store, index, tuned, test, scores, written
 
     def _corpus(self) -> Corpus:
         from knnext.corpus import load_corpus
@@ -228,6 +230,31 @@ class Demo:
             for line in edge_notes(one):
                 self.say(f"        {name}: {line}")
         return tuned
+
+    def _continued(
+        self,
+        model: Any,
+        tokenizer: Any,
+        store: Datastore,
+        text: TokenizedDocuments,
+        tuned: TuneResult,
+    ) -> list[Continuation]:
+        from knnext.evaluation.continuation import continuations
+        from knnext.index import ExactIndex
+
+        index = ExactIndex(store, device=_device())
+        with self.step("continue test documents, without and with neighbors"):
+            return list(
+                continuations(
+                    model,
+                    index,
+                    tokenizer,
+                    text,
+                    k=self.config.k,
+                    temperature=tuned.temperature,
+                    lmbda=tuned.lmbda,
+                )
+            )
 
     def _keep_fit(self, exact: TuneResult) -> None:
         """Where `knnext generate` and the others look for it."""

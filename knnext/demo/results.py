@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from knnext.evaluation.spans import excerpt_head, neighbor_spans
 from knnext.evaluation.tune import TuneResult
 from knnext.progress import format_duration
 from knnext.report import Report, Row, Surface, format_bytes, text_table, write_report
+from knnext.report.continuations import Shown, in_words
 from knnext.report.explorer import System, explorer_data
 from knnext.report.rows import table_rows
 from knnext.say import shown
@@ -30,6 +31,7 @@ from knnext.say import shown
 if TYPE_CHECKING:
     from knnext.corpus import Corpus, TokenizedDocuments
     from knnext.datastore import Datastore
+    from knnext.evaluation.continuation import Continuation
     from knnext.index import FaissIndex
 
 _SAMPLES = 5
@@ -74,6 +76,7 @@ def finish(
     tuned: dict[str, TuneResult],
     test: TokenizedDocuments,
     scores: dict[str, StreamScores],
+    written: Sequence[Continuation],
 ) -> dict[str, Any]:
     """Evaluate the test split, write the pictures and the report, and return all figures."""
     evaluations = {
@@ -91,12 +94,14 @@ def finish(
         for name, one in tuned.items()
     ]
     explorer = explorer_data(systems, store, tokenizer)
-    _write_report(out, rows, tuned[EXACT], facts, explorer)
+    continued = in_words(written, store, tokenizer)
+    _write_report(out, rows, tuned[EXACT], facts, explorer, continued)
     picture = _write_picture(out, tuned[EXACT])
     return {
         "config": asdict(config),
         "rows": [asdict(row) for row in rows],
         "samples": samples,
+        "continuations": [asdict(one) for one in continued],
         "facts": facts,
         "evaluations": {name: one.to_dict() for name, one in evaluations.items()},
         "tuning": {name: one.to_dict() for name, one in tuned.items()},
@@ -209,7 +214,12 @@ def _is_word(text: str) -> bool:
 
 
 def _write_report(
-    out: Path, rows: list[Row], tuned: TuneResult, facts: dict[str, str], explorer: Any
+    out: Path,
+    rows: list[Row],
+    tuned: TuneResult,
+    facts: dict[str, str],
+    explorer: Any,
+    continued: Sequence[Shown],
 ) -> None:
     base, exact = rows[0], rows[1]
     assert exact.change is not None
@@ -226,7 +236,14 @@ def _write_report(
     write_report(
         out / "report.html",
         Report(
-            title, lead, rows, _NOTE.replace("\n", " "), surface_of(tuned, EXACT), facts, explorer
+            title,
+            lead,
+            rows,
+            _NOTE.replace("\n", " "),
+            surface_of(tuned, EXACT),
+            facts,
+            explorer,
+            continued,
         ),
     )
 

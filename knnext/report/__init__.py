@@ -17,6 +17,7 @@ from typing import Any
 
 from knnext import __version__
 from knnext.output import write_text
+from knnext.report.continuations import Shown, continuations_section
 from knnext.report.surface import Surface, surface_figure
 from knnext.report.table import Row, format_bytes, results_table, text_table
 
@@ -39,6 +40,7 @@ class Report:
         surface: validation perplexity over the grid, or None.
         facts: names and values of the section "What was run".
         explorer: from `knnext.report.explorer.explorer_data`, or None.
+        continuations: from `knnext.report.continuations.in_words`.
     """
 
     title: str
@@ -48,6 +50,7 @@ class Report:
     surface: Surface | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     explorer: Mapping[str, Any] | None = None
+    continuations: Sequence[Shown] = ()
 
 
 def write_report(path: str | Path, report: Report) -> Path:
@@ -68,6 +71,7 @@ def render(report: Report) -> str:
             "lead": html.escape(report.lead),
             "table": results_table(report.rows),
             "note": html.escape(report.note),
+            "continuations": continuations_section(report.continuations),
             "surface": surface,
             "facts": _facts(report.facts),
             "version": html.escape(__version__),

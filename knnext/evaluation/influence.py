@@ -20,13 +20,16 @@ class Influence:
     """One token: its probability by the base LM, the neighbors and the mixture.
 
     ``documents``: those whose rows gave the token its p_knn, and how much of it, in descending
-    order; [] where no neighbor has the token.
+    order; [] where no neighbor has the token. ``base_token``: what the base LM holds likeliest in
+    this place. ``row``: the nearest neighbor that has the token, or -1.
     """
 
     p_lm: float
     p_knn: float
     p: float
     documents: list[tuple[str, float]]
+    base_token: int
+    row: int
 
 
 def influences(
@@ -55,8 +58,10 @@ def influences(
         p_lm, p_knn = float(log_p[i, token].exp()), float(weights[votes].sum())
         # Where nothing was found, the mixture is the LM alone.
         p = (1 - lmbda) * p_lm + lmbda * p_knn if bool(there.any()) else p_lm
-        documents = _by_document(store, rows[i][there][votes], weights[votes])
-        found.append(Influence(p_lm, p_knn, p, documents))
+        voting = rows[i][there][votes]  # nearest first
+        documents = _by_document(store, voting, weights[votes])
+        row = int(voting[0]) if len(voting) else -1
+        found.append(Influence(p_lm, p_knn, p, documents, int(log_p[i].argmax()), row))
     return found
 
 
