@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from knnext.cli import main
-from knnext.cli.generate import _decoding, _plain_config
+from knnext.cli.generate import _decoding, plain_config
 from knnext.cli.parser import build_parser
 from knnext.evaluation.prompt import pieces, read_prompt
 from tests.lm.tiny_models import transformers
@@ -139,7 +139,7 @@ def test_samples_come_from_the_mixture(
     """Chi-square of 20,000 first tokens against the mixture itself, past the 50 likeliest."""
     mixed, tokenizer, store = opened(folder)
     mixed.model.generation_config = transformers.GenerationConfig(**HOSTILE)
-    mixed.model.generation_config = _plain_config(mixed.model, tokenizer)
+    mixed.model.generation_config = plain_config(mixed.model, tokenizer)
     ids = torch.tensor([read_prompt("the quick brown", tokenizer, store, None).ids])
     with torch.no_grad():
         wanted = expected_draws(mixed(input_ids=ids).logits[0, -1], **options)
@@ -186,10 +186,10 @@ def test_the_models_end_marks_are_kept() -> None:
         generation_config=transformers.GenerationConfig(eos_token_id=[7, 8], top_k=3)
     )
     tokenizer = argparse.Namespace(eos_token_id=2, pad_token_id=None)
-    config = _plain_config(model, tokenizer)
+    config = plain_config(model, tokenizer)
     assert (config.eos_token_id, config.pad_token_id, config.top_k) == ([7, 8], 7, None)
     model.generation_config = transformers.GenerationConfig()
-    assert _plain_config(model, tokenizer).eos_token_id == 2
+    assert plain_config(model, tokenizer).eos_token_id == 2
 
 
 @pytest.mark.parametrize("words", [["--top-k", "5"], ["--top-p", "0.5"], ["--min-p", "0.1"],

@@ -163,12 +163,16 @@ PRETRAINED = Preset(
     train_size=262_144,
 )
 
-#: The same k / N for two processor cores: both are less than a fifth.
+#: The same k / N for two processor cores: k and N are less than a fifth. FAISS visits the same
+#: share of its lists, 0.78 %.
 PRETRAINED_1M = PRETRAINED.with_options(
     name="pretrained-1m",
     entries=1_000_000,
+    valid_tokens=5_000,
+    test_tokens=12_000,
     k=182,
-    factory="IVF1024,PQ64",
+    factory="IVF2048,PQ64",
+    nprobe=16,
     train_size=131_072,
 )
 
