@@ -174,6 +174,7 @@ PRETRAINED_1M = PRETRAINED.with_options(
     factory="IVF2048,PQ64",
     nprobe=16,
     train_size=131_072,
+    options={"datastore-size.fractions": (0.05, 0.1, 0.25, 0.5, 1.0)},
 )
 
 PRESETS: dict[str, Preset] = {
