@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings as _warnings
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
+
+from knnext import errors as errors
+from knnext.say import log_as_told as _log_as_told
 
 if TYPE_CHECKING:
     from knnext.corpus import load_corpus, tokenize
@@ -83,6 +87,10 @@ _ELSEWHERE = {
     "tokenize": "knnext.corpus",
     "tune": "knnext.evaluation.tune",
 }
+
+
+if _trouble := _log_as_told():
+    _warnings.warn(_trouble, errors.KnnextWarning, stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

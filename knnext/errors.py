@@ -1,6 +1,6 @@
 """What can go wrong, one class for each thing that a program may want to do about it.
 
-All are `KnnextError`, and each is also the error of Python's that it would be elsewhere, so that
+All errors are `KnnextError`, and each is also the error of Python's that it would be elsewhere, so that
 `except ValueError`, `except OSError` and `except ImportError` go on to catch them. An argument
 that no call can take is a plain ValueError or TypeError, as in torch. Every message is one
 sentence that names what was given and what is wanted; the command `knnext` prints it and ends
@@ -23,6 +23,7 @@ __all__ = [
     "IncompatibleDatastoreError",
     "IndexMismatchError",
     "KnnextError",
+    "KnnextWarning",
     "MissingFileError",
     "MissingPackageError",
     "ModelError",
@@ -35,6 +36,10 @@ __all__ = [
 
 class KnnextError(Exception):
     """Base of every error that knnext has a class of its own for."""
+
+
+class KnnextWarning(UserWarning):
+    """Base of what knnext warns of: ``warnings.simplefilter("ignore", KnnextWarning)`` hides it."""
 
 
 class DatastoreError(KnnextError, ValueError):

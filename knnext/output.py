@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 from knnext.errors import FULL, NoRoomError
 
+_log = logging.getLogger(__name__)
 _numbers = count()
 
 
@@ -68,6 +70,7 @@ def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
             _sync(part)
             part.replace(path)
             _sync(path.parent)
+            _log.debug("wrote %s", path)
     except OSError as error:
         if error.filename not in (None, str(part)):
             raise

@@ -1,12 +1,13 @@
 """A progress line on stderr for work that takes more than a couple of seconds.
 
-Nothing is printed when stderr is not a terminal, so logs and pipes stay clean, nor in the first
-`DELAY` seconds, so short work stays silent. The line is rewritten in place at most ten times a
+Nothing is printed when stderr is not a terminal, so logs and pipes stay clean, nor where the logger
+"knnext" is set to WARNING or above, nor in the first `DELAY` seconds, so short work stays silent. The line is rewritten in place at most ten times a
 second and erased at the end.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -45,7 +46,8 @@ class Progress:
         self.total, self.desc, self.unit = total, desc, unit
         self.done = self._before = done
         self._file = sys.stderr if file is None else file
-        self._enabled = _is_terminal(self._file)
+        hushed = logging.getLogger("knnext").level > logging.INFO
+        self._enabled = _is_terminal(self._file) and not hushed
         self._start = time.monotonic()
         self._last_line = self._start
         self._shown = False

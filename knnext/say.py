@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 #: Takes one line for people.
 Say = Callable[[str], None]
+
+#: Above all loggers of the package, which are named as its modules are. Without a handler of the
+#: program's own it is silent.
+LOGGER = logging.getLogger("knnext")
+LOGGER.addHandler(logging.NullHandler())
+#: What `KNNEXT_LOG` may be, from the most that is said to the least.
+LEVELS = ("debug", "info", "warning", "error")
 
 #: What our own lines hold beyond ASCII, for streams that know no more.
 _SPELLED = {
@@ -43,6 +54,51 @@ def lenient(stream: TextIO) -> TextIO:
     if reconfigure is not None:
         reconfigure(errors="knnext")
     return stream
+
+
+class _Stderr(logging.Handler):
+    """A record in one line, on what stderr is by then; it takes a progress line's place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+            sys.stderr.write(f"{erase}{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+_STDERR = _Stderr()
+_STDERR.setFormatter(
+    logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+)
+
+
+def log_as_told() -> str:
+    """Write the log to stderr where `KNNEXT_LOG` says from which level on. Why not, where not."""
+    told = os.environ.get("KNNEXT_LOG", "")
+    if not told:
+        return ""
+    if told.lower() not in LEVELS:
+        return f"KNNEXT_LOG must be one of {', '.join(LEVELS)}, got {told!r}"
+    LOGGER.setLevel(told.upper())
+    LOGGER.addHandler(_STDERR)
+    return ""
+
+
+@contextmanager
+def log_on_stderr(level: str | None = None) -> Iterator[None]:
+    """Within, the log goes to stderr: from ``level`` on, else as told, else what warns."""
+    before, there = LOGGER.level, _STDERR in LOGGER.handlers
+    if level is not None:
+        LOGGER.setLevel(level.upper())
+    LOGGER.addHandler(_STDERR)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(before)
+        if not there:
+            LOGGER.removeHandler(_STDERR)
 
 
 def binary_size(num_bytes: float) -> str:

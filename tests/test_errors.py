@@ -27,7 +27,7 @@ from knnext.output import write_text
 
 PACKAGE = Path(knnext.__file__).parent
 ROOT = PACKAGE.parent
-KINDS = [getattr(errors, name) for name in errors.__all__]
+KINDS = [getattr(errors, name) for name in errors.__all__ if name != "KnnextWarning"]
 BUILTINS = (ValueError, OSError, ImportError, RuntimeError)
 
 

@@ -2,7 +2,8 @@
 
 0: done. 1: the work failed, with one line on stderr that says why. 2: the command line was wrong.
 130: interrupted. 141: whoever read stdout has gone, as `head` does. With ``--json`` stdout holds
-one JSON object and nothing else; what is said to people then goes to stderr. Models, corpora and
+one JSON object and nothing else; what is said to people then goes to stderr. With ``--verbose``
+the log is there, too; with ``--quiet`` errors alone are. Models, corpora and
 indexes are imported by the subcommands, which are themselves imported when they are chosen.
 """
 
@@ -26,6 +27,7 @@ from knnext.cli.parser import build_parser
 from knnext.cli.ranks import run as run_on_ranks
 from knnext.errors import KnnextError, missing_package
 from knnext.launch import launched
+from knnext.say import log_on_stderr
 
 _EXTRAS = {
     **dict.fromkeys(
@@ -89,6 +91,8 @@ def _run(args: argparse.Namespace) -> int:
         # Set before transformers is imported: it reads them once.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if args.quiet:
+        warnings.simplefilter("ignore")
     module, function = args.run.split(":")
     run = getattr(importlib.import_module(module), function)
 
@@ -98,12 +102,19 @@ def _run(args: argparse.Namespace) -> int:
         if first:
             streams.write(sys.stderr if args.json else sys.stdout, f"{line}\n")
 
-    result = run_on_ranks(args, lambda: run(args, say), lambda error: _complain(args, error))
+    with log_on_stderr(_log_level(args)):
+        result = run_on_ranks(args, lambda: run(args, say), lambda error: _complain(args, error))
     if args.json and first:
         text = json.dumps(plain(result), allow_nan=False, ensure_ascii=True)
         streams.write(sys.stdout, f"{text}\n")
     # What a command found may be a failure in itself, as of a check.
     return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
+
+
+def _log_level(args: argparse.Namespace) -> str | None:
+    if args.quiet:
+        return "error"
+    return (None, "info", "debug")[min(args.verbose, 2)]
 
 
 def plain(value: Any) -> Any:

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"knnext {__version__}")
     # Where no command is chosen yet, these have to be there all the same.
-    parser.set_defaults(debug=False, json=False)
+    parser.set_defaults(debug=False, json=False, verbose=0, quiet=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         _add_demo,
@@ -90,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+        loudness = command.add_mutually_exclusive_group()
+        loudness.add_argument(
+            "-v", "--verbose", action="count", default=0, help="show the log; twice: all of it"
+        )
+        loudness.add_argument(
+            "-q", "--quiet", action="store_true", help="no notes, no progress: errors alone"
+        )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from knnext.corpus.tokenized import (
 )
 from knnext.errors import CorpusError
 
+_log = logging.getLogger(__name__)
 __all__ = [
     "Corpus",
     "CorpusError",
@@ -87,6 +89,8 @@ def load_corpus(
         splits["train"] = cap_bytes(splits["train"], max_bytes, seed)
     for note in reading.notes:
         warnings.warn(note, CorpusNote, stacklevel=2)
+    counts = ", ".join(f"{len(splits[name]):,} {name}" for name in SPLITS)
+    _log.info("read corpus %s: documents: %s", spec, counts)
     return Corpus(
         absolute_spec(spec),
         splits["train"],

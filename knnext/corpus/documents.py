@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from knnext.errors import CorpusError
+from knnext.errors import CorpusError, KnnextWarning
 
 SPLITS = ("train", "valid", "test")
 #: Parts of train, valid and test in a hundred, where a corpus brings no split of its own.
@@ -24,7 +24,7 @@ HASH_BYTES = 16
 _SPACE = string.whitespace.encode()
 
 
-class CorpusNote(UserWarning):
+class CorpusNote(KnnextWarning):
     """What was left out of a corpus or moved in it, for people to know."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from knnext.datastore.parts import check_part, first_rows, open_plan, part_origi
 from knnext.lm.hidden_states import batch_ends, hidden_states
 from knnext.progress import Progress
 
+_log = logging.getLogger(__name__)
 #: Parts a process, where nobody says how many: a fast one then does the work of a slow one, and
 #: the end comes at much the same time for all.
 PARTS_PER_RANK = 8
@@ -82,6 +84,8 @@ class BuildJob:
             resume=resume,
             **self.facts,
         )
+        begun = store.num_entries
+        _log.info("%s: %s, %d of %d rows are there", path, title, begun, last - first)
         with store, Progress(last - first, title, "tokens", done=store.num_entries) as bar:
             store.set_document_names(names, None if hashes is None else hashes[low:high])
             batches = hidden_states(
@@ -97,6 +101,7 @@ class BuildJob:
                 of = self.tokenized.document_of(batch.positions.cpu().numpy() + 1) - low
                 store.append(batch.keys, batch.targets, torch.from_numpy(of))
                 bar.update(len(batch))
+        _log.info("%s: %s ended with %d rows", path, title, store.num_entries)
         return store
 
     def write_part(self, directory: Path, plan: DatastoreMeta, number: int) -> Datastore:

@@ -18,6 +18,7 @@ from pathlib import Path
 from knnext.datastore.errors import DatastoreLockedError
 from knnext.datastore.files import LOCK_FILE, WriterLock
 from knnext.datastore.meta_file import ranges
+from knnext.errors import KnnextWarning
 
 #: Seconds between two looks at what others have claimed.
 _LOOK_SECONDS = 0.5
@@ -51,7 +52,9 @@ def take_all(
             if left and not said:
                 said = True
                 warnings.warn(
-                    f"waiting for {what} {ranges(left)}, of other processes", stacklevel=2
+                    f"waiting for {what} {ranges(left)}, of other processes",
+                    KnnextWarning,
+                    stacklevel=2,
                 )
             watch.look(left, what)
 

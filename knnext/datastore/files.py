@@ -24,6 +24,7 @@ from knnext.datastore.errors import (
     DatastoreError,
     DatastoreLockedError,
 )
+from knnext.errors import KnnextWarning
 
 BLOCK_BYTES = 4 << 20
 LOCK_FILE = ".lock"
@@ -210,7 +211,8 @@ class WriterLock:
                     "could share the parts between them; give each its own, as --part 3/64"
                 ) from None
             # Some network file systems have no locks; a build there is still worth having.
-            warnings.warn(f"{directory}: no lock against a second writer ({error})", stacklevel=4)
+            text = f"{directory}: no lock against a second writer ({error})"
+            warnings.warn(text, KnnextWarning, stacklevel=4)
 
     def release(self) -> None:
         # The file stays: removing it would let two writers lock two different files.

@@ -24,6 +24,7 @@ from knnext.datastore.legacy_files import Array, LegacyFiles, find_files
 from knnext.datastore.meta import INT32_MAX, Origin
 from knnext.datastore.verify import Progress
 from knnext.datastore.writer import DatastoreWriter
+from knnext.errors import KnnextWarning
 
 _SCAN_ROWS = 1 << 16
 
@@ -186,11 +187,13 @@ def _report(files: LegacyFiles, rows: int, dropped: int, zeros: int) -> None:
         warnings.warn(
             f"{files.keys_path.name}: left out {dropped:,} of {len(files.keys):,} rows, the "
             f"all-zero or unwanted tail; imported {rows:,}",
+            KnnextWarning,
             stacklevel=4,
         )
     if zeros:
         warnings.warn(
             f"{files.keys_path.name}: {zeros:,} all-zero rows with token 0 lie before the end and "
             "were imported; they are near every query of small norm",
+            KnnextWarning,
             stacklevel=4,
         )

@@ -19,6 +19,7 @@ from knnext.corpus import TokenizedDocuments
 from knnext.corpus.documents import few
 from knnext.datastore.errors import DatastoreError
 from knnext.datastore.reader import DatastoreReader
+from knnext.errors import KnnextWarning
 
 _RUN = 8  # tokens; runs of so many are seldom shared by chance
 _HEAD = 16
@@ -44,6 +45,7 @@ def check_overlap(
         warnings.warn(
             f"{store.path}: keeps no documents, so that nobody can tell whether the text to be "
             "scored is in it",
+            KnnextWarning,
             stacklevel=3,
         )
         return

@@ -8,6 +8,7 @@ a resumed build ends with the same bytes as an unbroken one.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from knnext.datastore.meta_file import to_json
 from knnext.datastore.open_shard import OpenShard, check_content, remove_leftovers
 from knnext.datastore.rows import ShardFiles
 from knnext.errors import FULL
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,7 @@ class DatastoreWriter:
             except OSError as error:
                 raise self._write_error(error) from error
             self._committed = content
+            _log.debug("%s: committed %d rows", self.directory, self.num_entries)
         self._commit_due = False
         self._commit_time = time.monotonic()
 

@@ -6,6 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from knnext.errors import KnnextWarning
+
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
@@ -40,6 +42,7 @@ def read_prompt(text: str, tokenizer: Any, store: Datastore, most: int | None) -
     head = [] if bos is None or most < 2 else [int(bos)]
     warnings.warn(
         f"the text has {len(whole)} tokens, of which the last {most - len(head)} are read",
+        KnnextWarning,
         stacklevel=2,
     )
     return Prompt([*head, *whole[len(whole) - most + len(head) :]], len(whole))

@@ -7,6 +7,7 @@ no text is too long.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -26,6 +27,8 @@ from knnext.ranks import Ranks
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
     from knnext.datastore import Datastore
+
+_log = logging.getLogger(__name__)
 
 _PIECE_ROWS = 16_384
 
@@ -166,6 +169,7 @@ def search_stream(
         "full_last_window": full_last_window,
     }
     scored = _Scored(tokenized, apart=bool(separate_documents))
+    _log.info("searching k = %d neighbors of %d tokens in %s", k, len(scored), _named(indexes))
     shares = shares_of(ranks, tokenized, windows)
     found = {name: _Found(one, len(scored), k, keep_indices) for name, one in indexes.items()}
     targets = torch.empty(len(scored), dtype=torch.int64, device="cpu")
@@ -188,6 +192,10 @@ def search_stream(
     shared = describe_stream(tokenized, targets, log_p_lm, scored.positions)
     results = {name: one.scores(shared, lm_seconds) for name, one in found.items()}
     return results if isinstance(index, Mapping) else results[""]
+
+
+def _named(indexes: Mapping[str, Index]) -> str:
+    return ", ".join(f"{name} {type(one).__name__}".strip() for name, one in indexes.items())
 
 
 def settled(

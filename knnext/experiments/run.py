@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from knnext.progress import format_duration
 from knnext.report.plots import save_figure
 
 Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 def run_experiment(
@@ -25,7 +27,7 @@ def run_experiment(
     *,
     fresh: bool = False,
     lab: Lab | None = None,
-    say: Say = print,
+    say: Say = _log.info,
 ) -> dict[str, Any]:
     """The result of one experiment, run where the folder does not hold it yet.
 
@@ -38,6 +40,7 @@ def run_experiment(
         folder: for results; the shared artifacts lie in `cache` below it.
         fresh: run again; artifacts of the cache are reused all the same.
         lab: of the same preset and folder, to share what it holds in memory.
+        say: takes lines for people; by default they go to the log.
 
     Raises:
         ValueError: an unknown name, or a folder that holds this experiment of another preset.
@@ -73,7 +76,7 @@ def run_all(
     *,
     names: Sequence[str] = NAMES,
     fresh: bool = False,
-    say: Say = print,
+    say: Say = _log.info,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """(results, failures) by name; an experiment that fails does not stop the others."""
     folder = Path(folder)

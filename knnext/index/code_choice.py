@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from knnext.errors import IndexMismatchError
+from knnext.errors import IndexMismatchError, KnnextWarning
 from knnext.index.codes import StoredCodes, default_path
 from knnext.index.codes_meta import HOW_TO_MAKE
 from knnext.index.tensors import TensorStore, tensor_store
@@ -62,7 +62,7 @@ def choose_codes(
     except (IndexMismatchError, OSError) as error:
         if codes != "auto":
             raise
-        warnings.warn(f"searching without codes: {error}", stacklevel=4)
+        warnings.warn(f"searching without codes: {error}", KnnextWarning, stacklevel=4)
         return Choice(None, str(error))
 
 

@@ -17,6 +17,7 @@ rows^2 / (2 x interval) codes: 77 times the index for 153 M rows with a save eac
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Callable
@@ -45,6 +46,7 @@ from knnext.index.sidecar import (
 from knnext.output import whole_file, write_json
 from knnext.progress import progress
 
+_log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
@@ -195,6 +197,7 @@ def _build(
     datastore: Datastore, folder: Path, recipe: Recipe, nprobe: int, add_chunk: int, gpu: bool | str
 ) -> None:
     claim(folder, recipe)
+    _log.info("%s: building %s of %d rows", folder, recipe.factory, recipe.num_entries)
     if not (folder / TRAINED_FILE).exists():
         train_into(datastore, folder, recipe, gpu)
     with progress(recipe.num_entries, "adding to the index", unit="rows") as bar:
@@ -366,6 +369,7 @@ def _finish(folder: Path, recipe: Recipe, nprobe: int) -> None:
         leftovers += folder.glob(pattern)
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
+    _log.info("%s: the index is whole, %d bytes", folder, sidecar.num_bytes)
 
 
 def _write(path: Path, index: Any) -> None:

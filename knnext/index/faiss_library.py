@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnext.errors import missing_package
+from knnext.errors import KnnextWarning, missing_package
 from knnext.index.queries import Range
 
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -225,7 +225,8 @@ def to_gpu(index: Any, gpu: bool | str) -> Any | None:
             raise ValueError(
                 f"gpu=True, but FAISS cannot put this index on a GPU: {reason}"
             ) from None
-        warnings.warn(f"FAISS keeps this index on the CPU: {reason}", stacklevel=2)
+        text = f"FAISS keeps this index on the CPU: {reason}"
+        warnings.warn(text, KnnextWarning, stacklevel=2)
         return None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from knnext.errors import MissingPackageError
+from knnext.errors import KnnextWarning, MissingPackageError
 from knnext.lm.block_trace import BlockTrace
 from knnext.lm.running import evaluating
 from knnext.lm.wrapped import COMPILED_NAME
@@ -73,6 +73,7 @@ def uncompiled(model: nn.Module, *hooked: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} runs uncompiled: keys are read inside of "
             f"{names[0] or 'the model'}, which is compiled, and compiled code takes no hooks. "
             "load_lm(compile=True), or --compile, compiles all blocks but the one that is read",
+            KnnextWarning,
             stacklevel=4,
         )
     with _STANCE.lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ __all__ = [
     "sha256",
     "tokenizer_hash",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 def save_lm(path: str | Path, model: Any, tokenizer: Any) -> None:
@@ -178,6 +181,7 @@ def load_lm(
     if device is not None and model.device != torch.device(device) and kind is None:
         model = model.to(device)
     model = model.eval()
+    _log.info("loaded %s: %s, %s, %s", source, type(model).__name__, model.dtype, model.device)
     if compile:
         compile_blocks(model)
     return model, words

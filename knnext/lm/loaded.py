@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-from knnext.errors import ModelError
+from knnext.errors import KnnextWarning, ModelError
 from knnext.lm.running import num_known_tokens
 from knnext.lm.tensors import leaves
 
@@ -31,6 +31,7 @@ def check_weights(info: Any, source: str) -> None:
         warnings.warn(
             f"{source} has {len(unexpected):,} weights that its model, as its config describes it, "
             f"does not use: {_some(unexpected)}",
+            KnnextWarning,
             stacklevel=3,
         )
 
@@ -69,6 +70,7 @@ def warn_of_offloading(model: Any, source: str) -> None:
             f"{source} does not fit the memory here: {len(away):,} of its weights, such as "
             f"{away[0]}, are fetched from the CPU's memory or a disk at each pass, which is slow. "
             "Try a smaller model_dtype, a quantization, or more or larger GPUs",
+            KnnextWarning,
             stacklevel=3,
         )
 

@@ -9,6 +9,7 @@ forked after it may still use it.
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from knnext import reference
+from knnext.errors import KnnextWarning
 from knnext.ops._cards import can_run, cuda_driver_version
 from knnext.ops._checks import CHECKS, VALUE_CHECKS
 from knnext.ops._gradients import GRADIENTS
@@ -32,11 +34,12 @@ __all__ = [
     "cuda_symbols",
 ]
 
+_log = logging.getLogger(__name__)
 _CHUNK_BYTES = 256 << 20  # of keys on their way to a GPU
 LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
 
 
-class FallbackWarning(UserWarning):
+class FallbackWarning(KnnextWarning):
     """The compiled library is missing or cannot run; plain PyTorch runs in its place."""
 
 
@@ -217,6 +220,7 @@ def _warning(key: str, missing: list[str], reason: str) -> str:
 def load() -> LoadReport:
     """Loads what the CPU needs. Called once, on import."""
     report = LoadReport(_load(LIBRARIES / "libknnext_cpu.so"))
+    _log.debug("ops of the CPU: %s", report.cpu or "loaded")
     if report.cpu:
         for schema in (*SCHEMAS, *GRADIENT_SCHEMAS):
             _KEEP.define(schema)
