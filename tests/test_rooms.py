@@ -27,6 +27,7 @@ ORDER = (
     ("evaluation",),
     ("hub", "distill"),
     ("report",),
+    ("serve",),
     ("explore",),
     ("demo",),
     ("experiments.lab",),

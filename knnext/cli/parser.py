@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_search,
         _add_generate,
         _add_explore,
+        _add_serve,
         _add_info,
         _add_import,
         _add_export,
@@ -303,6 +304,52 @@ def _add_explore(commands: Any) -> argparse.ArgumentParser:
     return c
 
 
+def _add_serve(commands: Any) -> argparse.ArgumentParser:
+    text = "answer HTTP requests of OpenAI's clients with the mixture"
+    c = _command(commands, "serve", "knnext.cli.serve:serve", text)
+    add_datastore(c)
+    add_model(c)
+    add_search_options(c)
+    add_mixture(c)
+    c.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; default: 127.0.0.1, for this machine alone",
+    )
+    c.add_argument("--port", type=port, default=8000, help="default: 8000; 0 takes any free one")
+    c.add_argument("--name", help="of the model in requests; default: what --model says")
+    c.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="that requests must hold; better in the environment, as KNNEXT_API_KEY; default: none",
+    )
+    c.add_argument(
+        "--max-batch", type=positive, default=16, help="texts written at once; default: 16"
+    )
+    c.add_argument("--queue", type=positive, default=256, help="texts that wait; default: 256")
+    c.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=4096,
+        help="new ones that a request may ask for; default: 4096",
+    )
+    c.add_argument(
+        "--seconds",
+        type=positive_float,
+        default=600.0,
+        help="that a request may take, waiting included; default: 600",
+    )
+    c.add_argument(
+        "--grace",
+        type=positive_float,
+        default=10.0,
+        metavar="SECONDS",
+        help="what is under way at Ctrl-C has so long to end; default: 10",
+    )
+    refuse_dtype(c, keys=False, model=True)
+    return c
+
+
 def _add_info(commands: Any) -> argparse.ArgumentParser:
     text = "what a datastore holds"
     c = _command(commands, "info", "knnext.cli.build:info", text)
@@ -370,8 +417,9 @@ def _add_experiment(commands: Any) -> argparse.ArgumentParser:
     )
     c.add_argument(
         "--preset",
-        choices=("small", "gpu", "paper", "tiny"),
-        help="small: two cores, minutes (default); gpu: one GPU; paper: WikiText-103 and its sizes",
+        choices=("small", "pretrained-1m", "pretrained", "gpu", "paper", "tiny"),
+        help="small: two cores, minutes (default); pretrained, pretrained-1m: sizes for a --model "
+        "of some hundred million parameters; gpu: one GPU; paper: WikiText-103 and its sizes",
     )
     c.add_argument(
         "--out", default="knnext-experiments", metavar="FOLDER", help="default: knnext-experiments"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 #: What decoders give for bytes that are no whole character.
 _BROKEN = "\ufffd"
 #: Tokens before a new one that a decoder may need to see: a space belongs to what it stands after.
-_DECODED_BEFORE = 8
+DECODED_BEFORE = 8
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,25 @@ def pieces(tokenizer: Any, ids: list[int], first: int) -> list[str]:
     nothing. Special tokens add nothing.
     """
     found: list[str] = []
-    start, done = max(0, first - _DECODED_BEFORE), first
+    start, done = max(0, first - DECODED_BEFORE), first
     for end in range(first + 1, len(ids) + 1):
-        before, now = _decoded(tokenizer, ids[start:done]), _decoded(tokenizer, ids[start:end])
-        if now.endswith(_BROKEN) and end < len(ids):
+        before, now = decoded(tokenizer, ids[start:done]), decoded(tokenizer, ids[start:end])
+        if is_broken(now) and end < len(ids):
             found.append("")  # the next token may complete it
             continue
         found.append(now[len(before) :])
-        start, done = max(start, done - _DECODED_BEFORE), end
+        start, done = max(start, done - DECODED_BEFORE), end
     return found
 
 
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decoded(tokenizer: Any, ids: list[int], *, special: bool = False) -> str:
+    """The tokens as text, nothing tidied; special tokens are spelled out only where asked for."""
+    text: str = tokenizer.decode(
+        ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+    )
     return text
+
+
+def is_broken(text: str) -> bool:
+    """Whether the text ends in what may be a character that is not complete."""
+    return text.endswith(_BROKEN)

@@ -6,10 +6,8 @@ import asyncio
 import functools
 import html
 import json
+import logging
 import secrets
-import socket
-import sys
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,10 +17,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from knnext import __version__
-from knnext.explore.guard import Guard, Refused, body_of, number_in, text_in
 from knnext.explore.session import MOST_NEW_TOKENS, Limit, Session, TooLong
 from knnext.explore.worker import Busy, Worker
 from knnext.report import explorer_parts, fill, part, script_json
+from knnext.serve.errors import Refused
+from knnext.serve.guard import Guard, body_of, number_in, text_in
+from knnext.serve.listening import Listener
+
+_log = logging.getLogger(__name__)
 
 #: Only what the page brings itself runs; it may ask this server alone, and stand in no other page.
 _HEADERS = {
@@ -36,7 +38,6 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _MOST_NEIGHBORS = 32
-_BACKLOG = 32
 
 
 class Service:
@@ -153,7 +154,7 @@ def _words(error: Exception) -> tuple[int, str]:
         return 503, "this took too long, and was given up"
     if isinstance(error, ValueError):
         return 400, " ".join(str(error).split())
-    traceback.print_exception(error, file=sys.stderr)
+    _log.error("%s", type(error).__name__, exc_info=error)
     return 500, f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -201,46 +202,18 @@ class Server:
         token: str | None = None,
     ) -> None:
         self.host, self.token = host, token or secrets.token_urlsafe(24)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.socket = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind((host, port))
-            self.socket.listen(_BACKLOG)  # who opens the address at once waits, and is not refused
-        except OSError as error:
-            self.socket.close()
-            place = f"{host}:{port}"
-            raise OSError(error.errno, f"cannot listen at {place}: {error.strerror}") from None
-        self.port = int(self.socket.getsockname()[1])
+        self._listener = Listener(host, port)
+        self.port = self._listener.port
         self.service = Service(session, Guard(host, self.token), facts, seconds)
 
     @property
     def address(self) -> str:
         """What a person opens."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        name = f"[{host}]" if ":" in host else host
-        return f"http://{name}:{self.port}/?token={self.token}"
+        return f"{self._listener.url}/?token={self.token}"
 
     def run(self) -> None:
-        """Serve until Ctrl-C or SIGTERM, whose usual effects then follow."""
-        import uvicorn
+        """Serve until Ctrl-C or SIGTERM, whose usual effects then follow.
 
-        config = uvicorn.Config(
-            self.service.app(),
-            log_config=None,
-            log_level="critical",  # what fails is said by `_words`
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            http="h11",
-            loop="asyncio",
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=32,
-            backlog=_BACKLOG,
-            timeout_keep_alive=5,
-            timeout_graceful_shutdown=0,  # answers have no effects that would have to be whole
-            h11_max_incomplete_event_size=32 << 10,
-        )
-        with self.socket:
-            uvicorn.Server(config).run(sockets=[self.socket])
+        Answers have no effects that would have to be whole: who waits for one is not waited for.
+        """
+        self._listener.run(self.service.app())

@@ -11,9 +11,11 @@ import torch
 
 from knnext.errors import KnnextError
 from knnext.explore.figures import figures
-from knnext.explore.writer import Writer, next_token
+from knnext.explore.writer import Writer
 from knnext.report.copies import copied_runs
 from knnext.report.excerpts import telling_token
+from knnext.serve.reader import Reader
+from knnext.serve.sampling import next_token
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -78,6 +80,7 @@ class Session:
         self.k = min(k, store.num_entries)
         self.temperature, self.lmbda = temperature, lmbda
         self.key_layer = store.key_layer or "att"
+        self.reader = Reader(model, self.key_layer, alone=True)
         self.max_tokens = max(1, min(max_tokens, _MOST_PLACES // self.k))
 
     def read(self, text: str, limit: Limit) -> dict[str, Any]:
@@ -149,7 +152,7 @@ class Session:
 
         prompt = read_prompt(text, self.tokenizer, self.store, default_block_size(self.model))
         limit.check()
-        state, _ = Writer(self.model, self.key_layer, prompt.ids).step()
+        state, _ = Writer(self.reader, prompt.ids).step()
         limit.check()
         count = max(1, min(count, _MOST_SPANS, self.store.num_entries))
         query = state[None].to(self.store.dtype)
@@ -262,9 +265,7 @@ class Writing:
         prompt = read_prompt(text, session.tokenizer, session.store, most)
         self.left = {"mixture": tokens, "base": tokens}
         self.prompt = len(prompt.ids)
-        self.writers = {
-            side: Writer(session.model, session.key_layer, prompt.ids) for side in self.left
-        }
+        self.writers = {side: Writer(session.reader, prompt.ids) for side in self.left}
         self.generators = {
             side: torch.Generator(device="cpu").manual_seed(seed) if draw else None
             for side in self.left

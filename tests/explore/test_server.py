@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra explore is not installed")
 
-from knnext.explore import guard as guard_module
-from knnext.explore.guard import MAX_BODY, Guard
 from knnext.explore.server import Service
 from knnext.explore.session import Limit, TooLong
 from knnext.explore.worker import Busy, Worker
+from knnext.serve import guard as guard_module
+from knnext.serve.guard import MAX_BODY, Guard
 from tests.explore.asgi import HOST, Answer, send
 from tests.explore.small import TEXT, K
 

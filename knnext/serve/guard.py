@@ -1,9 +1,9 @@
-"""What a request must be before it is looked at: from this page, with its token, and small.
+"""What a request must be before it is looked at: from here, from who may ask, and small.
 
-A page on the loopback address can be reached by every program of the machine, and by every web site
-that its user visits: the site's script can send requests (it is told by its Origin), or have its
-own name lead to 127.0.0.1 (it is told by the Host). So both are looked at, and a token that only
-the address printed on the terminal holds.
+A server on the loopback address can be reached by every program of the machine, and by every web
+site that its user visits: the site's script can send requests (it is told by its Origin), or have
+its own name lead to 127.0.0.1 (it is told by the Host). So both are looked at, and a secret: the
+token that only the address printed on the terminal holds, or a key.
 """
 
 from __future__ import annotations
@@ -18,47 +18,43 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from knnext.errors import KnnextError
+from knnext.serve.errors import Refused
 
 MAX_BODY = 512 << 10
 _BODY_SECONDS = 10.0
 
 
-class Refused(KnnextError):
-    """An answer other than what was asked for: `status` and words for people."""
-
-    def __init__(self, status: int, words: str) -> None:
-        super().__init__(words)
-        self.status = status
-
-
 class Guard:
-    """Knows the token and the names under which the page may be asked for.
+    """Knows the names under which a server may be asked for, and perhaps a token.
 
     Args:
         host: the address that the server is bound to.
-        token: what the address must hold.
+        token: what the address of a page must hold.
     """
 
-    def __init__(self, host: str, token: str) -> None:
+    def __init__(self, host: str, token: str = "") -> None:
         self._token = token.encode()
         self._names = {"localhost", "127.0.0.1", "::1", host.lower()}
-        self._open = not _is_loopback(host)
+        self._open = not is_loopback(host)
         if self._open:
             self._names.add(socket.gethostname().lower())
 
     def check(self, request: Request, token: str | None) -> None:
         """Refused: 400 for a foreign host, 403 for a foreign origin or a wrong token."""
+        self.check_origin(request)
+        if not same(token, self._token):
+            raise Refused(403, "the token is missing or wrong: open the address on the terminal")
+
+    def check_origin(self, request: Request) -> None:
+        """Refused: 400 for a foreign host, 403 for a foreign origin."""
         hosts = request.headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
-            raise Refused(400, "this page is not known under that name")
+            raise Refused(400, "this server is not known under that name")
         for origin in request.headers.getlist("origin"):
             if urlsplit(origin).netloc.lower() != hosts[0].lower():
                 raise Refused(403, "requests from other sites are refused")
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise Refused(403, "requests from other sites are refused")
-        if not hmac.compare_digest((token or "").encode("utf-8", "replace"), self._token):
-            raise Refused(403, "the token is missing or wrong: open the address on the terminal")
 
     def _is_ours(self, host: str) -> bool:
         try:
@@ -69,6 +65,11 @@ class Guard:
         return name in self._names or (self._open and _is_number(name))
 
 
+def same(given: str | None, secret: bytes) -> bool:
+    """Compared in a time that tells nothing."""
+    return hmac.compare_digest((given or "").encode("utf-8", "replace"), secret)
+
+
 def _is_number(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -77,24 +78,24 @@ def _is_number(name: str) -> bool:
     return True
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     return host == "localhost" or (_is_number(host) and ipaddress.ip_address(host).is_loopback)
 
 
-async def body_of(request: Request) -> dict[str, Any]:
+async def body_of(request: Request, most: int = MAX_BODY) -> dict[str, Any]:
     """The request's JSON object.
 
-    Refused: 415 for another kind of body, 413 past `MAX_BODY`, 408 where it does not come, 400 for
-    what is no JSON object.
+    Refused: 415 for another kind of body, 413 past ``most`` bytes, 408 where it does not come, 400
+    for what is no JSON object.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, "the body must be application/json")
     size = request.headers.get("content-length", "0")
-    if not size.isdigit() or int(size) > MAX_BODY:
-        raise Refused(413, f"the body must be at most {MAX_BODY} bytes")
+    if not size.isdigit() or int(size) > most:
+        raise Refused(413, f"the body must be at most {most} bytes")
     try:
-        raw = await asyncio.wait_for(_read(request), _BODY_SECONDS)
+        raw = await asyncio.wait_for(_read(request, most), _BODY_SECONDS)
     except asyncio.TimeoutError:
         raise Refused(408, "the body did not come in time") from None
     try:
@@ -106,12 +107,12 @@ async def body_of(request: Request) -> dict[str, Any]:
     return found
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, most: int) -> bytes:
     raw = bytearray()
     async for part in request.stream():
         raw += part
-        if len(raw) > MAX_BODY:
-            raise Refused(413, f"the body must be at most {MAX_BODY} bytes")
+        if len(raw) > most:
+            raise Refused(413, f"the body must be at most {most} bytes")
     return bytes(raw)
 
 
