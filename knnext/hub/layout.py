@@ -128,17 +128,13 @@ def check_fit(content: bytes, where: str) -> dict[str, Any]:
     """A fit that `knnext tune` wrote, with numbers where it has numbers; else a ValueError."""
     try:
         found = json.loads(content)
-        numbers = {"temperature": 0.0, "lmbda": -1.0}
-        good = all(
-            isinstance(found[name], int | float)
-            and math.isfinite(found[name])
-            and found[name] > low
-            for name, low in numbers.items()
-        )
-        good = good and 0 <= found["lmbda"] <= 1 and type(found["k"]) is int and found["k"] > 0
+        numbers = [found["temperature"], found["lmbda"]]
+        good = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        good = good and found["temperature"] > 0 and 0 <= found["lmbda"] <= 1
+        counts = [found["k"], 1 if found["nprobe"] is None else found["nprobe"]]
+        good = good and all(type(n) is int and n > 0 for n in counts)
         good = good and found["index"] in ("exact", "faiss")
-        good = good and (found["nprobe"] is None or type(found["nprobe"]) is int)
-        good = good and isinstance(found["rescore"], bool | None)
+        good = good and found["rescore"] in (None, False, True)
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,7 @@ class Remote:
     def check(self, path: str, num_bytes: int | None = None) -> None:
         """HubError unless the repository has such a file, of that many bytes."""
         if path not in self.sizes:
-            what = (
-                "this is no datastore" if path == META_FILE else "it was sent in part, or changed"
-            )
+            what = "this is no datastore" if path == META_FILE else "it is not whole"
             raise HubError(f"{self.repo_id}: has no {path}; {what}")
         size = self.sizes[path]
         if num_bytes is None and (size is None or size > _META_BYTES):
@@ -73,8 +72,7 @@ def trusted_meta(content: bytes, repo_id: str) -> DatastoreMeta:
         raise HubError(f"{repo_id}: {error}") from error
     except RecursionError:
         raise HubError(f"{repo_id}: {META_FILE} is nested too deeply") from None
-    texts = json.dumps(json.loads(content), ensure_ascii=False)
-    if any(not sign.isprintable() for sign in texts):
+    if any(not text.isprintable() for text in _texts(json.loads(content))):
         raise HubError(f"{repo_id}: {META_FILE} holds control characters, which no build writes")
     documents = meta.documents
     if documents is not None and documents.count * _NAME_BYTES > documents.names.num_bytes:
@@ -85,3 +83,15 @@ def trusted_meta(content: bytes, repo_id: str) -> DatastoreMeta:
     if not meta.shards and any(part.rows for part in meta.parts or ()):
         raise HubError(f"{repo_id}: its parts were never joined")
     return meta
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in what a JSON file holds."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, str):
+        yield value
