@@ -13,12 +13,14 @@ from knnext.index.codes import StoredCodes
 from knnext.index.exact import ExactIndex
 from knnext.index.exactness import ExactnessReport, check_exactness
 from knnext.index.faiss import FaissIndex
+from knnext.index.filter import Filter
 from knnext.index.sharded import ShardedIndex
 
 __all__ = [
     "ExactIndex",
     "ExactnessReport",
     "FaissIndex",
+    "Filter",
     "Index",
     "IndexMismatchError",
     "ShardedIndex",

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from knnext.index.filter import Filter
 from knnext.ops import gather_tokens
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from knnext.datastore import Datastore
 
 
@@ -25,6 +28,8 @@ class Index(Protocol):
         queries: Tensor,
         k: int,
         exclude_documents: Tensor | Sequence[int] | None = None,
+        *,
+        filter: Filter | Sequence[Filter | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(Q, k) float32 distances and (Q, k) int64 indices, nearest first."""
         ...
@@ -39,6 +44,8 @@ class TokenTable:
 
     datastore: Datastore
     _values: Tensor | None = None
+    #: What every search of this index leaves out, whatever else it is asked.
+    filter: Filter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the values, which the datastore holds."""
@@ -52,6 +59,25 @@ class TokenTable:
     def ntotal(self) -> int:
         """`len(index)`, by the name that FAISS has for it."""
         return len(self)
+
+    def restricted(self, filter: Filter | None) -> Self:
+        """The same index, every search of which finds what the filter leaves alone: for a `KNNLM`,
+        an evaluation, or whoever else searches. None takes the filter off.
+
+        ValueError or TypeError at once, where the filter is none for the datastore.
+        """
+        if filter is not None:
+            if not isinstance(filter, Filter):
+                raise TypeError(f"filter must be a Filter, got {type(filter).__name__}")
+            if filter.per_query:
+                raise ValueError(
+                    f"a filter of all searches is of all queries, and takes no "
+                    f"{filter.per_query[0]} of each"
+                )
+            filter.shared(self.datastore)
+        other = object.__new__(type(self))  # and not a copy, which would open files again
+        other.__dict__.update(self.__dict__, filter=filter)
+        return other
 
     def tokens(self, indices: Tensor) -> Tensor:
         """(Q, k) int32 values of the rows named by (Q, k) indices; -1 stays -1."""

@@ -13,24 +13,27 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from knnext.index.base import TokenTable
+from knnext.index.chunks import Chunk, parts_of, queries_of
 from knnext.index.code_choice import Codes, choose_codes, describe_choice
 from knnext.index.codes_meta import STATS_BYTES
+from knnext.index.filter import Filter
 from knnext.index.queries import (
     QueryGroup,
     as_distances,
     check_count,
     check_k,
-    group_queries,
     prepare_queries,
 )
+from knnext.index.row_set import AnyOf, plan
 from knnext.index.tensors import ArrayLike, TensorStore, tensor_store
-from knnext.ops import KeyCodes, key_sqnorms, knn_search
+from knnext.index.wanted import wanted_rows
+from knnext.ops import KeyCodes, key_sqnorms, knn_search, merge_topk
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -43,19 +46,6 @@ METRICS = ("l2", "ip")
 # disk reads about so many rows on end while it finds one.
 _ROWS_ON_END = 128
 _PAGES_A_ROW = 64  # of a disk, for each row looked for: far more than likely rows make
-
-
-class Chunk(NamedTuple):
-    """Keys of the rows from `start` on, with their codes, or the squared norms that "l2" wants."""
-
-    start: int
-    keys: Tensor
-    sqnorms: Tensor | None
-    codes: KeyCodes | None = None
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.keys.shape[0]
 
 
 class ExactIndex(TokenTable):
@@ -198,6 +188,8 @@ class ExactIndex(TokenTable):
         queries: Tensor,
         k: int,
         exclude_documents: Tensor | Sequence[int] | None = None,
+        *,
+        filter: Filter | Sequence[Filter | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The k nearest rows of each query, in order of (distance, index).
 
@@ -209,6 +201,8 @@ class ExactIndex(TokenTable):
             exclude_documents: None; an integer tensor (Q,) of one document a query, -1 for none;
                 or a sequence of documents that no query may find. The result is the one of a
                 datastore without those rows, whatever the size of the documents.
+            filter: a `Filter` of what may be found, or a list of one (or None) for each query.
+                Keys that no query may find are not read.
 
         Returns:
             `(distances, indices)`: (Q, k) float32 and (Q, k) int64, tensors on the queries'
@@ -219,9 +213,11 @@ class ExactIndex(TokenTable):
         dim, dtype = self.datastore.dim, self.datastore.dtype
         rounded = prepare_queries(queries, dim, dtype, cosine=self._cosine)
         device, rounded = getattr(queries, "device", "cpu"), rounded.to(self.device)
-        offsets = self.datastore.document_offsets
-        groups = group_queries(exclude_documents, offsets, rounded.shape[0])
-        distances, indices = self.search_groups(rounded, k, groups)
+        wanted = wanted_rows(
+            self.datastore, rounded.shape[0], filter, exclude_documents, self.filter
+        )
+        found = self.search_groups(rounded, wanted.more(k), wanted.groups)
+        distances, indices = wanted.finish(*found, k)
         return as_distances(distances, cosine=self._cosine).to(device), indices.to(device)
 
     def search_groups(
@@ -236,7 +232,7 @@ class ExactIndex(TokenTable):
         indices = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
         if groups:
             with self._reading(count * k):
-                for chunk in self._chunks():
+                for chunk in self._chunks(AnyOf([group.kept for group in groups])):
                     self._search_chunk(queries, chunk, groups, distances, indices)
         return distances, indices
 
@@ -253,15 +249,20 @@ class ExactIndex(TokenTable):
         indices: Tensor,
     ) -> None:
         """Carry the results over one chunk, updating them in place."""
-        plain = [g for g in groups if not g.touches(chunk.start, chunk.stop)]
-        if plain:
-            rows = _concatenate(plain, len(plain) == len(groups))
-            self._search_rows(queries, rows, chunk, distances, indices)
+        whole = []
         for group in groups:
-            if group.touches(chunk.start, chunk.stop):
-                for start, stop in group.allowed(chunk.start, chunk.stop):
-                    part = _slice(chunk, start, stop)
+            if chunk.rows is None:
+                answer = group.kept.window(chunk.start, chunk.stop)
+            else:
+                answer = group.kept.among(chunk.rows)
+            if answer is True:
+                whole.append(group)
+            elif answer is not False:
+                for part in parts_of(chunk, answer):
                     self._search_rows(queries, group.queries, part, distances, indices)
+        if whole:
+            rows = queries_of(whole, len(whole) == len(groups))
+            self._search_rows(queries, rows, chunk, distances, indices)
 
     def _search_rows(
         self,
@@ -278,18 +279,38 @@ class ExactIndex(TokenTable):
             batch: slice | Tensor = slice(begin, min(begin + self.query_batch, count))
             if rows is not None:
                 batch = rows[batch].to(self.device)
-            distances[batch], indices[batch] = knn_search(
-                queries[batch],
-                chunk.keys,
-                k,
-                self._op_metric,
-                key_sqnorms=chunk.sqnorms,
-                index_offset=chunk.start,
-                init_distances=distances[batch],
-                init_indices=indices[batch],
-                refine=self.refine,
-                codes=chunk.codes,
-            )
+            before = distances[batch], indices[batch]
+            if chunk.rows is None:
+                found = self._search_keys(queries[batch], chunk, k, *before)
+            else:
+                near, places = self._search_keys(queries[batch], chunk, min(k, len(chunk.rows)))
+                rows_of = torch.from_numpy(chunk.rows).to(self.device)
+                near_rows = torch.where(places >= 0, rows_of[places.clamp_min(0)], places)
+                joined = torch.cat([before[0], near], 1), torch.cat([before[1], near_rows], 1)
+                found = merge_topk(*joined, k)
+            distances[batch], indices[batch] = found
+
+    def _search_keys(
+        self,
+        queries: Tensor,
+        chunk: Chunk,
+        k: int,
+        distances: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Go on with a result in a chunk's keys; of gathered ones their places are found."""
+        return knn_search(
+            queries,
+            chunk.keys,
+            k,
+            self._op_metric,
+            key_sqnorms=chunk.sqnorms,
+            index_offset=chunk.start if chunk.rows is None else 0,
+            init_distances=distances,
+            init_indices=indices,
+            refine=self.refine,
+            codes=chunk.codes,
+        )
 
     def _row_bytes(self) -> int:
         """Bytes of a row of what is searched through; keys beside codes are mapped, or copied."""
@@ -313,11 +334,20 @@ class ExactIndex(TokenTable):
         # Page by page is no way to read everything: what codes leave open, they may leave again.
         self._scattered = _pages_read() - before < _PAGES_A_ROW * wanted + _ROWS_ON_END
 
-    def _chunks(self) -> Iterator[Chunk]:
-        """Chunks in row order: from memory where they are kept, else from the datastore."""
+    def _chunks(self, wanted: AnyOf) -> Iterator[Chunk]:
+        """Chunks that hold the wanted rows: from memory where they are kept, else as they are read.
+
+        What nobody wants is not read, but where all is to stay on a GPU, and half of it is wanted.
+        """
         if self._resident is not None:
-            yield from self._resident
+            yield from (c for c in self._resident if wanted.window(c.start, c.stop) is not False)
             return
+        if not wanted.everything:
+            count = self.datastore.num_entries
+            stay = self._keep and self.device.type != "cpu"
+            if not (stay and 2 * wanted.count(count) >= count):
+                yield from self._wanted_chunks(wanted)
+                return
         if self.codes is not None and not self.datastore.keys.selected:
             yield from self._coded_chunks(self.codes)
             return
@@ -336,17 +366,40 @@ class ExactIndex(TokenTable):
         for first, last in self.datastore.keys.pieces(self.chunk_rows):
             yield Chunk(first, self.datastore.keys[first:last], None, codes[first:last])
 
+    def _wanted_chunks(self, wanted: AnyOf) -> Iterator[Chunk]:
+        """Long runs of wanted rows, mapped where they are on the CPU; and the others, gathered."""
+        keys, places = self.datastore.keys, []
+
+        def read() -> Iterator[tuple[int, Tensor]]:
+            for (first, last), rows in plan(wanted, keys.pieces(self.chunk_rows), self.chunk_rows):
+                places.append((first, rows))
+                found = keys[first:last] if rows is None else keys[torch.from_numpy(rows)]
+                yield len(places) - 1, found
+
+        for number, found in self._on_device(read(), reuse_buffers=True):
+            first, rows = places[number]
+            if rows is None:
+                sqnorms = self._sqnorms.get((first, len(found)))
+                yield Chunk(first, found, sqnorms, self._codes_of(first, found))
+            else:  # whose keys have been read: codes would save no reading
+                yield Chunk(first, found, None, None, rows)
+
     def _codes_of(self, start: int, keys: Tensor) -> KeyCodes | None:
         return None if self.codes is None else self.codes[start : start + len(keys)]
 
     def _read(self) -> Iterator[tuple[int, Tensor]]:
         chunks = ((a, keys) for a, keys, _ in self.datastore.iter_chunks(self.chunk_rows))
+        # Chunks that stay must each have memory of their own; others share two buffers.
+        return self._on_device(chunks, reuse_buffers=not self._keep)
+
+    def _on_device(
+        self, chunks: Iterator[tuple[int, Tensor]], *, reuse_buffers: bool
+    ) -> Iterator[tuple[int, Tensor]]:
         if self.device == getattr(self.datastore, "device", torch.device("cpu")):
             return chunks
         from knnext.index.transfer import prefetch_to_device
 
-        # Chunks that stay must each have memory of their own; others share two buffers.
-        return prefetch_to_device(chunks, self.device, reuse_buffers=not self._keep)
+        return prefetch_to_device(chunks, self.device, reuse_buffers=reuse_buffers)
 
     def _norms(self, start: int, keys: Tensor) -> Tensor | None:
         """Squared norms of a chunk: N float32 in all, computed once and kept."""
@@ -370,20 +423,6 @@ def describe_exact(
     choice = choose_codes(datastore, codes, device, verify=False)
     line = describe_choice(datastore, choice, _default_resident_bytes(device))
     return choice.codes, line
-
-
-def _concatenate(groups: list[QueryGroup], everyone: bool) -> Tensor | None:
-    """Rows of all the groups' queries, or None where that is every query."""
-    rows = [g.queries for g in groups if g.queries is not None]
-    return None if everyone or not rows else torch.cat(rows)
-
-
-def _slice(chunk: Chunk, start: int, stop: int) -> Chunk:
-    part = slice(start - chunk.start, stop - chunk.start)
-    sqnorms = None if chunk.sqnorms is None else chunk.sqnorms[part]
-    return Chunk(
-        start, chunk.keys[part], sqnorms, None if chunk.codes is None else chunk.codes[part]
-    )
 
 
 def _default_resident_bytes(device: torch.device) -> int:

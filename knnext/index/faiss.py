@@ -7,41 +7,30 @@ the codes, or the real ones, recomputed from the stored keys (`rescore=True`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from knnext.index import faiss_build, faiss_library, faiss_parts
-from knnext.index.base import TokenTable
 from knnext.index.faiss_open import read_index
+from knnext.index.faiss_search import FaissSearch
+from knnext.index.faiss_tensors import add_in_pieces, index_of
 from knnext.index.queries import (
-    QueryGroup,
-    Range,
-    as_distances,
     check_count,
-    check_k,
-    group_queries,
-    prepare_queries,
 )
 from knnext.index.sidecar import Sidecar
 from knnext.index.tensors import ArrayLike, TensorStore, tensor_store
-from knnext.ops import merge_topk, rescore
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
 DEFAULT_NPROBE = 32  # the paper's, of 4,096 lists
-GPU_MAX_K = 2048
-_QUERY_BATCH = 4096
-_ADD_ROWS = 65_536
 
 
-class FaissIndex(TokenTable):
+class FaissIndex(FaissSearch):
     """Neighbors from a FAISS index over a datastore. Made by `build`, `open` or `from_tensors`."""
 
     def __init__(
@@ -230,13 +219,15 @@ class FaissIndex(TokenTable):
         if metric not in ("l2", "ip", "cosine"):
             raise ValueError(f"metric must be one of ('l2', 'ip', 'cosine'), got {metric!r}")
         store = TensorStore(keys, values, metric, documents)
+        index, sidecar = index_of(
+            store,
+            factory,
+            train_size=train_size,
+            seed=seed,
+            nprobe=check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe),
+            gpu=_use_gpu(gpu) and gpu,
+        )
         rows = cast("Datastore", store)  # it has all of a datastore that an index reads
-        kind = "ip" if metric == "cosine" else metric
-        recipe = faiss_build.make_recipe(rows, factory, train_size, seed, None, metric=kind)
-        index = faiss_build.trained(rows, recipe, _use_gpu(gpu) and gpu)
-        _add_in_pieces(index, store.keys[0 : len(store)])
-        nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
-        sidecar = Sidecar(recipe, nprobe, faiss_library.version(), 0, "")
         return cls(rows, index, sidecar, Path(), rescore=rescore, gpu=gpu)
 
     def add(
@@ -252,7 +243,7 @@ class FaissIndex(TokenTable):
                 f"add is for an index from tensors; {self.path} is of the datastore "
                 f"{self.datastore.path}: append there, and build the index again"
             )
-        _add_in_pieces(self._cpu_index, store.add(keys, values, documents))
+        add_in_pieces(self._cpu_index, store.add(keys, values, documents))
         if self._gpu_index is not None:
             self._gpu_index = faiss_library.to_gpu(self._cpu_index, self._gpu)
         self._values = None
@@ -288,66 +279,6 @@ class FaissIndex(TokenTable):
         options["verify"] = False
         return _reopen, (self.path.absolute(), self.datastore, options)
 
-    def search(
-        self,
-        queries: Tensor,
-        k: int,
-        exclude_documents: Tensor | Sequence[int] | None = None,
-        *,
-        rescore: bool | None = None,
-        nprobe: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The k neighbors that FAISS finds for each query, in order of (distance, index).
-
-        Args:
-            queries: (Q, dim), a tensor or a numpy array of any float dtype, rounded to the keys'
-                dtype like those of the exact index, then given to FAISS in float32.
-            k: neighbors per query. Where the lists visited hold fewer, the tail is padding.
-            exclude_documents: None; an integer tensor (Q,) of one document a query, -1 for none;
-                or a sequence of documents that no query may find. The rows are left out inside
-                the search, as if they were not in the lists. With this, GPUs are not used: their
-                indexes take no filter.
-            rescore: recompute the distances of the rows found from the stored keys, and order by
-                them (the paper's real score on a FAISS mask).
-            nprobe: inverted lists to visit, instead of the index's own setting.
-
-        Returns:
-            `(distances, indices)`: (Q, k) float32 and (Q, k) int64 on the queries' device, with
-            the conventions of `knn_search`: L2 squared, inner products negated, padding +inf and
-            -1.
-        """
-        k = check_k(k)
-        dim, dtype = self.datastore.dim, self.datastore.dtype
-        rounded = prepare_queries(queries, dim, dtype, cosine=self._cosine).cpu()
-        device = getattr(queries, "device", "cpu")
-        offsets = self.datastore.document_offsets
-        groups = group_queries(exclude_documents, offsets, rounded.shape[0])
-        distances, indices = self.search_groups(rounded, k, groups, rescore=rescore, nprobe=nprobe)
-        return as_distances(distances, cosine=self._cosine).to(device), indices.to(device)
-
-    def search_groups(
-        self,
-        queries: Tensor,
-        k: int,
-        groups: list[QueryGroup],
-        *,
-        rescore: bool | None = None,
-        nprobe: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`search` of (Q, dim) queries in the keys' dtype, on the CPU, in groups."""
-        nprobe = self.nprobe if nprobe is None else check_count("nprobe", nprobe)
-        count = queries.shape[0]
-        distances = torch.full((count, k), float("inf"), dtype=torch.float32, device="cpu")
-        indices = torch.full((count, k), -1, dtype=torch.int64, device="cpu")
-        for group in groups:
-            for rows in _batches(group, count, _QUERY_BATCH):
-                batch = faiss_library.as_float32(queries[rows])
-                found = self._search_batch(batch, k, group.excluded, nprobe)
-                distances[rows], indices[rows] = merge_topk(*found, k)
-        if self.rescore if rescore is None else rescore:
-            distances, indices = self._rescore(queries, indices)
-        return distances, indices
-
     def decode(self, rows: Tensor) -> Tensor:
         """(m, D) float32 vectors that the codes of (m,) rows stand for, on the CPU.
 
@@ -361,61 +292,6 @@ class FaissIndex(TokenTable):
             )
         return faiss_library.decode(self._cpu_index, rows)
 
-    def _search_batch(
-        self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
-    ) -> tuple[Tensor, Tensor]:
-        if self._gpu_index is not None and not excluded and k <= GPU_MAX_K:
-            with self._setting:
-                faiss_library.set_nprobe(self._cpu_index, nprobe, self._gpu_index)
-                return self._convert(*faiss_library.search(self._gpu_index, queries, k))
-        found = faiss_library.search_without(self._cpu_index, queries, k, nprobe, excluded)
-        if found is not None:
-            return self._convert(*found)
-        return self._overfetch(queries, k, excluded, nprobe)
-
-    def _overfetch(
-        self, queries: NDArray[np.float32], k: int, excluded: tuple[Range, ...], nprobe: int
-    ) -> tuple[Tensor, Tensor]:
-        """For an index without filters: ask for as many rows more as could be dropped."""
-        more = sum(stop - start for start, stop in excluded)
-        wanted = min(k + more, max(k, self.datastore.num_entries))
-        with self._setting:
-            faiss_library.set_nprobe(self._cpu_index, nprobe)
-            found = faiss_library.search(self._cpu_index, queries, wanted)
-        distances, indices = self._convert(*found)
-        for start, stop in excluded:
-            indices.masked_fill_((indices >= start) & (indices < stop), -1)
-        return distances, indices
-
-    def _convert(
-        self, distances: NDArray[np.float32], indices: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
-        """FAISS's scores as distances: similarities negated, rounding below zero cut off."""
-        found = torch.from_numpy(distances)
-        # Table look-ups can push the distance of a near-identical code just below zero.
-        found = -found if self._op_metric == "ip" else found.clamp_min(0)
-        rows = torch.from_numpy(indices)
-        return found.masked_fill_(rows < 0, float("inf")), rows
-
-    def _rescore(self, queries: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Real distances of the rows found, a batch of queries at a time.
-
-        A batch's rows are read once each and in ascending order, so that a memory map is read
-        forwards; `gather_bytes` bounds what is held.
-        """
-        k = indices.shape[1]
-        row_bytes = self.datastore.dim * self.datastore.dtype.itemsize
-        step = max(1, self.gather_bytes // (k * row_bytes))
-        distances = torch.full(indices.shape, float("inf"), dtype=torch.float32, device="cpu")
-        for begin in range(0, queries.shape[0], step):
-            part = slice(begin, begin + step)
-            rows, local = indices[part].unique(return_inverse=True)  # ascending, -1 first
-            padding = int(rows.numel() > 0 and rows[0] < 0)
-            keys = self.datastore.keys[rows[padding:]]
-            scores = rescore(queries[part], keys.cpu(), local - padding, self._op_metric)
-            distances[part], indices[part] = merge_topk(scores, indices[part], k)
-        return distances, indices
-
 
 def _reopen(path: Path, datastore: Datastore, options: dict[str, Any]) -> FaissIndex:
     return FaissIndex.open(path, datastore, **options)
@@ -428,22 +304,10 @@ def _unpickled(
     return FaissIndex(datastore, index, sidecar, Path(), **options)
 
 
-def _add_in_pieces(index: Any, keys: Tensor) -> None:
-    """(n, D) keys, of which few are float32 at once."""
-    for part in keys.split(_ADD_ROWS):
-        faiss_library.add(index, faiss_library.as_float32(part))
-
-
 def default_path(datastore: Datastore) -> Path:
     """`<datastore folder>.index`, beside the datastore's folder."""
     folder = Path(datastore.path).resolve()
     return folder.with_name(folder.name + ".index")
-
-
-def _batches(group: QueryGroup, num_queries: int, size: int) -> list[slice | Tensor]:
-    if group.queries is not None:
-        return list(group.queries.split(size))
-    return [slice(a, min(a + size, num_queries)) for a in range(0, num_queries, size)]
 
 
 def _use_gpu(gpu: bool | str) -> bool:

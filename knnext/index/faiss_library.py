@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnext.errors import KnnextWarning, missing_package
-from knnext.index.queries import Range
+from knnext.index.row_set import RowSet, Runs
 
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -90,7 +90,7 @@ def check_searchable(index: Any, factory: str, keys: NDArray[np.float32]) -> Non
         trial = faiss.deserialize_index(faiss.serialize_index(index))
         add(trial, keys)
         trial = faiss.deserialize_index(faiss.serialize_index(trial))
-        if search_without(trial, keys[:1], 1, 1, ((0, 1),)) is None:
+        if search_among(trial, keys[:1], 1, 1, RowSet([Runs.of([(0, 1)], keep=False)])) is None:
             search(trial, keys[:1], 1)
     except RuntimeError as error:
         raise ValueError(
@@ -123,11 +123,11 @@ def search(index: Any, queries: NDArray[np.float32], k: int) -> Found:
     return _own(index, "search")(queries, k)
 
 
-def search_without(
-    index: Any, queries: NDArray[np.float32], k: int, nprobe: int, excluded: tuple[Range, ...]
+def search_among(
+    index: Any, queries: NDArray[np.float32], k: int, nprobe: int, kept: RowSet
 ) -> Found | None:
-    """The same with nprobe lists and without some rows; None where this kind takes no filter."""
-    made = _search_parameters(index, nprobe, excluded)
+    """The same with nprobe lists and among some rows; None where this kind takes no filter."""
+    made = _search_parameters(index, nprobe, kept)
     if made is None:
         return None
     try:
@@ -234,16 +234,14 @@ def to_cpu(index: Any) -> Any:
     return load().index_gpu_to_cpu(index)
 
 
-def _search_parameters(
-    index: Any, nprobe: int, excluded: tuple[Range, ...]
-) -> tuple[Any, list[Any]] | None:
+def _search_parameters(index: Any, nprobe: int, kept: RowSet) -> tuple[Any, list[Any]] | None:
     """Parameters that set nprobe and leave out rows, and what must outlive them.
 
     None where this kind of index takes no filter. FAISS keeps bare pointers to selectors, so the
     list has to stay alive for as long as the parameters are used.
     """
     faiss = load()
-    selector, alive = _selector(excluded, index.ntotal)
+    selector, alive = _selector(kept, index.ntotal)
     inner = _inner(index)
     if isinstance(inner, faiss.IndexIVF):
         made = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
@@ -302,16 +300,13 @@ def _inner(index: Any) -> Any:
     return index
 
 
-def _selector(excluded: tuple[Range, ...], ntotal: int) -> tuple[Any, list[Any]]:
+def _selector(kept: RowSet, ntotal: int) -> tuple[Any, list[Any]]:
     faiss = load()
-    if not excluded:
+    if kept.everything:
         return None, []
-    if len(excluded) == 1:
-        inside = faiss.IDSelectorRange(*excluded[0])
-        return faiss.IDSelectorNot(inside), [inside]
-    # One bit a row answers many ranges in one look.
-    allowed = np.ones(ntotal, dtype=bool)
-    for start, stop in excluded:
-        allowed[start:stop] = False
-    bits = np.packbits(allowed, bitorder="little")
+    if (run := kept.one_run()) is not None:
+        inside = faiss.IDSelectorRange(*run[:2])
+        return (inside, [inside]) if run[2] else (faiss.IDSelectorNot(inside), [inside])
+    # One bit a row answers many runs in one look.
+    bits = kept.bits(ntotal)
     return faiss.IDSelectorBitmap(bits), [bits]

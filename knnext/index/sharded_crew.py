@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from knnext.index.exact import ExactIndex
+from knnext.index.filter import Filter
 from knnext.index.sharded import ShardedIndex, ShardRecall
 from knnext.ranks import RankFailedError, RankLostError, Ranks, local_rank
 
@@ -80,6 +81,7 @@ class LedIndex(ShardedIndex):
     ) -> None:
         super().__init__(datastore, lead.ranks, **options)
         self._lead, self._number = lead, number
+        self._whole: LedIndex | None = None
         finalize(self, lead._closed.append, number)
 
     def search(
@@ -87,10 +89,17 @@ class LedIndex(ShardedIndex):
         queries: Tensor,
         k: int,
         exclude_documents: Tensor | Sequence[int] | None = None,
+        *,
+        filter: Filter | Sequence[Filter | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         with self._lead.lock:
             self._lead.say(_SEARCH, self._number)
-            return super().search(queries, k, exclude_documents)
+            return super().search(queries, k, exclude_documents, filter=filter)
+
+    def restricted(self, filter: Filter | None) -> LedIndex:
+        other = super().restricted(filter)
+        other._whole = self  # with which the others let their shards go
+        return other
 
     @contextmanager
     def together(self) -> Iterator[ShardedIndex]:

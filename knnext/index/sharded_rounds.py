@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from knnext.index.queries import QueryGroup, Range, group_queries
+from knnext.index.queries import QueryGroup
+from knnext.index.row_set import ALL_ROWS, Range, RowSet
+from knnext.index.sharded_sets import labels_of, pack, unpack
 from knnext.ops import merge_topk
 from knnext.ranks import Exchange, RankFailedError, Ranks
 
@@ -24,47 +26,34 @@ if TYPE_CHECKING:
     from knnext.index.faiss import FaissIndex
 
 SEARCHING, FINISHED, FAILED = 0, 1, 2  # states of a rank
-_NOTHING, _PER_QUERY, _LISTED = 0, 1, 2  # kinds of exclusion
-_QUERIES, _DOCUMENTS, _DISTANCES, _INDICES = 1, 2, 3, 4  # tags
+_QUERIES, _SETS, _DISTANCES, _INDICES = 1, 2, 3, 4  # tags
 NEIGHBOR_BYTES = 12  # a float32 distance and an int64 index
 
 
 class Request(NamedTuple):
-    """What a rank asks for in a search, as it tells the others: five numbers."""
+    """What a rank asks for in a search, as it tells the others: four numbers.
+
+    `groups` are those of its queries that may find different rows; 0: all may find all.
+    """
 
     state: int
     queries: int = 0
     k: int = 0
-    kind: int = _NOTHING
-    listed: int = 0
-
-
-class Excluded(NamedTuple):
-    """The documents that a rank's queries must not find: of each query, or listed for all."""
-
-    kind: int
-    documents: Tensor
+    groups: int = 0
 
     @classmethod
-    def of(cls, documents: Tensor | Sequence[int] | None) -> Excluded:
-        if documents is None:
-            return cls(_NOTHING, torch.empty(0, dtype=torch.int64, device="cpu"))
-        if isinstance(documents, Tensor):
-            return cls(_PER_QUERY, documents.detach().to("cpu", torch.int64).contiguous())
-        ids = torch.tensor([int(d) for d in documents], dtype=torch.int64, device="cpu")
-        return cls(_LISTED, ids)
-
-    @property
-    def size(self) -> int:
-        return len(self.documents) if self.kind == _LISTED else 0
+    def of(cls, groups: Sequence[QueryGroup], queries: int, k: int) -> Request:
+        """A search of so many queries."""
+        everything = all(group.kept.everything for group in groups)
+        return cls(SEARCHING, queries, k, 0 if everything else len(groups))
 
 
 @dataclass
 class _Asked:
-    """The queries of all ranks in one round, side by side; and what they exclude."""
+    """The queries of all ranks in one round, side by side, and the group of its rank of each."""
 
     queries: Tensor
-    documents: Tensor
+    labels: Tensor
     coming: list[Exchange]
 
 
@@ -91,6 +80,7 @@ class Rounds:
         most_queries: int | None,
     ) -> None:
         self.ranks, self.requests, self.local, self.device = ranks, requests, local, device
+        self.bounds = bounds
         self.rows = [stop - start for start, stop in pairwise(bounds)]
         self.first_row = bounds[ranks.rank]
         self.mine = requests[ranks.rank]
@@ -99,15 +89,15 @@ class Rounds:
         self._error: Exception | None = None
         self._failed: set[int] = set()
 
-    def run(self, queries: Tensor, excluded: Excluded) -> tuple[Tensor, Tensor]:
-        """The k nearest of (Q, dim) queries in the keys' dtype, on their device."""
+    def run(self, queries: Tensor, groups: Sequence[QueryGroup]) -> tuple[Tensor, Tensor]:
+        """The k nearest of (Q, dim) queries in the keys' dtype, on their device, in groups."""
         step = self._step(queries.shape[1] * queries.element_size())
         num_rounds = -(-max(one.queries for one in self.requests) // step)
-        lists = self._lists(excluded)
+        sets, labels = self._sets(groups), labels_of(groups, len(queries))
         shape = (len(queries), self.mine.k)
         distances = queries.new_full(shape, float("inf"), dtype=torch.float32)
         indices = queries.new_full(shape, -1, dtype=torch.int64)
-        asked = self._ask(0, step, queries, excluded) if num_rounds else None
+        asked = self._ask(0, step, queries, labels) if num_rounds else None
         before: _Answers | None = None
         for number in range(num_rounds):
             assert asked is not None
@@ -115,8 +105,8 @@ class Rounds:
                 exchange.wait()
             after = None
             if number + 1 < num_rounds:
-                after = self._ask(number + 1, step, queries, excluded)
-            answers = self._answer(number, step, asked, lists)
+                after = self._ask(number + 1, step, queries, labels)
+            answers = self._answer(number, step, asked, sets)
             if before is not None:
                 self._take(before, distances, indices)
             asked, before = after, answers
@@ -159,32 +149,40 @@ class Rounds:
         """The other ranks, where this one has rows to search."""
         return self.ranks.others if self.rows[self.ranks.rank] else []
 
-    def _lists(self, excluded: Excluded) -> dict[int, Tensor]:
-        """By rank the documents that none of its queries may find, of ranks that list some."""
-        mine = excluded.documents if excluded.kind == _LISTED else excluded.documents[:0]
-        lists = {
-            rank: torch.empty(one.listed, dtype=torch.int64, device="cpu")
-            for rank, one in enumerate(self.requests)
-            if one.kind == _LISTED
+    def _sets(self, groups: Sequence[QueryGroup]) -> dict[int, list[RowSet]]:
+        """By rank what its groups may find of this shard, of ranks that leave rows out."""
+        mine = {
+            shard: pack(groups, *self.bounds[shard : shard + 2])
+            for shard in range(self.ranks.size if self.mine.groups else 0)
+            if self.rows[shard]
         }
-        if lists.get(self.ranks.rank) is not None:
-            lists[self.ranks.rank] = mine
-        self.ranks.exchange(
-            [(peer, mine) for peer in self._shards()],
-            [(peer, lists[peer]) for peer in self._askers() if peer in lists],
-            _DOCUMENTS,
-        ).wait()
-        return lists
+        here = mine.pop(self.ranks.rank, None)
+        asking = [peer for peer in self._askers() if self.requests[peer].groups]
+        sizes = {peer: torch.empty(1, dtype=torch.int64, device="cpu") for peer in asking}
+        told = [
+            (shard, torch.tensor([len(words)], dtype=torch.int64, device="cpu"))
+            for shard, words in mine.items()
+        ]
+        self.ranks.exchange(told, list(sizes.items()), _SETS).wait()
+        coming = {
+            peer: torch.empty(int(size), dtype=torch.int64, device="cpu")
+            for peer, size in sizes.items()
+        }
+        self.ranks.exchange(list(mine.items()), list(coming.items()), _SETS).wait()
+        if here is not None:
+            coming[self.ranks.rank] = here
+        rows = self.rows[self.ranks.rank]
+        return {peer: unpack(words, rows) for peer, words in coming.items()}
 
-    def _ask(self, number: int, step: int, queries: Tensor, excluded: Excluded) -> _Asked:
+    def _ask(self, number: int, step: int, queries: Tensor, labels: Tensor) -> _Asked:
         """Send this rank's queries of a round to all shards, and make room for the others'."""
         counts = self._counts(number, step)
         total = sum(counts) if self.rows[self.ranks.rank] else counts[self.ranks.rank]
         room = torch.empty(total, queries.shape[1], dtype=queries.dtype, device=self.device)
-        documents = torch.full((total,), -1, dtype=torch.int64, device="cpu")
+        groups = torch.zeros(total, dtype=torch.int64, device="cpu")
         here = counts if self.rows[self.ranks.rank] else [total]
         at = self.ranks.rank if self.rows[self.ranks.rank] else 0
-        parts, lists = list(room.split(here)), list(documents.split(here))
+        parts, lists = list(room.split(here)), list(groups.split(here))
         part = slice(*self._part(self.ranks.rank, number, step))
         parts[at].copy_(queries[part])
         coming = [
@@ -194,23 +192,24 @@ class Rounds:
                 _QUERIES,
             )
         ]
-        if excluded.kind == _PER_QUERY:
-            lists[at].copy_(excluded.documents[part])
-        told = [p for p in self._askers() if self.requests[p].kind == _PER_QUERY]
-        tell = self._shards() if excluded.kind == _PER_QUERY else []
+        lists[at].copy_(labels[part])
+        told = [p for p in self._askers() if self.requests[p].groups > 1]
+        tell = self._shards() if self.mine.groups > 1 else []
         if told or tell:
             coming.append(
                 self.ranks.exchange(
                     [(peer, lists[at]) for peer in tell],
                     [(peer, lists[peer]) for peer in told],
-                    _DOCUMENTS,
+                    _SETS,
                 )
             )
-        return _Asked(room, documents, coming)
+        return _Asked(room, groups, coming)
 
     # And back
 
-    def _answer(self, number: int, step: int, asked: _Asked, lists: dict[int, Tensor]) -> _Answers:
+    def _answer(
+        self, number: int, step: int, asked: _Asked, sets: dict[int, list[RowSet]]
+    ) -> _Answers:
         """Search this shard, send each rank what it asked for, make room for others' answers."""
         counts = self._counts(number, step)
         rank = self.ranks.rank
@@ -225,7 +224,7 @@ class Rounds:
         }
         sends: dict[int, tuple[Tensor, Tensor]] = {}
         if self.rows[rank] and sum(counts):
-            both = self._search(asked, counts, lists)
+            both = self._search(asked, counts, sets)
             cut = [tensor.split(counts) for tensor in both]
             for peer in range(self.ranks.size):
                 width = self.columns(rank, self.requests[peer].k)
@@ -243,14 +242,14 @@ class Rounds:
         return _Answers(start, stop, found, coming)
 
     def _search(
-        self, asked: _Asked, counts: list[int], lists: dict[int, Tensor]
+        self, asked: _Asked, counts: list[int], sets: dict[int, list[RowSet]]
     ) -> tuple[Tensor, Tensor]:
         """(n, k) of all ranks' queries of a round in this shard, by rows of the whole."""
         assert self.local is not None
         try:
             if self._error is not None:
                 raise self._error
-            groups = self._groups(asked, counts, lists)
+            groups = _groups(asked.labels, counts, sets)
             device = getattr(self.local, "device", torch.device("cpu"))
             wide = self.columns(self.ranks.rank, self.k)
             distances, indices = self.local.search_groups(asked.queries.to(device), wide, groups)
@@ -261,29 +260,6 @@ class Rounds:
             shape = (len(asked.queries), self.columns(self.ranks.rank, self.k))
             nan = torch.full(shape, float("nan"), dtype=torch.float32, device=self.device)
             return nan, torch.full(shape, -1, dtype=torch.int64, device=self.device)
-
-    def _groups(
-        self, asked: _Asked, counts: list[int], lists: dict[int, Tensor]
-    ) -> list[QueryGroup]:
-        """The queries of all ranks by what they exclude of this shard."""
-        assert self.local is not None
-        offsets = self.local.datastore.document_offsets
-        rows: dict[tuple[Range, ...], list[Tensor]] = {}
-        begin = 0
-        for rank, count in enumerate(counts):
-            documents: Tensor | list[int] | None = None
-            if self.requests[rank].kind == _PER_QUERY:
-                documents = asked.documents[begin : begin + count]
-            elif rank in lists:
-                documents = lists[rank].tolist()
-            everyone = torch.arange(count, device="cpu")
-            for group in group_queries(documents, offsets, count):
-                which = everyone if group.queries is None else group.queries
-                rows.setdefault(group.excluded, []).append(which + begin)
-            begin += count
-        if len(rows) == 1:
-            return [QueryGroup(None, next(iter(rows)))]
-        return [QueryGroup(torch.cat(which), excluded) for excluded, which in rows.items()]
 
     def _take(self, answers: _Answers, distances: Tensor, indices: Tensor) -> None:
         """Merge what all shards found for this rank's queries of a round."""
@@ -310,6 +286,27 @@ class Rounds:
                 f"rank {min(self._failed)} of {self.ranks.size} failed in searching its rows; "
                 "it says why"
             )
+
+
+def _groups(labels: Tensor, counts: list[int], sets: dict[int, list[RowSet]]) -> list[QueryGroup]:
+    """The queries of all ranks by what they may find of this shard."""
+    everything: list[Tensor] = []
+    groups: list[QueryGroup] = []
+    begin = 0
+    for rank, count in enumerate(counts):
+        here = torch.arange(begin, begin + count, device="cpu")
+        if rank not in sets:
+            everything.append(here)
+        for number, kept in enumerate(sets.get(rank, [])):
+            which = here[labels[begin : begin + count] == number]
+            if len(which):
+                groups.append(QueryGroup(which, kept))
+        begin += count
+    if not groups:
+        return [QueryGroup(None, ALL_ROWS)]
+    if any(len(one) for one in everything):
+        groups.append(QueryGroup(torch.cat(everything), ALL_ROWS))
+    return groups
 
 
 @dataclass

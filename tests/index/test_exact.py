@@ -13,7 +13,6 @@ from torch import Tensor
 from knnext.datastore import Datastore
 from knnext.index import ExactIndex, check_exactness
 from knnext.index.exactness import rounding_of
-from knnext.index.queries import QueryGroup, group_queries
 
 DIM = 24
 
@@ -149,18 +148,6 @@ def test_documents_excluded_for_all_queries(documents: Datastore) -> None:
         distances, indices = index.search(queries, 20, ids)
         assert torch.equal(indices, want[1]), ids
         assert torch.equal(distances.double(), want[0])
-
-
-def test_groups_are_ranges_in_order() -> None:
-    offsets = torch.tensor([0, 3, 3, 10, 12])
-    groups = group_queries([3, 0, 2], offsets, 4)
-    assert groups == [QueryGroup(None, ((0, 12),))]  # neighbors are joined
-    assert group_queries([1], offsets, 4)[0].excluded == ()
-    group = QueryGroup(None, ((3, 10),))
-    assert group.allowed(0, 12) == [(0, 3), (10, 12)]
-    assert group.allowed(4, 9) == []
-    assert group.allowed(5, 11) == [(10, 11)]
-    assert not group.touches(10, 12) and group.touches(9, 12)
 
 
 def test_memory_holds_one_chunk_at_a_time(tmp_path: Path) -> None:
