@@ -46,9 +46,9 @@ class KNNLogitsProcessor:
             model.generate(**inputs, logits_processor=[neighbors])
 
     It comes first among the processors, so that penalties act on the mixture. Greedy search, beams,
-    sampling, prompt lookup and batches padded on the left give KNNLM's tokens; assistant models are
-    for KNNLM. Several threads may generate with one. It keeps hooks on the model until ``close``,
-    the end of a ``with`` block, or until nobody has it any more.
+    sampling, prompt lookup, early exit and batches padded on the left give the mixture's tokens;
+    other assistant models are for KNNLM. Several threads may generate with one. It keeps hooks on
+    the model until ``close``, the end of a ``with`` block, or until nobody has it any more.
 
     Args:
         model, index, k, temperature, lmbda, key_layer: as of ``KNNLM``. With the number 0 as lmbda
@@ -93,6 +93,8 @@ class KNNLogitsProcessor:
             return scores
         if not self.close.alive:
             raise RuntimeError(_CLOSED)
+        if self._passes.draft:
+            return scores  # what a draft proposes is held against the mixture by a whole pass
         found = self._passes.latest
         position = None if found is None else _position(found[0], scores)
         if position is None and bool((scores == scores[:, :1]).all()):
@@ -110,10 +112,13 @@ class _Passes(threading.local):
 
     latest: tuple[Tensor, Tensor] | None = None
     states: Tensor | None = None
+    #: Whether it was one without the last blocks, by early exit.
+    draft: bool = False
 
 
 def _put_on(model: nn.Module, key: KeyModule, passes: _Passes) -> Callable[[], None]:
     """Hooks that keep each pass; returns what takes them off."""
+    layers = _num_layers(model)
 
     @torch.compiler.disable
     def keep(value: Any) -> None:
@@ -128,10 +133,11 @@ def _put_on(model: nn.Module, key: KeyModule, passes: _Passes) -> Callable[[], N
 
     @torch.compiler.disable
     def after_model(module: nn.Module, args: Any, output: Any) -> None:
-        if module is not model:  # a shallow copy of it, as early exits are made, has its hooks
+        if module is not model:  # a shallow copy of it has its hooks
             return
         logits, states = getattr(output, "logits", None), passes.states
         passes.latest = passes.states = None
+        passes.draft = _num_layers(model) != layers
         if isinstance(logits, Tensor) and states is not None:
             rows = states.reshape(len(logits), -1, states.shape[-1])
             # A prompt's states would be held for a step, where one is needed.
@@ -149,6 +155,11 @@ def _put_on(model: nn.Module, key: KeyModule, passes: _Passes) -> Callable[[], N
             handle.remove()
 
     return take_off
+
+
+def _num_layers(model: nn.Module) -> Any:
+    """What early exit changes for the length of a draft."""
+    return getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
 
 def _position(logits: Tensor, scores: Tensor) -> int | None:
