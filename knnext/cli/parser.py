@@ -33,6 +33,7 @@ from knnext.cli.arguments import (
     seeds,
     share,
 )
+from knnext.cli.completion import SHELLS, PrintCompletion
 from knnext.cli.hub_arguments import add_pull_options, add_push_options
 from knnext.cli.plan_arguments import add_plan_options, add_rates_options
 from knnext.launch import launched
@@ -65,6 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="knnext", description="Nearest neighbors for language models: build, search, mix."
     )
     parser.add_argument("--version", action="version", version=f"knnext {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print the script by which this shell completes commands, options and folders",
+    )
     # Where no command is chosen yet, these have to be there all the same.
     parser.set_defaults(debug=False, json=False, verbose=0, quiet=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
