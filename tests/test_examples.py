@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from tests.launch import ROOT, TORCHRUN
 
 EXAMPLES = ROOT / "examples"
-TESTED = {"eval_loop.py", "own_model.py", "many_ranks.py"}
+TESTED = {"eval_loop.py", "own_model.py", "many_ranks.py", "harness_tasks.py"}
 
 
 def run(*words: str) -> str:
@@ -75,3 +76,32 @@ def test_many_ranks(tmp_path: Path) -> None:
         "0",
         "1",
     ]
+
+
+def test_harness_tasks(tmp_path: Path) -> None:
+    """Items of held-out documents, as lm-evaluation-harness reads them."""
+    from knnext.corpus import load_corpus
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):
+        lines = [f"line {line} of text {number} has some words" for line in range(90)]
+        (texts / f"{number}.txt").write_text("\n".join(lines))
+    words = ("--corpus", str(texts), "--items", "5")
+    run(sys.executable, str(EXAMPLES / "harness_tasks.py"), str(tmp_path / "tasks"), *words)
+    held_out = load_corpus(str(texts)).test
+    for task in ("rolling", "next", "line"):
+        file = tmp_path / "tasks" / f"texts_{task}.jsonl"
+        items = [json.loads(line) for line in file.read_text().splitlines()]
+        assert (
+            0 < len(items) <= 5 and f"task: texts_{task}" in file.with_suffix(".yaml").read_text()
+        )
+        for item in items:
+            text = item.get("text") or item["context"] + item.get("rest", "")
+            if task == "line":
+                text = text.replace(item["rest"], " " + item["rest"])
+            right = item["choices"][item["gold"]] if task == "next" else ""
+            assert any(text + right in document.text for document in held_out)
+    harness = pytest.importorskip("lm_eval.tasks")
+    manager = harness.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    assert {"texts_rolling", "texts_next", "texts_line"} <= set(manager.all_tasks)
