@@ -9,6 +9,7 @@ libraries), never imported: an isolated build finds the one that is installed ar
     KNNEXT_LOCAL_VERSION           "auto", or e.g. cu130: the local label of a wheel's version
     TORCH_CUDA_ARCH_LIST           e.g. "8.0;9.0a+PTX"; by default the cards of this machine, and
                                    for a wheel, or without cards, 8.0 to 12.0
+    KNNEXT_LINK_FLAGS              what the linker gets first, in words of both g++ and nvcc
     CUDA_HOME, MAX_JOBS, NVCC_THREADS, DEBUG, CXX
 """
 
@@ -83,7 +84,8 @@ class Torch:
         roots = [Path(spec.origin).parent] if spec and spec.origin else []
         paths = sysconfig.get_paths()
         roots += [Path(paths[kind]) / "torch" for kind in ("platlib", "purelib")]
-        root = next((r for r in roots if (r / "version.py").is_file()), None)
+        # Where each Python's environment links to one torch, what is compiled once serves all.
+        root = next((r.resolve() for r in roots if (r / "version.py").is_file()), None)
         if root is None:
             stop("PyTorch is not installed here; install torch >= 2.10 first, then repeat this.")
         facts: dict[str, object] = {}
@@ -304,6 +306,7 @@ class NinjaFile:
         link = f"-L{torch.root / 'lib'} -ltorch_cpu -lc10"
         common = f"-std=c++20 {optimization()} -I{CSRC}"
         cxx = compiler()
+        first = os.environ.get("KNNEXT_LINK_FLAGS", "")
         self.lines += [
             "ninja_required_version = 1.5",
             f"builddir = {self.build}",
@@ -315,7 +318,7 @@ class NinjaFile:
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {cxx} -shared -o $out $in $libs",
+            f"  command = {cxx} -shared -o $out $in {first} $libs",
             "  description = LINK $out",
             f"torch_flags = -DTORCH_TARGET_VERSION={TARGET} {include}",
             f"torch_libs = {link}",
@@ -332,13 +335,13 @@ class NinjaFile:
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link_cuda",
-                f"  command = {self.cuda.nvcc} -shared -cudart static -o $out $in $libs",
+                f"  command = {self.cuda.nvcc} -shared -cudart static -o $out $in {first} $libs",
                 "  description = LINK $out",
             ]
 
     def library(self, output: Path, sources: list[Path], flags: str, libs: str = "") -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = self.build / output.name.split(".")[0]
+        folder = self.build / output.name.removesuffix(".so")
         objects = []
         for source in sources:
             if not compiled_for(self.vector_paths, source):
@@ -407,7 +410,9 @@ class Build(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         cuda = Cuda.find(torch, for_here=bool(in_place))
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "knnext"
-        build = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        # Wheels share the ops, whatever Python they are for, and hold the code of more cards.
+        name = f"ninja-{sys.implementation.cache_tag}" if in_place else "ninja-wheel"
+        build = ROOT / "build" / name
         ninja = NinjaFile(torch, cuda, build, package)
         shared = [CSRC / f"{name}.cpp" for name in SHARED]
         ops = [CSRC / "library.cpp", *shared, *sources("plan/*.cpp"), *sources("cpu/**/*.cpp")]
