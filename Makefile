@@ -1,12 +1,16 @@
 # `make demo` and `make test` are all a stranger needs; `make help` lists the rest.
 PYTHON ?= python3
 TORCH ?= 2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
+# Of wheels: which CUDA, and the Pythons that they are for.
+CUDA ?= cpu
+PYTHONS ?= $(BIN)/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-cuda demo demo-pretrained experiments test test-slow bench lint format docs wheel clean
+.PHONY: help setup build build-cuda cuda-toolchain demo demo-pretrained experiments test test-slow test-wheel test-sdist bench lint format docs wheel clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,11 +22,18 @@ $(READY): requirements.txt
 	  "knnext needs Python >= 3.10; say which one to use with PYTHON=python3.12")'
 	@command -v $${CXX:-g++} >/dev/null || { echo "knnext needs a C++20 compiler and found no \
 	$${CXX:-g++}: install one (Debian: apt install g++), or name it with CXX=clang++" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@echo "1 of 4: $(VENV), by $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "2 of 4: torch $(TORCH): 0.2 GB to download as a build for the CPU, several GB for CUDA"
+	@case "$(TORCH)" in *+*) ;; *) [ -e /proc/driver/nvidia/version ] || printf '%s\n' \
+	  "        No NVIDIA driver is here, and PyPI's build for x86-64 is for CUDA. Torch's build for the CPU:" \
+	  "        PIP_EXTRA_INDEX_URL=$(CPU_INDEX) make setup TORCH=$(TORCH)+cpu" ;; esac
+	@$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
+	@echo "3 of 4: the packages of requirements.txt: 1.2 GB on disk, a minute or two"
+	@$(BIN)/python -m pip install --quiet -r requirements.txt
+	@echo "4 of 4: the ops: about 3 minutes of one core, and 7 with CUDA, shared by the cores"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
 build: $(READY)  ## compile what changed (the CUDA library where torch has CUDA and nvcc is found)
@@ -66,8 +77,17 @@ docs: build  ## the documentation site, in build/site; warnings are errors
 	$(BIN)/python -m pip install --quiet -r docs/requirements.txt
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
 
-wheel: $(READY)  ## a wheel in dist/, named by what it holds: +cpu, or +cu130 with KNNEXT_CUDA=1
-	KNNEXT_LOCAL_VERSION=$${KNNEXT_LOCAL_VERSION:-auto} $(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+wheel: $(READY)  ## manylinux wheels in dist/, of CUDA=13.0, 12.8 or cpu, for each of PYTHONS
+	$(BIN)/python tools/wheels.py --cuda $(CUDA) --python $(PYTHONS)
+
+cuda-toolchain: $(READY)  ## CUDA's compiler from PyPI, under build/, where there is no toolkit (CUDA=13.0)
+	$(BIN)/python tools/cuda_toolchain.py $(if $(filter cpu,$(CUDA)),13.0,$(CUDA))
+
+test-wheel:  ## does a wheel work in an empty environment? WHEEL=dist/... (TORCH=none: without torch)
+	$(PYTHON) tools/test_wheel.py $(WHEEL) --torch $(TORCH)
+
+test-sdist: $(READY)  ## compiles what the sdist holds, collects all its tests and runs some
+	$(BIN)/python tools/test_sdist.py $(ARGS)
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info knnext/lib knnext/_host*.so
