@@ -8,11 +8,15 @@ build; a test that must not share a worker's time with others names a group of i
 a worker runs, and in which order, is chance: a file that leaves the process other than it found it
 fails in its last test.
 
+The compiled ops must be those under test: a checkout beside an installed wheel would come first and
+run plain PyTorch, and every test would pass. KNNEXT_TEST_FALLBACKS=1 tests that all the same.
+
 Caches of libraries lie in one folder for the session and go with it: nothing is left in HOME.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import shutil
@@ -50,7 +54,28 @@ def restore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 
 
+def without_compiled_ops() -> str:
+    """Why the knnext that is imported here would be tested without what was compiled, or ""."""
+    import knnext
+    from knnext.ops import REPORT
+
+    needs_gpu = int(os.environ.get("KNNEXT_REQUIRE_GPU") or 0) > 0
+    missing = REPORT.cpu or (REPORT.cuda if needs_gpu else "")
+    try:
+        importlib.import_module("knnext._host")
+    except ImportError as error:
+        missing = missing or str(error)
+    if not missing or os.environ.get("KNNEXT_TEST_FALLBACKS") == "1":
+        return ""
+    return (
+        f"the knnext in {Path(knnext.__file__).parent} runs without its compiled ops ({missing}): "
+        "make build, or run the tests from a folder in which there is no knnext"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if reason := without_compiled_ops():
+        raise pytest.UsageError(reason)
     restore_signals()
     if _OWN not in os.environ:  # else of the process that started this worker
         caches = os.environ[_OWN] = tempfile.mkdtemp(prefix="knnext-tests-")
