@@ -10,6 +10,7 @@ from typing import Any
 
 from knnext.serve.asked import Asked
 from knnext.serve.errors import Refused
+from knnext.serve.speller import is_numbered
 from knnext.serve.writing import Piece, Scored
 
 #: What stands for log 0, which JSON cannot hold.
@@ -145,8 +146,8 @@ def _chat_log_probs(tokens: Sequence[Scored], top: int) -> dict[str, Any]:
 
 
 def _named(token: int, name: str, log_p: float | None) -> dict[str, Any]:
-    found = {"token": name, "logprob": _finite(log_p), "bytes": list(name.encode())}
-    return {**found, "token_id": token}
+    text = None if is_numbered(name) else list(name.encode())
+    return {"token": name, "logprob": _finite(log_p), "bytes": text, "token_id": token}
 
 
 def _finite(log_p: float | None) -> float | None:

@@ -65,6 +65,7 @@ class Mixer:
 
     def __init__(self, index: Index) -> None:
         self.index = index
+        self._dtype = getattr(getattr(index, "datastore", None), "dtype", None)
         self.searches = 0
 
     def search(self, states: Tensor, mixtures: Sequence[Mixture], rows: int) -> Found:
@@ -83,7 +84,8 @@ class Mixer:
         for part in asked.split(rows):
             self.searches += 1
             places = part.to(device)
-            queries = states[places].to(self.index.datastore.dtype)
+            queries = states[places]
+            queries = queries if self._dtype is None else queries.to(self._dtype)
             found, indices = self.index.search(queries, most)
             # Of a row that asked for fewer, the nearest.
             beyond = torch.arange(most) >= counts[part][:, None]

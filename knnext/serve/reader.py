@@ -40,9 +40,9 @@ class Rows:
     width: int = 0
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows, and no column that is padding in all of them."""
+        """Only these rows, in this order, and no column that is padding in all of them."""
         lengths = [self.lengths[row] for row in rows]
-        if len(rows) < len(self.lengths):
+        if list(rows) != list(range(len(self.lengths))):
             width = max(lengths, default=0)
             for layer in _filled(self.cache):
                 chosen = torch.tensor(list(rows), dtype=torch.int64, device=layer.keys.device)

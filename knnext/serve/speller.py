@@ -6,6 +6,8 @@ from typing import Any
 
 from knnext.evaluation.prompt import DECODED_BEFORE, decoded, is_broken
 
+_NUMBERED = "<token "
+
 
 class Speller:
     """The text that each new token adds to what stands before it, as `pieces` has it.
@@ -40,7 +42,9 @@ class Speller:
 
 
 class Stops:
-    """Cuts a text that comes in parts where the first of some strings begins.
+    """Cuts a text that comes in parts before the one of some strings that is whole first.
+
+    So it makes no difference in what parts the text comes.
 
     Args:
         strings: none of them empty.
@@ -54,10 +58,10 @@ class Stops:
     def add(self, text: str) -> str:
         """What surely belongs to the text; what may begin one of the strings is held back."""
         self._held += text
-        places = [place for s in self._strings if (place := self._held.find(s)) >= 0]
-        if places:
+        found = [(at + len(s), at) for s in self._strings if (at := self._held.find(s)) >= 0]
+        if found:
             self.met = True
-            return self._out(min(places))
+            return self._out(min(found)[1])
         return self._out(len(self._held) - self._begun())
 
     def rest(self) -> str:
@@ -81,7 +85,7 @@ class Names:
     """What tokens are called where they stand alone, in tables of log p.
 
     The text that a token has within a word, special tokens spelled out; of one that is no whole
-    character, its name in the vocabulary.
+    character, or nothing, its number: ``<token 166>``.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -100,6 +104,9 @@ class Names:
     def _name(self, token: int) -> str:
         text = decoded(self._tokenizer, [*self._anchor, token], special=True)
         text = text.removeprefix(self._before)
-        if text and not is_broken(text):
-            return text
-        return str(self._tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
+        return text if text and not is_broken(text) else f"{_NUMBERED}{token}>"
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a token has no text of its own, but this name."""
+    return name.startswith(_NUMBERED)

@@ -1,0 +1,61 @@
+"""Asking an engine without a server, and waiting for what it tells."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass, field
+from typing import Any
+
+from knnext.serve.asked import chat, completion
+
+#: Seconds in which a thread that works must have answered, on a machine however slow.
+PATIENCE = 300.0
+
+
+def asked(engine: Any, **body: Any) -> Any:
+    return completion({"temperature": 0, **body}, engine.tokenizer, engine.limits)
+
+
+def asked_in_chat(engine: Any, tokenizer: Any, **body: Any) -> Any:
+    return chat({"temperature": 0, **body}, tokenizer, engine.limits)
+
+
+@dataclass
+class Asking:
+    """A request under way."""
+
+    engine: Any
+    request: Any
+    told: queue.Queue[Any] = field(default_factory=queue.Queue)
+
+    def __post_init__(self) -> None:
+        self.job = self.engine.submit(self.request, self.told.put)
+
+    def next(self) -> Any:
+        """The next piece; raises what the engine tells instead."""
+        piece = self.told.get(timeout=PATIENCE)
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def pieces(self) -> list[list[Any]]:
+        """All pieces of each text, in order."""
+        found: list[list[Any]] = [[] for _ in self.job.texts]
+        left = len(found)
+        while left:
+            piece = self.next()
+            found[piece.number].append(piece)
+            left -= piece.finish is not None
+        return found
+
+    def texts(self) -> list[str]:
+        return ["".join(piece.text for piece in parts) for parts in self.pieces()]
+
+    def ids(self) -> list[list[int]]:
+        """What was written, as tokens."""
+        self.pieces()
+        return [text.ids[len(text.prompt.ids) :] for text in self.job.texts]
+
+
+def ask(engine: Any, **body: Any) -> Asking:
+    return Asking(engine, asked(engine, **body))

@@ -1,0 +1,487 @@
+"""What is asked over HTTP, what is answered, and who is let in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra serve is not installed")
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+
+from knnext.serve import app as app_module
+from knnext.serve.app import MAX_BODY, Service
+from tests.explore.asgi import HOST, Answer, send
+from tests.explore.small import CONTEXT, K
+from tests.serve.asking import ask
+
+NAME = "small/model"
+KEY = "a-key-of-this-run"
+JSON = {"content-type": "application/json"}
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'odd' %}{{ raise_exception('roles must be even') }}"
+    "{% endif %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}fox{% endif %}"
+)
+
+
+def service_of(engine: Any, **options: Any) -> Service:
+    service = Service(NAME, **options)
+    service.open(engine)
+    return service
+
+
+@pytest.fixture(scope="module")
+def app(engine: Any) -> Any:
+    return service_of(engine).app()
+
+
+@pytest.fixture
+def chatting(make_engine: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(opened.tokenizer, "chat_template", TEMPLATE, raising=False)
+    return service_of(make_engine()).app()
+
+
+def post(app: Any, path: str = "completions", headers: Any = JSON, **body: Any) -> Answer:
+    return send(app, "POST", f"/v1/{path}", headers=headers, body=json.dumps(body).encode())
+
+
+def events(answer: Answer) -> list[Any]:
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = answer.body.decode().split("\n\n")
+    assert lines[-1] == "" and lines[-2] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+# What is answered
+
+
+def test_a_completion(app: Any, engine: Any) -> None:
+    found = post(app, model=NAME, prompt="the quick", max_tokens=5, temperature=0).json
+    assert found["object"] == "text_completion" and found["model"] == NAME
+    assert found["id"].startswith("cmpl-") and found["created"] > 1_700_000_000
+    (choice,) = found["choices"]
+    (text,) = ask(engine, prompt="the quick", max_tokens=5).texts()
+    assert choice == {"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}
+    asking = ask(engine, prompt="the quick", max_tokens=0)
+    given = len(asking.job.texts[0].prompt.ids)
+    usage = {"prompt_tokens": given, "completion_tokens": 5, "total_tokens": given + 5}
+    assert found["usage"] == usage
+
+
+def test_several_prompts_and_choices(app: Any) -> None:
+    """Choice p * n + i is the i-th of prompt p, as it would be alone."""
+    body = {"max_tokens": 4, "temperature": 1, "seed": 4, "n": 2}
+    found = post(app, prompt=["the quick", "fox"], **body).json
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+    for place, prompt in enumerate(["the quick", "fox"]):
+        alone = post(app, prompt=prompt, **body).json["choices"]
+        got = found["choices"][2 * place : 2 * place + 2]
+        assert [c["text"] for c in got] == [c["text"] for c in alone]
+    assert found["usage"]["completion_tokens"] == 16
+
+
+def test_a_prompt_of_ids_is_read_as_it_is(app: Any, opened: Any) -> None:
+    ids = opened.tokenizer("the quick", add_special_tokens=False)["input_ids"]
+    body = {"max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 1}
+    bare = post(app, prompt=ids, **body).json["choices"][0]
+    led = post(app, prompt=[[opened.tokenizer.bos_token_id, *ids]], **body).json["choices"][0]
+    text = post(app, prompt="the quick", **body).json["choices"][0]
+    assert led == text and bare["logprobs"]["token_ids"][: len(ids)] == ids
+    assert led["logprobs"]["token_ids"][: len(ids) + 1] == [opened.tokenizer.bos_token_id, *ids]
+
+
+def test_log_probs_have_the_shape_that_harnesses_read(app: Any) -> None:
+    body = {"prompt": ["the quick brown", "a"], "max_tokens": 1, "logprobs": 1, "echo": True}
+    for choice in post(app, temperature=0, **body).json["choices"]:
+        found = choice["logprobs"]
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids")
+        assert len({len(found[name]) for name in (*names, "knn_shares")}) == 1
+        assert found["token_logprobs"][0] is None is found["top_logprobs"][0]
+        for token, log_p, top, share in zip(
+            found["tokens"][1:], found["token_logprobs"][1:], found["top_logprobs"][1:],
+            found["knn_shares"][1:], strict=True,
+        ):  # fmt: skip
+            assert top[token] == log_p <= max(top.values()) <= 0 and 0 <= share <= 1
+        last = found["top_logprobs"][-1]
+        assert max(last, key=lambda name: last[name]) == found["tokens"][-1]  # which is greedy
+
+
+def test_log_zero_is_a_number(app: Any) -> None:
+    body = {"prompt": "the quick", "max_tokens": 1, "logprobs": 20, "temperature": 0}
+    found = post(app, knn={"lmbda": 1, "k": 1}, **body).json["choices"][0]["logprobs"]
+    assert min(found["top_logprobs"][0].values()) == -9999.0
+    assert found["knn_shares"] == [1.0]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_stream_is_the_answer_in_parts(app: Any, n: int, echo: bool) -> None:
+    body = {
+        "prompt": ["a lazy 🦊", "漢字"], "max_tokens": 7, "seed": 1, "n": n, "logprobs": 2,
+        "echo": echo,
+    }  # fmt: skip
+    whole = post(app, **body).json
+    usage: dict[str, Any] = {"stream_options": {"include_usage": True}}
+    parts = events(post(app, stream=True, **usage, **body))
+    assert len({part["id"] for part in parts}) == 1
+    assert parts[-1]["choices"] == [] and parts[-1]["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        mine = [p["choices"][0] for p in parts[:-1] if p["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in mine) == choice["text"]
+        assert [part["finish_reason"] for part in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1]["finish_reason"] == choice["finish_reason"]
+        for name, values in choice["logprobs"].items():
+            joined = [v for part in mine for v in (part["logprobs"] or {}).get(name, [])]
+            assert len(joined) == len(values)
+            if name in ("tokens", "token_ids", "text_offset"):
+                assert joined == values
+    assert all("usage" not in part for part in events(post(app, stream=True, **body)))
+
+
+def test_a_chat(chatting: Any, opened: Any) -> None:
+    messages = [{"role": "user", "content": "the quick"}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": part} for part in ("the", " quick")]}
+    ]
+    body = {"messages": messages, "max_tokens": 5, "temperature": 0, "logprobs": True}
+    found = post(chatting, "chat/completions", top_logprobs=2, **body).json
+    assert found["object"] == "chat.completion"
+    (choice,) = found["choices"]
+    assert choice["message"]["role"] == "assistant"
+    ids = opened.tokenizer("user: the quick fox", add_special_tokens=False)["input_ids"]
+    plain = post(chatting, prompt=ids, max_tokens=5, temperature=0, logprobs=2).json["choices"][0]
+    assert choice["message"]["content"] == plain["text"]
+    content = choice["logprobs"]["content"]
+    assert [one["token_id"] for one in content] == plain["logprobs"]["token_ids"]
+    assert [one["knn_share"] for one in content] == plain["logprobs"]["knn_shares"]
+    assert all(len(one["top_logprobs"]) == 2 for one in content)
+    assert content[0]["bytes"] == list(content[0]["token"].encode())
+    again = post(chatting, "chat/completions", **{**body, "messages": parts}).json
+    assert again["choices"][0]["message"] == choice["message"]
+    streamed = events(post(chatting, "chat/completions", stream=True, **body))
+    deltas = [part["choices"][0]["delta"] for part in streamed]
+    assert deltas[0]["role"] == "assistant" and streamed[0]["object"] == "chat.completion.chunk"
+    assert "".join(delta.get("content", "") for delta in deltas) == choice["message"]["content"]
+    assert streamed[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
+def test_a_chat_ends_where_the_context_does(chatting: Any) -> None:
+    messages = [{"role": "user", "content": "the"}]
+    found = post(chatting, "chat/completions", messages=messages, seed=1).json
+    assert found["usage"]["total_tokens"] <= CONTEXT
+
+
+def test_models(app: Any) -> None:
+    found = send(app, "GET", "/v1/models").json
+    assert found["object"] == "list" and [one["id"] for one in found["data"]] == [NAME]
+    assert send(app, "GET", f"/v1/models/{NAME}").json == found["data"][0]
+    missing = send(app, "GET", "/v1/models/other")
+    assert missing.status == 404 and missing.json["error"]["code"] == "model_not_found"
+
+
+def test_metrics_are_counted(app: Any) -> None:
+    post(app, prompt="a", max_tokens=2)
+    post(app, prompt=7)
+    text = send(app, "GET", "/metrics").body.decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert int(values['knnext_http_answers_total{path="/v1/completions",status="400"}']) >= 1
+    assert int(values["knnext_new_tokens_total"]) >= 2 and values["knnext_texts_live"] == "0"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "prompt", "prompt must be"),
+        ({"prompt": []}, "prompt", "prompt must be"),
+        ({"prompt": [[]]}, "prompt", "prompt must be"),
+        ({"prompt": [1, "a"]}, "prompt", "prompt must be"),
+        ({"prompt": [True]}, "prompt", "prompt must be"),
+        ({"prompt": [300]}, "prompt", r"\[0, 300\), got 300"),
+        ({"prompt": [[1], [-1]]}, "prompt", "got -1"),
+        ({"prompt": "\ud800"}, "prompt", "surrogate"),
+        ({"prompt": [5] * 33, "max_tokens": 0}, "prompt", "the prompt has 33"),
+        ({"prompt": [5] * 30, "max_tokens": 3}, "prompt", "30 in the prompt and 3 .* are 33"),
+        ({"prompt": [5] * 32}, None, "no room is left"),
+        ({"prompt": ["a"] * 300}, "prompt", "at most 256"),
+        ({"prompt": ["a"] * 200, "n": 2}, "n", "asks for 400"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens", "0 to 4096"),
+        ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "whole number"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens", "whole number"),
+        ({"prompt": "a", "temperature": 2.1}, "temperature", "0 to 2"),
+        ({"prompt": "a", "temperature": "1"}, "temperature", "a number"),
+        ({"prompt": "a", "top_p": -0.1}, "top_p", "0 to 1"),
+        ({"prompt": "a", "n": 0}, "n", "1 to 256"),
+        ({"prompt": "a", "seed": 2**64}, "seed", "whole number"),
+        ({"prompt": "a", "stop": ""}, "stop", "1 to 1000"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"prompt": "a", "stop": [3]}, "stop", "1 to 1000"),
+        ({"prompt": "a", "stream": 1}, "stream", "true or false"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream: t"),
+        ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options", "must be"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs", "0 to 20"),
+        ({"prompt": "a", "logprobs": True}, "logprobs", "whole number"),
+        ({"prompt": "a", "echo": "yes"}, "echo", "true or false"),
+        ({"prompt": "a", "best_of": 3}, "best_of", "equals n"),
+        ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "not served"),
+        ({"prompt": "a", "frequency_penalty": -1}, "frequency_penalty", "not served"),
+        ({"prompt": "a", "logit_bias": {"3": 5}}, "logit_bias", "not served"),
+        ({"prompt": "a", "suffix": "end"}, "suffix", "not served"),
+        ({"prompt": "a", "tempreature": 1}, "tempreature", "unrecognized"),
+        ({"prompt": "a", "knn": 3}, "knn", "knn must be"),
+        ({"prompt": "a", "knn": {"alpha": 1}}, "knn", "knn must be"),
+        ({"prompt": "a", "knn": {"lmbda": 2}}, "knn.lmbda", "0 to 1"),
+        ({"prompt": "a", "knn": {"temperature": 0}}, "knn.temperature", "from 1e-09"),
+        ({"prompt": "a", "knn": {"k": K + 1}}, "knn.k", f"1 to {K}"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_named(
+    app: Any, body: dict[str, Any], param: str | None, words: str
+) -> None:
+    answer = post(app, **body)
+    error = answer.json["error"]
+    assert answer.status == 400 and error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert re.search(words, error["message"])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "messages must be"),
+        ({"messages": []}, "messages must be"),
+        ({"messages": ["hello"]}, "a role and a content"),
+        ({"messages": [{"role": "user"}]}, "must be a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type text"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "tool_calls"),
+        ({"messages": [{"role": "odd", "content": "a"}]}, "roles must be even"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools is not served"),
+        ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 1}, "logprobs: true"),
+        ({"messages": [{"role": "user", "content": "a"}], "prompt": "a"}, "unrecognized"),
+        ({"messages": [{"role": "user", "content": "the " * 40}]}, "at most 32"),
+    ],
+)
+def test_chats_that_make_no_sense(chatting: Any, body: dict[str, Any], words: str) -> None:
+    answer = post(chatting, "chat/completions", **body)
+    assert answer.status == 400 and words in answer.json["error"]["message"]
+
+
+def test_without_a_template_there_is_no_chat(app: Any) -> None:
+    answer = post(app, "chat/completions", messages=[{"role": "user", "content": "a"}])
+    assert answer.status == 400 and "no chat template" in answer.json["error"]["message"]
+    assert answer.json["error"]["code"] == "no_chat_template"
+
+
+def test_neutral_fields_are_taken(app: Any) -> None:
+    """Clients send fields that ask for nothing."""
+    body = {"presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1,
+            "user": "me", "suffix": None, "stop": None, "n": 1, "logprobs": None}  # fmt: skip
+    assert post(app, prompt="a", max_tokens=1, **body).status == 200
+
+
+def test_another_model(app: Any) -> None:
+    answer = post(app, prompt="a", model="gpt-4")
+    assert answer.status == 404 and answer.json["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/v2", 404),
+     ("POST", "/v1/embeddings", 404)],
+)  # fmt: skip
+def test_other_ways_and_places(app: Any, method: str, path: str, status: int) -> None:
+    answer = send(app, method, path, headers=JSON)
+    assert answer.status == status
+    assert answer.json["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "status"),
+    [(b"{", "application/json", 400), (b"[1]", "application/json", 400),
+     (b"{}", "text/plain", 415), (b"[" * 100_000, "application/json", 400)],
+)  # fmt: skip
+def test_bodies_of_another_kind(app: Any, raw: bytes, kind: str, status: int) -> None:
+    answer = send(app, "POST", "/v1/completions", headers={"content-type": kind}, body=raw)
+    assert answer.status == status and answer.json["error"]["message"]
+
+
+def test_a_large_body_is_refused(app: Any) -> None:
+    head = {**JSON, "content-length": str(MAX_BODY + 1)}
+    assert send(app, "POST", "/v1/completions", headers=head, body=b"{}").status == 413
+    parts = [b" " * (1 << 20)] * 9
+    assert send(app, "POST", "/v1/completions", headers=JSON, body=parts).status == 413
+
+
+# Who is let in
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [(None, 401), ("Bearer wrong", 401), (f"Basic {KEY}", 401), (f"Bearer {KEY}x", 401),
+     (KEY, 401), ("Bearer é", 401), (f"Bearer {KEY}", 200), (f"bearer  {KEY}", 200)],
+)  # fmt: skip
+def test_keys(engine: Any, given: str | None, status: int) -> None:
+    app = service_of(engine, api_key=KEY).app()
+    headers = {} if given is None else {"authorization": given}
+    for method, path in (("GET", "/v1/models"), ("GET", f"/v1/models/{NAME}"), ("GET", "/metrics")):
+        assert send(app, method, path, headers=headers).status == status
+    for path in ("completions", "chat/completions"):
+        answer = post(app, path, {**JSON, **headers}, prompt="a", max_tokens=1)
+        assert answer.status == (status if path == "completions" or status == 401 else 400)
+        if status == 401:
+            assert answer.json["error"]["code"] == "invalid_api_key"
+    assert send(app, "GET", "/health").status == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example"])
+def test_other_hosts_and_sites_are_refused_without_a_key(engine: Any, host: str) -> None:
+    """A web site whose name leads to this machine, and one that sends requests here."""
+    app, headers = service_of(engine).app(), {**JSON, "origin": f"https://{host}"}
+    raw = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    assert send(app, "POST", "/v1/completions", headers=JSON, body=raw, host=host).status == 400
+    assert send(app, "POST", "/v1/completions", headers=headers, body=raw).status == 403
+    same = {**JSON, "origin": f"http://{HOST}"}
+    assert send(app, "POST", "/v1/completions", headers=same, body=raw).status == 200
+    keyed = service_of(engine, api_key=KEY).app()
+    headers["authorization"] = f"Bearer {KEY}"
+    assert (
+        send(keyed, "POST", "/v1/completions", headers=headers, body=raw, host=host).status == 200
+    )
+
+
+# Beginning, end, and what goes wrong
+
+
+def test_health(make_engine: Any) -> None:
+    service = Service(NAME)
+    app = service.app()
+    assert send(app, "GET", "/health").status == 503
+    assert send(app, "GET", "/health").json == {"status": "loading"}
+    answer = post(app, prompt="a")
+    assert answer.status == 503 and answer.headers["retry-after"]
+    assert "being loaded" in answer.json["error"]["message"]
+    assert send(app, "GET", "/v1/models").status == 200
+    service.open(make_engine())
+    assert send(app, "GET", "/health").json == {"status": "ready"}
+    service.begin()
+    assert send(app, "GET", "/health").json == {"status": "closing"}
+    assert send(app, "GET", "/health").status == post(app, prompt="a").status == 503
+
+
+def test_a_load_that_fails_ends_the_serving() -> None:
+    service, ended = Service(NAME), []
+    over = threading.Event()
+    service.stopping = over.set
+
+    def fail() -> Any:
+        raise ValueError("no such model")
+
+    service.load(fail, lambda: ended.append("ready"))
+    assert over.wait(60) and str(service.error) == "no such model" and not ended
+
+
+def test_a_full_queue_is_told(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from knnext.serve.errors import busy
+
+    def full(*given: Any) -> Any:
+        raise busy("5 texts are waiting already", 7)
+
+    monkeypatch.setattr(engine, "submit", full)
+    answer = post(service_of(engine).app(), prompt="a", stream=True)
+    assert answer.status == 429 and answer.headers["retry-after"] == "7"
+    assert answer.json["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_ours(make_engine: Any, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """In the midst of a stream it is the last event, without an end that would look well."""
+    engine = make_engine()
+    search, count = engine.mixer.search, []
+
+    def failing(*given: Any) -> Any:
+        count.append(1)
+        if len(count) == 3:
+            raise RuntimeError("the disk is gone")
+        return search(*given)
+
+    monkeypatch.setattr(engine.mixer, "search", failing)
+    app = service_of(engine).app()
+    answer = post(app, prompt="the quick", max_tokens=8, temperature=0, stream=stream)
+    if stream:
+        lines = answer.body.decode().split("\n\n")[:-1]
+        last = json.loads(lines[-1].removeprefix("data: "))
+        assert answer.status == 200 and len(lines) >= 2 and "[DONE]" not in answer.body.decode()
+    else:
+        last = answer.json
+        assert answer.status == 500
+    assert (
+        last["error"]["type"] == "server_error" and "the disk is gone" in last["error"]["message"]
+    )
+    assert post(app, prompt="the quick", max_tokens=2).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_is_not_written_for(make_engine: Any, stream: bool) -> None:
+    engine = make_engine()
+    jobs: list[Any] = []
+    submit = engine.submit
+    engine.submit = lambda *given: jobs.append(submit(*given)) or jobs[-1]
+    search = engine.mixer.search
+    gate, entered = threading.Event(), threading.Event()
+
+    def held(*given: Any) -> Any:
+        entered.set()
+        assert gate.wait(300)
+        return search(*given)
+
+    engine.mixer.search = held
+    app = service_of(engine).app()
+    raw = json.dumps({"prompt": "the", "max_tokens": 20, "stream": stream}).encode()
+    asyncio.run(_hang_up(app, raw, entered))
+    assert jobs[0].cancelled
+    gate.set()
+    assert len(jobs[0].texts[0].ids) < 20
+
+
+async def _hang_up(app: Any, raw: bytes, entered: Any) -> None:
+    """Asks, and closes the connection when the engine is at it."""
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+        "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
+        "root_path": "", "scheme": "http", "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+        "headers": [(b"host", HOST.encode()), (b"content-type", b"application/json")],
+    }  # fmt: skip
+    coming = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def receive() -> Any:
+        if coming:
+            return coming.pop()
+        await asyncio.to_thread(entered.wait, 300)
+        return {"type": "http.disconnect"}
+
+    async def give(message: Any) -> None:
+        pass
+
+    await asyncio.wait_for(app(scope, receive, give), 300)
+    await asyncio.sleep(0)
+
+
+def test_time_is_up_though_the_engine_is_stuck(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a search that looks at no limit."""
+    monkeypatch.setattr(app_module, "_GRACE", 0.01)
+    engine, gate = make_engine(seconds=0.01), threading.Event()
+    monkeypatch.setattr(engine.mixer, "search", lambda *given: gate.wait(300))
+    answer = post(service_of(engine).app(), prompt="a")
+    gate.set()
+    assert answer.status == 504 and answer.headers["x-should-retry"] == "false"
