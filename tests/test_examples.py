@@ -97,9 +97,8 @@ def test_harness_tasks(tmp_path: Path) -> None:
             0 < len(items) <= 5 and f"task: texts_{task}" in file.with_suffix(".yaml").read_text()
         )
         for item in items:
-            text = item.get("text") or item["context"] + item.get("rest", "")
-            if task == "line":
-                text = text.replace(item["rest"], " " + item["rest"])
+            text = item.get("text") or item["context"]
+            text += f" {item['rest']}" if task == "line" else ""
             right = item["choices"][item["gold"]] if task == "next" else ""
             assert any(text + right in document.text for document in held_out)
     harness = pytest.importorskip("lm_eval.tasks")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from knnext.cli.arguments import num_bytes
-from knnext.cli.session import Settings, _dtype_as_built, check_model, open_index
+from knnext.cli.session import Settings, dtype_as_built, check_model, open_index
 from knnext.datastore import Datastore
 from knnext.errors import missing_package
 from knnext.lm.agreement import checked_k, checked_numbers
@@ -51,6 +51,8 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
     ValueError where the datastore was built from another model or tokenizer, where one of these is
     given without a datastore, or where temperature and lmbda are nowhere to be found.
     """
+
+    _model: Any
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
         if datastore is not None:
             store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
         if dtype is None:
-            built = "auto" if store is None else _dtype_as_built(store)
+            built = "auto" if store is None else dtype_as_built(store)
             dtype = "auto" if built == "checkpoint" else built
         super().__init__(pretrained, dtype=dtype, **options)
         self._asked: dict[bytes, int] = {}
@@ -119,7 +121,7 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
         self._facts = {
             "datastore": str(store.path),
             "datastore_fingerprint": store.fingerprint,
-            "datastore_entries": len(index) if hasattr(index, "__len__") else store.num_entries,
+            "datastore_entries": store.num_entries,
             "k": settings.k,
             "temperature": temperature,
             "lmbda": lmbda,

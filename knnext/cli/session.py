@@ -117,7 +117,7 @@ def open_model(args: argparse.Namespace, store: Datastore | None = None) -> tupl
     device = device_of(args)  # before anything is read
     options = loading(args)
     if store is not None and options.get("model_dtype") == "auto":
-        options["model_dtype"] = _dtype_as_built(store)
+        options["model_dtype"] = dtype_as_built(store)
     if "device_map" in options:
         if args.device is not None:
             raise ValueError("--device-map places the model itself: leave --device out")
@@ -125,7 +125,7 @@ def open_model(args: argparse.Namespace, store: Datastore | None = None) -> tupl
     return load_lm(args.model, device=device, **options)
 
 
-def _dtype_as_built(store: Datastore) -> str:
+def dtype_as_built(store: Datastore) -> str:
     """ "auto" where the datastore knows no model; the checkpoint's before dtypes were written."""
     from knnext.lm.model_dtype import MODEL_DTYPES
 
