@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from knnext.cli.arguments import num_bytes
-from knnext.cli.session import Settings, dtype_as_built, check_model, open_index
+from knnext.cli.session import Settings, check_model, dtype_as_built, open_index
 from knnext.datastore import Datastore
 from knnext.errors import missing_package
 from knnext.lm.agreement import checked_k, checked_numbers
