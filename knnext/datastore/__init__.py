@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from knnext.datastore import compacting, deletion, replacing
 from knnext.datastore.batch import ArrayLike, Documents
 from knnext.datastore.copy import check_mergeable, copy_rows, merge_rows, same_text, sample_rows
 from knnext.datastore.errors import (
@@ -191,6 +192,79 @@ class Datastore(DatastoreReader):
         self._writer.finish()
         self._writer = None
         super().__init__(self.path, read_finished(self.path))
+
+    # Deleting
+
+    def delete(self, documents: Sequence[int | str]) -> int:
+        """Delete documents by name or id, and return how many rows that were.
+
+        From the moment at which it returns no reader, search or copy sees their rows, names and
+        hashes: this object and the indexes of it at once, others when they open the datastore. The
+        rows behind move up, document ids stay. All documents of a name are deleted; what was
+        deleted before is passed over. It is one rename: after a kill either none or all are.
+
+        What is stored stays on the disk until :meth:`compact`. ``meta.audit`` notes when, how many
+        rows, and hashes of the names.
+
+        Raises:
+            ValueError: there is no such document; nothing is deleted then.
+            DatastoreError: of a view, without documents, or while an extension has not ended.
+            DatastoreLockedError: another process is writing to it.
+        """
+        self._changing("delete")
+        meta, rows = deletion.delete(self.path, documents)
+        self._become(meta)
+        return rows
+
+    def replace(self, keys: ArrayLike, values: ArrayLike, documents: Documents) -> int:
+        """Append rows and delete the documents that have their names: both at once, or neither.
+
+        Returns how many rows were deleted. After a kill the same call does what is left of it; any
+        other is refused until then. Nothing is lost of an interrupted one: the old documents are
+        read meanwhile.
+
+        Args:
+            keys, values: as of :meth:`append`.
+            documents: ``(name, rows)`` pairs. Names that are not there yet are added.
+        """
+        self._changing("replace")
+        meta, rows = replacing.replace(self.path, self._meta, keys, values, documents)
+        self._become(meta)
+        return rows
+
+    def compact(self, progress: Progress | None = None) -> int:
+        """Write the datastore anew without its deleted rows, and remove the old files.
+
+        Returns how many rows are gone. Ids of documents stay; of deleted ones an empty name is
+        left. Until one rename at its end readers see the old files, and after a kill the same call
+        goes on. Codes and indexes are of the old rows: `knnext.index.compact` and ``knnext
+        compact`` renew and remove them too, as they hold what was deleted.
+
+        Raises:
+            DatastoreWriteError: the disk has not the room for what is left, beside the old files.
+        """
+        self._changing("compact")
+        meta, rows = compacting.compact(self, progress)
+        self._become(meta)
+        return rows
+
+    def _changing(self, what: str) -> None:
+        self._reading(what)
+        if not self.is_whole or self.unfinished or self.row_offset:
+            state = "an unfinished build" if self.unfinished else "a view"
+            raise DatastoreError(f"{self.path}: {what} of {state}; open the datastore itself")
+
+    def _become(self, meta: DatastoreMeta) -> None:
+        """Go on as what is stored now; views of what it was are of no use."""
+        path, deletions = self.path, self._deletions
+        if meta == self._meta:
+            return
+        self._keys.unmap()
+        self._values.unmap()
+        self.__dict__.clear()  # what was derived, too
+        super().__init__(path, meta)
+        deletions[0] += 1
+        self._deletions, self._seen = deletions, deletions[0]
 
     def __enter__(self) -> Datastore:
         return self
@@ -398,6 +472,7 @@ class Datastore(DatastoreReader):
                 f"{self.path}: {what} of a datastore that is being written; close() it first, or "
                 "open what is committed with Datastore.open(path, allow_unfinished=True)"
             )
+        super()._reading(what)
 
 
 def _hub() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta
+from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta, DeletedMeta
 from knnext.datastore.meta_file import missing_parts, ranges
 from knnext.say import binary_size
 
@@ -13,14 +13,16 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
     """One ``name  value`` line for each fact; sizes in bytes and in the unit that suits."""
     keys = sum(shard.keys.num_bytes for shard in meta.shards)
     values = sum(shard.values.num_bytes for shard in meta.shards)
+    lost = 0 if meta.deleted is None else meta.deleted.num_rows
     lines = {
         "datastore": str(path),
-        "entries": f"{meta.num_entries:,} in {len(meta.shards):,} shards "
+        "entries": f"{meta.num_entries - lost:,} in {len(meta.shards):,} shards "
         f"of at most {meta.entries_per_shard:,}",
         "keys": f"{DTYPE_NAMES[meta.dtype]} x {meta.dim:,}, {size(keys)}",
         "values": f"int32, {size(values)}",
         **({} if meta.parts is None else {"parts": _parts(path, meta)}),
         "documents": "not kept" if meta.documents is None else f"{meta.documents.count:,}",
+        **({} if meta.deleted is None else {"deleted": _deleted(path, meta.deleted)}),
         "metric": meta.metric,
         "key_layer": meta.key_layer,
         "model": _with_revision(meta),
@@ -50,6 +52,13 @@ def _parts(path: Path, meta: DatastoreMeta) -> str:
     missing = missing_parts(path, meta)
     lacking = f"missing {ranges(missing)}" if missing else "not joined yet"
     return f"{count - len(missing):,} of {count:,} whole, of {rows:,} entries in all; {lacking}"
+
+
+def _deleted(path: Path, deleted: DeletedMeta) -> str:
+    return (
+        f"{deleted.num_documents:,} of the documents, with {deleted.num_rows:,} entries, which "
+        f"nobody reads and the files still hold: `knnext compact {path}`"
+    )
 
 
 def _with_revision(meta: DatastoreMeta) -> str | None:

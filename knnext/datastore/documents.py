@@ -19,11 +19,13 @@ from torch import Tensor
 
 from knnext.datastore.errors import CorruptDatastoreError
 from knnext.datastore.files import AppendFile, check_file, map_file, parse_checksum
+from knnext.datastore.kept import holds
 from knnext.datastore.meta import (
     HASH_BYTES,
     HASHES_FILE,
     NAMES_FILE,
     STARTS_FILE,
+    DatastoreMeta,
     DocumentsMeta,
     FileMeta,
 )
@@ -40,10 +42,11 @@ Mark = tuple[int, int, "str | None", list[str], list[tuple[int, int]]]
 class DocumentTable:
     """The documents of a datastore, read when first asked for."""
 
-    def __init__(self, directory: Path, meta: DocumentsMeta | None, num_entries: int) -> None:
+    def __init__(self, directory: Path, meta: DatastoreMeta) -> None:
         self._directory = directory
-        self._meta = meta
-        self._num_entries = num_entries
+        self._meta = meta.documents
+        self._num_entries = meta.num_entries
+        self._deleted = () if meta.deleted is None else meta.deleted.documents
 
     def __len__(self) -> int:
         return 0 if self._meta is None else self._meta.count
@@ -67,6 +70,7 @@ class DocumentTable:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
+        """Of deleted documents "", whatever the file still says."""
         if self._meta is None:
             return ()
         path = self._directory / self._meta.names.file
@@ -74,17 +78,23 @@ class DocumentTable:
         if len(names) != self._meta.count:
             problem = f"{path}: {len(names):,} document names, want {self._meta.count:,}"
             raise CorruptDatastoreError(problem, [problem])
+        if self._deleted:
+            gone = holds(self._deleted, len(names))
+            names = tuple("" if out else name for name, out in zip(names, gone, strict=True))
         return names
 
     @cached_property
     def hashes(self) -> NDArray[np.uint8] | None:
-        """(count, 16), a row of zeros where a document's is not known; None without the file."""
+        """(count, 16), zeros where a document's is not known or it is deleted; None: no file."""
         if self._meta is None or self._meta.hashes is None:
             return None
         path, size = self._directory / self._meta.hashes.file, self._meta.hashes.num_bytes
         check_file(path, size)
         with path.open("rb") as file:
-            return np.frombuffer(file.read(size), np.uint8).reshape(-1, HASH_BYTES)
+            found = np.frombuffer(file.read(size), np.uint8).reshape(-1, HASH_BYTES)
+        if self._deleted:
+            found = np.where(holds(self._deleted, len(found))[:, None], np.uint8(0), found)
+        return found
 
 
 class DocumentWriter:
@@ -96,8 +106,17 @@ class DocumentWriter:
     """
 
     def __init__(
-        self, directory: Path, meta: DocumentsMeta | None, *, hashed: bool = False
+        self,
+        directory: Path,
+        meta: DocumentsMeta | None,
+        *,
+        hashed: bool = False,
+        prefix: str = "",
+        deleted: Sequence[tuple[int, int]] = (),
     ) -> None:
+        self._prefix = prefix
+        directory = directory / prefix
+        self._last_deleted = deleted[-1][1] - 1 if deleted else -1
         self._starts = _reopen(directory / STARTS_FILE, None if meta is None else meta.starts)
         self._names = _reopen(directory / NAMES_FILE, None if meta is None else meta.names)
         self._hashes: AppendFile | None = None
@@ -110,13 +129,18 @@ class DocumentWriter:
         self._begun = self._starts.length // _START_BYTES
         self._last_name = stored[self._begun - 1] if self._begun else None
         self._planned: list[str] = list(stored)
+        if self._last_deleted == self._begun - 1:
+            self._last_name = None  # one of the same name begins anew
 
     @property
     def _files(self) -> list[AppendFile]:
         return [file for file in (self._starts, self._names, self._hashes) if file is not None]
 
     def meta(self) -> DocumentsMeta:
-        files = [FileMeta(file.path.name, file.length, file.checksum) for file in self._files]
+        files = [
+            FileMeta(self._prefix + file.path.name, file.length, file.checksum)
+            for file in self._files
+        ]
         return DocumentsMeta(self._named, *files)
 
     def plan(self, names: Sequence[str], hashes: bytes | None = None) -> None:
@@ -151,6 +175,11 @@ class DocumentWriter:
                 f"documents: row {first_row} is of document {int(ids[0])}, after document {last}; "
                 "want ids from 0 that never go back"
             )
+        if len(ids) and int(ids[0]) == last == self._last_deleted:
+            raise ValueError(
+                f"documents: document {last} is deleted; number those that are appended from "
+                f"{last + 1}"
+            )
         falls = np.flatnonzero(np.diff(ids) < 0)
         if len(falls):
             row = first_row + int(falls[0]) + 1
@@ -172,6 +201,10 @@ class DocumentWriter:
                 self._planned[self._begun :] = [name, *self._planned[self._begun + 1 :]]
                 self._write(np.array([first_row], dtype=np.int64))
             first_row += rows
+
+    def begin_anew(self) -> None:
+        """The next run begins a document, whatever its name."""
+        self._last_name = None
 
     def end(self) -> None:
         """Store every planned name, so that ids of documents without rows keep their meaning."""

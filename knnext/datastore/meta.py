@@ -22,6 +22,9 @@ MAGIC = "knnext-datastore"
 FORMAT_VERSION = 1
 #: Of datastores that are joined from parts, which no reader of version 1 could find.
 PARTS_VERSION = 2
+#: Of datastores that readers of the versions before would read wrongly: with deleted rows, whose
+#: files are still there, or with files in a folder of their own, as compacting leaves them.
+DELETED_VERSION = 3
 META_FILE = "meta.json"
 BUILD_FILE = "build.json"
 
@@ -51,6 +54,11 @@ def shard_names(index: int) -> tuple[str, str]:
 def part_folder(number: int) -> str:
     """The folder of part ``number``, counted from 1."""
     return f"part-{number:05d}"
+
+
+def compact_folder(number: int) -> str:
+    """The folder of the files of the ``number``-th compacting."""
+    return f"compact-{number:05d}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,25 @@ class PartMeta:
 
 
 @dataclass(frozen=True)
+class DeletedMeta:
+    """What is deleted, and still in the files: ids of documents and stored rows, in runs.
+
+    Runs are [first, stop), ascending and disjoint.
+    """
+
+    documents: tuple[tuple[int, int], ...]
+    rows: tuple[tuple[int, int], ...]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(stop - first for first, stop in self.documents)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(stop - first for first, stop in self.rows)
+
+
+@dataclass(frozen=True)
 class DocumentsMeta:
     """``count`` documents: names (one JSON string a line), first rows (int64), perhaps hashes.
 
@@ -104,6 +131,9 @@ class DatastoreMeta:
     """Everything in ``meta.json``. ``None`` means: not known to whoever built the datastore.
 
     ``parts`` are those that a datastore is joined from, or is to be: until then it has no rows.
+    ``num_entries`` counts the rows in the files, also those that are ``deleted``; ``audit`` tells
+    what was deleted and compacted, and when. ``folder`` is where the files lie, if not in the
+    datastore's own.
     """
 
     dim: int
@@ -125,6 +155,14 @@ class DatastoreMeta:
     text: TextFacts | None = None
     model: ModelParts | None = None
     parts: tuple[PartMeta, ...] | None = None
+    deleted: DeletedMeta | None = None
+    audit: tuple[Mapping[str, Any], ...] | None = None
+    folder: str | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its files begin with."""
+        return "" if self.folder is None else f"{self.folder}/"
 
     @property
     def row_bytes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from knnext.datastore.errors import (
 from knnext.datastore.files import format_checksum, inside, parse_checksum
 from knnext.datastore.meta import (
     BUILD_FILE,
+    DELETED_VERSION,
     DTYPE_NAMES,
     FORMAT_VERSION,
     HASH_BYTES,
@@ -33,23 +35,27 @@ from knnext.datastore.meta import (
     STARTS_FILE,
     VALUE_BYTES,
     DatastoreMeta,
+    DeletedMeta,
     DocumentsMeta,
     FileMeta,
     PartMeta,
     ShardMeta,
     check_parameters,
+    compact_folder,
     part_folder,
     shard_names,
 )
 
 #: What came to the format after its first datastores; null in none of them, but not there.
-_LATER = ("text", "model", "parts")
-_VERSIONS = (FORMAT_VERSION, PARTS_VERSION)
+_LATER = ("text", "model", "parts", "deleted", "audit", "folder")
+_VERSIONS = (FORMAT_VERSION, PARTS_VERSION, DELETED_VERSION)
 
 
 def to_json(meta: DatastoreMeta) -> bytes:
     """The bytes of ``meta.json``: the same meta gives the same bytes."""
     version = FORMAT_VERSION if meta.parts is None else PARTS_VERSION
+    if meta.deleted is not None or meta.folder is not None:
+        version = DELETED_VERSION
     body: dict[str, Any] = {"magic": MAGIC, "format_version": version}
     for field in fields(meta):
         body[field.name] = getattr(meta, field.name)
@@ -61,6 +67,10 @@ def to_json(meta: DatastoreMeta) -> bytes:
     body["shards"] = [_plain(shard) for shard in meta.shards]
     if meta.parts is not None:
         body["parts"] = [_plain(part) for part in meta.parts]
+    if meta.deleted is not None:
+        body["deleted"] = {n: [list(r) for r in runs] for n, runs in vars(meta.deleted).items()}
+    if meta.audit is not None:
+        body["audit"] = [dict(entry) for entry in meta.audit]
     body["checksum"] = _self_checksum(body)
     return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii")
 
@@ -79,7 +89,7 @@ def from_json(content: bytes, where: Path) -> DatastoreMeta:
     if body.get("format_version") not in _VERSIONS:
         raise FormatVersionError(
             f"{where}: format version {body.get('format_version')!r}; this knnext reads "
-            f"{' and '.join(map(str, _VERSIONS))}. Open it with the knnext that wrote it"
+            f"{', '.join(map(str, _VERSIONS))}. Open it with the knnext that wrote it"
         )
     stated = body.pop("checksum", None)
     if stated != _self_checksum(body):
@@ -121,8 +131,16 @@ def _parse(body: dict[str, Any]) -> DatastoreMeta:
         ShardMeta(int(shard["rows"]), FileMeta(**shard["keys"]), FileMeta(**shard["values"]))
         for shard in body["shards"]
     )
-    if (body["format_version"] == PARTS_VERSION) != ("parts" in body):
-        raise ValueError("parts are there in format version 2, and in no other")
+    later = values["deleted"] is not None or values["folder"] is not None
+    if later != (body["format_version"] == DELETED_VERSION):
+        raise ValueError("deleted and folder are there in format version 3, and in no other")
+    if not later and (body["format_version"] == PARTS_VERSION) != ("parts" in body):
+        raise ValueError("parts are there in format version 2 or 3, and in no other")
+    if values["deleted"] is not None:
+        runs = {n: tuple((int(a), int(b)) for a, b in r) for n, r in values["deleted"].items()}
+        values["deleted"] = DeletedMeta(**runs)
+    if values["audit"] is not None:
+        values["audit"] = tuple(dict(entry) for entry in values["audit"])
     if values["parts"] is not None:
         values["parts"] = tuple(PartMeta(**part) for part in values["parts"])
     documents = body["documents"]
@@ -138,23 +156,48 @@ def _parse(body: dict[str, Any]) -> DatastoreMeta:
 
 def _check_layout(meta: DatastoreMeta, where: Path) -> None:
     """The parts of one meta must agree with each other before any file is opened."""
+    folder = meta.folder
+    if folder is not None and (meta.parts is not None or folder != _compacted(folder)):
+        raise ValueError(f"its files lie in {folder!r}")
     for file in meta.files():
-        # Those of parts are compared with the only names that they may have.
-        if meta.parts is None or "/" not in file.file:
+        # Those in folders are compared with the only names that they may have.
+        if (meta.parts is None and folder is None) or "/" not in file.file:
             inside(where.parent, file.file)
         parse_checksum(file.checksum)
+    _check_deleted(meta)
     if meta.documents is not None:
         starts, names = meta.documents.starts, meta.documents.names
         begun = min(int(starts.num_bytes) // 8, meta.documents.count)
-        _check_part(where, starts, STARTS_FILE, max(0, begun * 8))
-        _check_part(where, names, NAMES_FILE, max(0, int(names.num_bytes)))
+        _check_part(where, starts, meta.prefix + STARTS_FILE, max(0, begun * 8))
+        _check_part(where, names, meta.prefix + NAMES_FILE, max(0, int(names.num_bytes)))
         if meta.documents.hashes is not None:
             size = meta.documents.count * HASH_BYTES
-            _check_part(where, meta.documents.hashes, HASHES_FILE, size)
+            _check_part(where, meta.documents.hashes, meta.prefix + HASHES_FILE, size)
     if meta.parts is None:
-        _check_shards(meta, where, meta.shards, "", meta.num_entries)
+        _check_shards(meta, where, meta.shards, meta.prefix, meta.num_entries)
     else:
         _check_parts(meta, where, meta.parts)
+
+
+def _compacted(folder: str) -> str:
+    number = folder.rpartition("-")[2]
+    return compact_folder(int(number)) if number.isdecimal() else ""
+
+
+def _check_deleted(meta: DatastoreMeta) -> None:
+    if meta.deleted is None:
+        return
+    if meta.documents is None:
+        raise ValueError("documents are deleted, and there are none")
+    for name, runs, count in (
+        ("documents", meta.deleted.documents, meta.documents.count),
+        ("rows", meta.deleted.rows, meta.num_entries),
+    ):
+        bounds = [bound for run in runs for bound in run]
+        if any(a >= b for a, b in pairwise(bounds)) or (bounds and not bounds[0] >= 0):
+            raise ValueError(f"runs of deleted {name} do not ascend")
+        if bounds and bounds[-1] > count:
+            raise ValueError(f"{name} up to {bounds[-1]} are deleted, of {count}")
 
 
 def _check_parts(meta: DatastoreMeta, where: Path, parts: tuple[PartMeta, ...]) -> None:

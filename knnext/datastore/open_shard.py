@@ -23,7 +23,10 @@ from knnext.datastore.meta import (
 class OpenShard:
     """The shard that still grows."""
 
-    def __init__(self, directory: Path, index: int, shard: ShardMeta | None = None) -> None:
+    def __init__(
+        self, directory: Path, index: int, shard: ShardMeta | None = None, *, prefix: str = ""
+    ) -> None:
+        directory, self._prefix = directory / prefix, prefix
         self.rows = 0 if shard is None else shard.rows
         parts = (None, None) if shard is None else (shard.keys, shard.values)
         self.keys, self.values = (
@@ -41,7 +44,7 @@ class OpenShard:
 
     def meta(self) -> ShardMeta:
         keys, values = (
-            FileMeta(file.path.name, file.length, file.checksum)
+            FileMeta(self._prefix + file.path.name, file.length, file.checksum)
             for file in (self.keys, self.values)
         )
         return ShardMeta(self.rows, keys, values)
@@ -60,8 +63,8 @@ def remove_leftovers(directory: Path, meta: DatastoreMeta) -> None:
     known = {file.file for file in meta.files()}
     documents = (STARTS_FILE, NAMES_FILE, HASHES_FILE)
     patterns = ("keys-*.bin", "values-*.bin", *documents, "*.json.tmp")
-    for path in (path for pattern in patterns for path in directory.glob(pattern)):
-        if path.name not in known:
+    for path in (path for pattern in patterns for path in directory.glob(meta.prefix + pattern)):
+        if meta.prefix + path.name not in known:
             path.unlink()
 
 

@@ -92,8 +92,7 @@ class _Stored:
         self._store, self._text = store, text
         self._offsets = store.document_offsets.numpy()
         # A sample of rows has no runs of tokens left.
-        whole = store.num_entries == store.meta.num_entries
-        self._runs = whole and "subsample_of" not in (store.meta.origin or {})
+        self._runs = store.is_whole and "subsample_of" not in (store.meta.origin or {})
         hashed = store.document_hashes is not None and text.hashes is not None
         wanted = set(text.names)
         self._named: dict[str, list[int]] = {}

@@ -230,7 +230,7 @@ def _join_documents(
             known |= {False} if meta.num_entries else set()
             continue
         folder = directory / part_folder(number)
-        table = DocumentTable(folder, meta.documents, meta.num_entries)
+        table = DocumentTable(folder, meta)
         base = int((meta.origin or {}).get("first_document", 0))
         _check_follows(folder, names, base, table.names)
         own = [b"" for _ in table.names] if table.hashes is None else [*map(bytes, table.hashes)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from torch import Tensor
 from knnext.datastore.describe import describe
 from knnext.datastore.documents import DocumentTable
 from knnext.datastore.errors import DatastoreError, IncompatibleDatastoreError
-from knnext.datastore.meta import DatastoreMeta, model_differences
+from knnext.datastore.kept import KeptRows
+from knnext.datastore.meta import BUILD_FILE, META_FILE, DatastoreMeta, model_differences
 from knnext.datastore.meta_file import to_json
 from knnext.datastore.rows import LazyRows, Place, ShardFiles, check_rows
 from knnext.datastore.verify import Progress, verify
@@ -54,7 +56,10 @@ class DatastoreReader:
         self.unfinished = unfinished
         self._meta = meta
         self._keys, self._values = rows or _stored_rows(path, meta)
-        self._documents = DocumentTable(path, meta.documents, meta.num_entries)
+        self._documents = DocumentTable(path, meta)
+        #: How often rows were deleted through this object; views know it, and which they have seen.
+        self._deletions = [0]
+        self._seen = 0
 
     def __len__(self) -> int:
         return self.num_entries
@@ -68,6 +73,45 @@ class DatastoreReader:
     def meta(self) -> DatastoreMeta:
         """What the stored datastore says of itself; of a view: the whole that it is a part of."""
         return self._meta
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are seen that are not deleted: it is no view of some of them."""
+        lost = 0 if self._meta.deleted is None else self._meta.deleted.num_rows
+        return len(self._keys) == self._meta.num_entries - lost
+
+    @property
+    def kept_rows(self) -> KeptRows | None:
+        """Which stored rows these are, where some are deleted: of the whole, None of any other."""
+        return self._keys.kept if self.is_whole else None
+
+    @property
+    def generation(self) -> int:
+        """Grows with each deletion through this object; DatastoreError of a view from before."""
+        self._reading("rows")
+        return self._seen
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its files still say what they said when it was opened.
+
+        Other processes may have deleted, replaced or appended since: open it again then.
+        """
+        name = BUILD_FILE if self.unfinished else META_FILE
+        try:
+            return (self.path / name).read_bytes() == to_json(self._meta)
+        except FileNotFoundError:
+            return False
+
+    def undeleted(self) -> Self:
+        """With the rows that are deleted and still stored, as codes and indexes are made of them.
+
+        A view stays what it is.
+        """
+        if self._meta.deleted is None or not self.is_whole:
+            return self
+        meta = replace(self._meta, deleted=None)
+        return type(self)(self.path, meta, unfinished=self.unfinished)
 
     @property
     def dim(self) -> int:
@@ -202,13 +246,15 @@ class DatastoreReader:
         An index notes it, to know its datastore again.
         """
         digest = _digest(self.meta)
-        if self.num_entries != self.meta.num_entries:
+        if self.meta.deleted is not None:
+            digest.update(repr(self.meta.deleted.rows).encode())
+        if not self.is_whole:
             digest.update(self._keys.identity())
         return digest.hexdigest()
 
     @property
     def stored_fingerprint(self) -> str:
-        """Of the whole datastore that a view is a part of; of any other, its fingerprint."""
+        """Of what is in the files: of the whole that a view is a part of, deleted rows or not."""
         return str(_digest(self.meta).hexdigest())
 
     def describe(self) -> str:
@@ -230,20 +276,27 @@ class DatastoreReader:
         return _reopen, (kind, path, meta, self.unfinished, self._keys.place(), self.row_offset)
 
     def _view(self, rows: tuple[LazyRows, LazyRows], row_offset: int = 0) -> Self:
-        return type(self)(
+        view = type(self)(
             self.path,
             self._meta,
             rows=rows,
             row_offset=self.row_offset + row_offset,
             unfinished=self.unfinished,
         )
+        view._deletions, view._seen = self._deletions, self._seen
+        return view
 
     def _reading(self, what: str) -> None:
-        """Raise where ``what`` cannot be read yet."""
+        """Raise where ``what`` cannot be read yet, or not any more."""
+        if self._seen != self._deletions[0]:
+            raise DatastoreError(
+                f"{self.path}: rows were deleted since this view of it was made: make it again"
+            )
 
 
 def _digest(meta: DatastoreMeta) -> Any:
-    return hashlib.blake2b(to_json(meta), digest_size=8)
+    """Of what is in the files, whatever of it is deleted."""
+    return hashlib.blake2b(to_json(replace(meta, deleted=None, audit=None)), digest_size=8)
 
 
 def _reopen(
@@ -260,6 +313,9 @@ def _reopen(
 
 
 def _stored_rows(path: Path, meta: DatastoreMeta) -> tuple[LazyRows, LazyRows]:
-    keys = ShardFiles([(path / s.keys.file, s.rows) for s in meta.shards], (meta.dim,), meta.dtype)
-    values = ShardFiles([(path / s.values.file, s.rows) for s in meta.shards], (), torch.int32)
-    return LazyRows(keys, 0, meta.num_entries), LazyRows(values, 0, meta.num_entries)
+    kept = None if meta.deleted is None else KeptRows(meta.num_entries, meta.deleted.rows)
+    shards = [(path / s.keys.file, s.rows) for s in meta.shards]
+    keys = ShardFiles(shards, (meta.dim,), meta.dtype, kept)
+    shards = [(path / s.values.file, s.rows) for s in meta.shards]
+    values = ShardFiles(shards, (), torch.int32, kept)
+    return LazyRows(keys, 0, len(keys)), LazyRows(values, 0, len(values))

@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnext.datastore.files import map_file
+from knnext.datastore.kept import KeptRows
 
 # A mapping holds a file descriptor; a datastore of thousands of shards must not use them all up.
 _MAPPED_SHARDS = 128
+# Rows between deleted ones that are worth a search of their own.
+_LEAST_ON_END = 4096
 
 Place: TypeAlias = tuple[int, int, Tensor | None]
 RowIndex: TypeAlias = int | slice | Tensor | NDArray[np.int64] | Sequence[int]
@@ -37,14 +40,22 @@ class _Mapped(NamedTuple):
 
 
 class ShardFiles:
-    """``(path, rows)`` shards that hold one array of shape ``(sum of rows, *row_shape)``."""
+    """``(path, rows)`` shards that hold one array of shape ``(sum of rows, *row_shape)``.
+
+    Of ``kept`` rows there are only those, with the numbers that they have there.
+    """
 
     def __init__(
-        self, shards: Sequence[tuple[Path, int]], row_shape: tuple[int, ...], dtype: torch.dtype
+        self,
+        shards: Sequence[tuple[Path, int]],
+        row_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        kept: KeptRows | None = None,
     ) -> None:
         self.row_shape = row_shape
         self.dtype = dtype
-        self.bounds = np.cumsum([0, *(rows for _, rows in shards)], dtype=np.int64)
+        self.kept = kept
+        self._file_bounds = np.cumsum([0, *(rows for _, rows in shards)], dtype=np.int64)
         # A closure over the shards, not over self: a cycle would keep files mapped.
         known = list(shards)
         row_bytes = math.prod(row_shape) * dtype.itemsize
@@ -62,7 +73,26 @@ class ShardFiles:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds the files' places; they are mapped again where rows are read."""
         known = [(path.absolute(), rows) for path, rows in self._known]
-        return ShardFiles, (known, self.row_shape, self.dtype)
+        return ShardFiles, (known, self.row_shape, self.dtype, self.kept)
+
+    def __len__(self) -> int:
+        return int(self._file_bounds[-1]) if self.kept is None else self.kept.count
+
+    @functools.cached_property
+    def bounds(self) -> NDArray[np.int64]:
+        """Ascending rows between which each run lies on end in one file."""
+        if self.kept is None:
+            return self._file_bounds
+        files = self.kept.before(torch.from_numpy(self._file_bounds)).numpy()
+        return np.unique(np.concatenate([files, self.kept.firsts, [self.kept.count]]))
+
+    def before(self, stored: Tensor) -> Tensor:
+        """How many rows come before each of the rows ``stored`` in the files."""
+        return stored if self.kept is None else self.kept.before(stored)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """Numbers of ``rows`` in the files."""
+        return rows if self.kept is None else self.kept.stored(rows)
 
     def unmap(self) -> None:
         self._map.cache_clear()
@@ -90,26 +120,30 @@ class ShardFiles:
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows [first, last): a view of the file where they lie in one shard, else a copy."""
-        begin = int(np.searchsorted(self.bounds, first, side="right")) - 1
-        end = int(np.searchsorted(self.bounds, last, side="left"))
-        parts = []
-        for shard in range(begin, end):
-            start = int(self.bounds[shard])
-            parts.append(self._mapped(shard)[max(first - start, 0) : last - start])
+        runs = [(first, last)] if self.kept is None else self.kept.runs(first, last)
+        parts = [part for run in runs for part in self._parts(*run)]
         if not parts:
             return torch.empty((0, *self.row_shape), dtype=self.dtype, device="cpu")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _parts(self, first: int, last: int) -> Iterator[Tensor]:
+        """Views of the files that hold the stored rows [first, last)."""
+        begin = int(np.searchsorted(self._file_bounds, first, side="right")) - 1
+        end = int(np.searchsorted(self._file_bounds, last, side="left"))
+        for shard in range(begin, end):
+            start = int(self._file_bounds[shard])
+            yield self._mapped(shard)[max(first - start, 0) : last - start]
+
     def gather(self, rows: Tensor) -> Tensor:
         """Copy the ``rows`` (n,) int64, read in ascending order so that the disk streams."""
-        ordered, order = rows.sort()
-        cuts = torch.searchsorted(ordered, torch.from_numpy(self.bounds)).tolist()
+        ordered, order = self.stored(rows).sort()
+        cuts = torch.searchsorted(ordered, torch.from_numpy(self._file_bounds)).tolist()
         result = torch.empty((len(rows), *self.row_shape), dtype=self.dtype, device="cpu")
-        for shard in range(len(self.bounds) - 1):
+        for shard in range(len(self._file_bounds) - 1):
             begin, end = cuts[shard], cuts[shard + 1]
             if begin == end:
                 continue
-            local = ordered[begin:end] - int(self.bounds[shard])
+            local = ordered[begin:end] - int(self._file_bounds[shard])
             result.index_copy_(0, order[begin:end], self._mapped(shard).index_select(0, local))
         return result
 
@@ -162,7 +196,12 @@ class LazyRows:
 
     def select(self, rows: Tensor) -> LazyRows:
         """The ascending ``rows`` (n,) int64 as an array of their own, still lazy."""
-        return LazyRows(self._files, 0, len(rows), self.stored_rows(rows))
+        return LazyRows(self._files, 0, len(rows), self._whole_rows(rows))
+
+    @property
+    def kept(self) -> KeptRows | None:
+        """Which rows of the files there are, where some are deleted."""
+        return self._files.kept
 
     @property
     def selected(self) -> bool:
@@ -170,11 +209,17 @@ class LazyRows:
         return self._selection is not None
 
     def pieces(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Ranges [first, last) of at most ``rows`` rows, in order, each a view of one file."""
-        cuts = [0, self._count]
+        """Ranges [first, last) of at most ``rows`` rows, in order, each a view of one file.
+
+        Between deleted rows few rows may lie on end: such runs are joined, and copied when read.
+        """
+        cuts = [0]
         if self._selection is None:
-            bounds = torch.from_numpy(self._files.bounds)
-            cuts = [0, *self.local(bounds).unique_consecutive().tolist(), self._count]
+            least = 1 if self._files.kept is None else min(rows, _LEAST_ON_END)
+            for bound in self._local(torch.from_numpy(self._files.bounds)).tolist():
+                if bound - cuts[-1] >= least:
+                    cuts.append(bound)
+        cuts.append(self._count)
         for start, stop in itertools.pairwise(cuts):
             for first in range(start, stop, rows):
                 yield first, min(first + rows, stop)
@@ -184,19 +229,26 @@ class LazyRows:
         return self._files.scattered()
 
     def stored_rows(self, rows: Tensor) -> Tensor:
-        """Row numbers in the stored datastore of ``rows`` of this view."""
+        """Row numbers in the files of ``rows`` of this view."""
+        return self._files.stored(self._whole_rows(rows))
+
+    def _whole_rows(self, rows: Tensor) -> Tensor:
+        """Row numbers in the whole, of which this is a view."""
         return rows + self._first if self._selection is None else self._selection[rows]
 
     def place(self) -> Place:
-        """Which stored rows these are: the first, their number, and the rows of a selection."""
+        """Which of the whole's rows these are: the first, their number, those of a selection."""
         return self._first, self._count, self._selection
 
     def at(self, place: Place) -> LazyRows:
-        """Those of the stored rows, of which these are all, that another's `place` names."""
+        """Those of the whole's rows, of which these are all, that another's `place` names."""
         return LazyRows(self._files, *place)
 
     def local(self, bounds: Tensor) -> Tensor:
-        """How many of these rows lie before each of the ascending stored rows ``bounds``."""
+        """How many of these rows lie before each of the ascending rows ``bounds`` of the files."""
+        return self._local(self._files.before(bounds))
+
+    def _local(self, bounds: Tensor) -> Tensor:
         if self._selection is None:
             return bounds.clamp(self._first, self._first + self._count) - self._first
         return torch.searchsorted(self._selection, bounds)
@@ -217,7 +269,7 @@ class LazyRows:
         return self._files.gather(self._selection[first:last])
 
     def _gather(self, rows: Tensor) -> Tensor:
-        stored = self.stored_rows(rows.reshape(-1))
+        stored = self._whole_rows(rows.reshape(-1))
         return self._files.gather(stored).view((*rows.shape, *self._files.row_shape))
 
 

@@ -19,8 +19,8 @@ _THREADS = 4  # checksums run outside the interpreter lock, and disks like sever
 def check_sizes(path: Path, meta: DatastoreMeta) -> None:
     """CorruptDatastoreError naming every file that is missing or too short."""
     problems: list[str] = []
-    for part in meta.parts or ():
-        folder = path / part.folder
+    folders = [part.folder for part in meta.parts or ()]
+    for folder in (path / name for name in (*folders, meta.folder) if name is not None):
         if folder.is_symlink():
             raise DatastoreError(
                 f"{folder}: links out of the datastore's folder are not followed (move it there)"

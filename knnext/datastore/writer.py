@@ -32,8 +32,8 @@ from knnext.datastore.files import (
     replace_file,
     sync_directory,
 )
-from knnext.datastore.meta import BUILD_FILE, META_FILE, DatastoreMeta, ShardMeta
-from knnext.datastore.meta_file import to_json
+from knnext.datastore.meta import BUILD_FILE, META_FILE, DatastoreMeta, DocumentsMeta, ShardMeta
+from knnext.datastore.meta_file import read_finished, to_json
 from knnext.datastore.open_shard import OpenShard, check_content, remove_leftovers
 from knnext.datastore.rows import ShardFiles
 from knnext.errors import FULL
@@ -79,10 +79,23 @@ class DatastoreWriter:
         if self._sealed and self._sealed[-1].rows < meta.entries_per_shard:
             last = self._sealed.pop()
             check_content(self.directory, last.keys, last.values)
-            self._shard = OpenShard(self.directory, len(self._sealed), last)
+            self._shard = self._open_shard(last)
         if meta.documents is not None:
             check_content(self.directory, *meta.documents.files())
-            self._documents = DocumentWriter(self.directory, meta.documents)
+            self._documents = self._open_documents(meta.documents)
+
+    def _open_shard(self, shard: ShardMeta | None = None) -> OpenShard:
+        """The one behind those that are full."""
+        prefix = self._base.prefix
+        return OpenShard(self.directory, len(self._sealed), shard, prefix=prefix)
+
+    def _open_documents(
+        self, meta: DocumentsMeta | None, *, hashed: bool = False
+    ) -> DocumentWriter:
+        deleted = () if self._base.deleted is None else self._base.deleted.documents
+        return DocumentWriter(
+            self.directory, meta, hashed=hashed, prefix=self._base.prefix, deleted=deleted
+        )
 
     @property
     def num_entries(self) -> int:
@@ -112,6 +125,19 @@ class DatastoreWriter:
         self._planned_hashes = None if hashes is None else hash_bytes(hashes, len(names))
         if self._documents is not None:
             self._documents.plan(self._planned_names, self._planned_hashes)
+
+    def begin_document(self) -> None:
+        """What comes next is of a new document, also one that has the last one's name.
+
+        Of an extension that goes on only its first row is.
+        """
+        sealed = read_finished(self.directory).num_entries
+        if self._documents is not None and self.num_entries == sealed:
+            self._documents.begin_anew()
+
+    def set_deleted(self, meta: DatastoreMeta) -> None:
+        """At its end the build deletes what ``meta`` does."""
+        self._base = replace(self._base, deleted=meta.deleted, audit=meta.audit)
 
     def append(
         self, keys: Any, values: Any, documents: Any = None, start: int | None = None
@@ -167,7 +193,7 @@ class DatastoreWriter:
             return
         if self._documents is None:
             hashed = self._planned_hashes is not None
-            self._documents = DocumentWriter(self.directory, None, hashed=hashed)
+            self._documents = self._open_documents(None, hashed=hashed)
             self._documents.plan(self._planned_names, self._planned_hashes)
         if batch.ids is not None:
             self._documents.append_ids(batch.ids, self.num_entries)
@@ -178,7 +204,7 @@ class DatastoreWriter:
         done = 0
         while done < len(batch):
             if self._shard is None:
-                self._shard = OpenShard(self.directory, len(self._sealed))
+                self._shard = self._open_shard()
             count = min(len(batch) - done, self._base.entries_per_shard - self._shard.rows)
             self._shard.append(batch, done, count)
             done += count
@@ -214,7 +240,7 @@ class DatastoreWriter:
         del self._sealed[mark.sealed :]
         self._shard = None
         if mark.shard is not None:
-            self._shard = OpenShard(self.directory, mark.sealed, mark.shard)
+            self._shard = self._open_shard(mark.shard)
         if self._documents is not None:
             if mark.documents is None:
                 self._documents.close()
@@ -265,7 +291,8 @@ class DatastoreWriter:
             self._shard.sync()
         if self._documents is not None:
             self._documents.sync()
-        sync_directory(self.directory)  # the names of new shards, before build.json lists them
+        # The names of new shards, before build.json lists them.
+        sync_directory(self.directory / self._base.prefix)
 
     def finish(self) -> None:
         """Commit, and turn the build into a finished datastore."""

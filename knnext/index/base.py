@@ -44,6 +44,8 @@ class TokenTable:
 
     datastore: Datastore
     _values: Tensor | None = None
+    #: How often rows had been deleted when it last looked.
+    _generation = 0
     #: What every search of this index leaves out, whatever else it is asked.
     filter: Filter | None = None
 
@@ -79,8 +81,19 @@ class TokenTable:
         other.__dict__.update(self.__dict__, filter=filter)
         return other
 
+    def follow_datastore(self) -> None:
+        """Forget what was read of rows that have been deleted since; DatastoreError of a view."""
+        now = getattr(self.datastore, "generation", 0)
+        if now != self._generation:
+            self._forget()
+            self._generation = now
+
+    def _forget(self) -> None:
+        self._values = None
+
     def tokens(self, indices: Tensor) -> Tensor:
         """(Q, k) int32 values of the rows named by (Q, k) indices; -1 stays -1."""
+        self.follow_datastore()
         if self._values is None:
             # One shard gives a view of its file; several are joined once, 4 bytes a row.
             self._values = self.datastore.values[0 : self.datastore.num_entries]

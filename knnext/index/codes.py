@@ -49,10 +49,10 @@ class StoredCodes:
         self.path = folder
         self.meta = meta
         self.center = read_center(folder)
-        place = datastore.keys.place()
+        place, kept = datastore.keys.place(), datastore.keys.kept
         self._codes, self._stats = (
             LazyRows(
-                ShardFiles(_shards(folder / file, meta), shape, dtype), 0, meta.num_entries
+                ShardFiles(_shards(folder / file, meta), shape, dtype, kept), 0, meta.num_entries
             ).at(place)
             for file, shape, dtype in (
                 (meta.codes.file, (meta.dim,), torch.int8),
@@ -90,7 +90,8 @@ class StoredCodes:
             DatastoreWriteError: the disk refused; what was committed before stands.
         """
         folder = default_path(datastore) if path is None else Path(path)
-        codes_build.build(datastore, folder, overwrite=overwrite, parts=parts, rank=rank)
+        stored = datastore.undeleted()
+        codes_build.build(stored, folder, overwrite=overwrite, parts=parts, rank=rank)
         return cls.open(datastore, folder, verify=False)
 
     @classmethod
@@ -99,7 +100,7 @@ class StoredCodes:
     ) -> StoredCodes | None:
         """Encode one part alone: (3, 64) is the third of 64. The codes, if it was the last."""
         folder = default_path(datastore) if path is None else Path(path)
-        if not codes_build.build(datastore, folder, part=part):
+        if not codes_build.build(datastore.undeleted(), folder, part=part):
             return None
         return cls.open(datastore, folder, verify=False)
 

@@ -75,7 +75,7 @@ def build(
         DatastoreLockedError: another process is encoding there.
         DatastoreWriteError: the disk refused; what was committed stands, and is gone on from.
     """
-    if datastore.num_entries != datastore.meta.num_entries:
+    if not datastore.is_whole:
         raise ValueError(
             "codes are made of a whole datastore, this is a view of one: its parts find theirs"
         )

@@ -100,6 +100,8 @@ class ExactIndex(TokenTable):
         self.query_batch = check_count("query_batch", query_batch)
         self.refine = bool(refine)
         self._choice = choose_codes(datastore, codes, self.device, verify=verify)
+        self._asked = codes
+        self._generation = getattr(datastore, "generation", 0)
         self.chunk_rows = max(1, check_count("chunk_bytes", chunk_bytes) // self._row_bytes())
         if resident_bytes is None:
             resident_bytes = _default_resident_bytes(self.device)
@@ -209,6 +211,7 @@ class ExactIndex(TokenTable):
             device. L2 squared, inner products negated, of `"cosine"` 1 - cos. Padding is +inf and
             -1.
         """
+        self.follow_datastore()
         k = check_k(k)
         dim, dtype = self.datastore.dim, self.datastore.dtype
         rounded = prepare_queries(queries, dim, dtype, cosine=self._cosine)
@@ -235,6 +238,18 @@ class ExactIndex(TokenTable):
                 for chunk in self._chunks(AnyOf([group.kept for group in groups])):
                     self._search_chunk(queries, chunk, groups, distances, indices)
         return distances, indices
+
+    def _forget(self) -> None:
+        """Rows have been deleted: what is kept of them is numbered otherwise now."""
+        super()._forget()
+        self._resident, self._sqnorms = None, {}
+        if isinstance(self.codes, KeyCodes):
+            raise ValueError(
+                f"rows of {self.datastore.path} were deleted, and the codes that this index was "
+                "given are of those before: make a new one"
+            )
+        if self.codes is not None:
+            self._choice = choose_codes(self.datastore, self._asked, self.device, verify=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What the datastore holds is left out and read again where it is wanted."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -54,6 +55,7 @@ class FaissIndex(FaissSearch):
         self.nprobe = check_count("nprobe", sidecar.nprobe if nprobe is None else nprobe)
         self.rescore = rescore
         self.gather_bytes = check_count("gather_bytes", gather_bytes)
+        self._generation = getattr(datastore, "generation", 0)
         self._gpu = gpu
         self._cpu_index = index
         self._gpu_index = faiss_library.to_gpu(index, gpu) if _use_gpu(gpu) else None
@@ -84,7 +86,8 @@ class FaissIndex(FaissSearch):
         float32 (`train_size` x dim x 4 bytes), then the codes.
 
         Args:
-            datastore: an open datastore; all of its rows are indexed.
+            datastore: an open datastore; all of its rows are indexed, also those that are deleted
+                and still stored, which no search finds.
             path: the folder of the index; `<datastore folder>.index` beside it by default.
             factory: FAISS factory string; by default `IVF4096,PQ64` as in the paper, scaled down
                 to the data (see `faiss_build.default_factory`).
@@ -109,7 +112,8 @@ class FaissIndex(FaissSearch):
         """
         folder = default_path(datastore) if path is None else Path(path)
         nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
-        recipe = faiss_build.make_recipe(datastore, factory, train_size, seed, segment_rows)
+        stored = datastore.undeleted()
+        recipe = faiss_build.make_recipe(stored, factory, train_size, seed, segment_rows)
         alone = parts is None and rank[1] == 1
         if overwrite and not alone:
             raise ValueError(
@@ -124,9 +128,9 @@ class FaissIndex(FaissSearch):
             "gpu": _use_gpu(gpu) and gpu,
         }
         if alone and (overwrite or not faiss_parts.is_planned(folder)):
-            faiss_build.build(datastore, folder, recipe, overwrite=overwrite, **options)
+            faiss_build.build(stored, folder, recipe, overwrite=overwrite, **options)
         else:
-            faiss_parts.build_parts(datastore, folder, recipe, rank=rank, **options)
+            faiss_parts.build_parts(stored, folder, recipe, rank=rank, **options)
         return cls.open(folder, datastore, nprobe=nprobe, gpu=gpu, rescore=rescore)
 
     @classmethod
@@ -149,9 +153,10 @@ class FaissIndex(FaissSearch):
         """
         folder = default_path(datastore) if path is None else Path(path)
         nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
-        recipe = faiss_build.make_recipe(datastore, factory, train_size, seed, None)
+        stored = datastore.undeleted()
+        recipe = faiss_build.make_recipe(stored, factory, train_size, seed, None)
         whole = faiss_parts.build_parts(
-            datastore,
+            stored,
             folder,
             faiss_parts.cut_recipe(folder, recipe, part[1], 1),
             nprobe=nprobe,
@@ -290,7 +295,11 @@ class FaissIndex(FaissSearch):
                 f"rows must lie in [0, {len(self.datastore)}), got {int(rows.min())} to "
                 f"{int(rows.max())}"
             )
-        return faiss_library.decode(self._cpu_index, rows)
+        kept = self._stored_rows
+        stored = rows.to("cpu", torch.int64)
+        return faiss_library.decode(
+            self._cpu_index, stored if kept is None else kept.stored(stored)
+        )
 
 
 def _reopen(path: Path, datastore: Datastore, options: dict[str, Any]) -> FaissIndex:

@@ -37,12 +37,12 @@ def read_index(folder: Path, datastore: Datastore, verify: bool) -> tuple[Sideca
 
 def _check_datastore(sidecar: Sidecar, datastore: Datastore, folder: Path) -> None:
     """Refuse any datastore but the one the index was built from, saying what differs."""
-    recipe = sidecar.recipe
+    recipe, indexed = sidecar.recipe, datastore.undeleted()
     for name, found, wanted in (
         ("metric", recipe.metric, datastore.metric),
         ("dim", recipe.dim, datastore.dim),
-        ("num_entries", recipe.num_entries, datastore.num_entries),
-        ("datastore", recipe.datastore, datastore.fingerprint),
+        ("num_entries", recipe.num_entries, indexed.num_entries),
+        ("datastore", recipe.datastore, indexed.fingerprint),
     ):
         if found != wanted:
             raise IndexMismatchError(

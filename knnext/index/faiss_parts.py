@@ -132,7 +132,7 @@ def join(datastore: Datastore, folder: Path) -> None:
         if not is_planned(folder):
             return
         recipe = faiss_build.read_recipe(folder)
-        if recipe.datastore != datastore.fingerprint:
+        if recipe.datastore != datastore.undeleted().fingerprint:
             raise IndexMismatchError(
                 f"{folder} holds the parts of an index of another datastore than {datastore.path} "
                 "is now; discard them with overwrite=True (--overwrite)"

@@ -11,11 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnext.datastore.kept import KeptRows
+from knnext.errors import IndexMismatchError
 from knnext.index import faiss_library
 from knnext.index.base import TokenTable
 from knnext.index.filter import Filter
 from knnext.index.queries import QueryGroup, as_distances, check_count, check_k, prepare_queries
-from knnext.index.row_set import RowSet
+from knnext.index.row_set import Masked, RowSet, Runs
+from knnext.index.sidecar import Sidecar
+from knnext.index.tensors import tensor_store
 from knnext.index.wanted import wanted_rows
 from knnext.ops import merge_topk, rescore
 
@@ -36,6 +40,8 @@ class FaissSearch(TokenTable):
     _cpu_index: Any
     _gpu_index: Any | None
     _setting: threading.Lock
+    sidecar: Sidecar
+    _alive: tuple[KeptRows, RowSet] | None = None
 
     def search(
         self,
@@ -68,6 +74,7 @@ class FaissSearch(TokenTable):
             the conventions of `knn_search`: L2 squared, inner products negated, padding +inf and
             -1.
         """
+        self.follow_datastore()
         k = check_k(k)
         dim, dtype = self.datastore.dim, self.datastore.dtype
         rounded = prepare_queries(queries, dim, dtype, cosine=self._cosine).cpu()
@@ -95,19 +102,53 @@ class FaissSearch(TokenTable):
         count = queries.shape[0]
         distances = torch.full((count, k), float("inf"), dtype=torch.float32, device="cpu")
         indices = torch.full((count, k), -1, dtype=torch.int64, device="cpu")
+        stored = self._stored_rows
         for group in groups:
+            kept = group.kept if stored is None else self._among_stored(group.kept, stored)
             for rows in _batches(group, count, _QUERY_BATCH):
                 batch = faiss_library.as_float32(queries[rows])
-                found = self._search_batch(batch, k, group.kept, nprobe)
-                distances[rows], indices[rows] = merge_topk(*found, k)
+                near, places = self._search_batch(batch, k, kept, nprobe)
+                if stored is not None:
+                    found = places >= 0
+                    places = torch.where(found, stored.before(places.clamp_min(0)), places)
+                distances[rows], indices[rows] = merge_topk(near, places, k)
         if self.rescore if rescore is None else rescore:
             distances, indices = self._rescore(queries, indices)
         return distances, indices
 
+    def _forget(self) -> None:
+        """Deleted rows are left out; after anything else the index is of another datastore."""
+        super()._forget()
+        if self.sidecar.recipe.datastore != self.datastore.undeleted().fingerprint:
+            raise IndexMismatchError(
+                f"{self.datastore.path} was written anew since its index was opened: build the "
+                "index again"
+            )
+
+    @property
+    def _stored_rows(self) -> KeptRows | None:
+        """How the rows that FAISS knows are numbered, where some of them are deleted."""
+        if tensor_store(self.datastore) is not None:
+            return None
+        kept: KeptRows | None = self.datastore.kept_rows
+        return kept
+
+    def _among_stored(self, wanted: RowSet, stored: KeptRows) -> RowSet:
+        """The set, in stored numbers: nothing of what is deleted."""
+        if wanted.everything:
+            if self._alive is None or self._alive[0] is not stored:
+                self._alive = stored, RowSet([Runs(stored.starts, stored.stops)])
+            return self._alive[1]
+        mask = np.zeros(stored.num_stored, dtype=bool)
+        rows = torch.from_numpy(np.flatnonzero(wanted.mask(stored.count)))
+        mask[stored.stored(rows).numpy()] = True
+        return RowSet([Masked(mask)])
+
     def _search_batch(
         self, queries: NDArray[np.float32], k: int, kept: RowSet, nprobe: int
     ) -> tuple[Tensor, Tensor]:
-        if not kept.everything and kept.count(self.datastore.num_entries) == 0:
+        total = int(self._cpu_index.ntotal)
+        if not kept.everything and kept.count(total) == 0:
             return (
                 torch.full((len(queries), k), float("inf"), dtype=torch.float32, device="cpu"),
                 torch.full((len(queries), k), -1, dtype=torch.int64, device="cpu"),
@@ -125,7 +166,7 @@ class FaissSearch(TokenTable):
         self, queries: NDArray[np.float32], k: int, kept: RowSet, nprobe: int
     ) -> tuple[Tensor, Tensor]:
         """For an index without filters: ask for as many rows more as could be left out."""
-        total = self.datastore.num_entries
+        total = int(self._cpu_index.ntotal)
         wanted = max(k, min(k + total - kept.count(total), total))
         step = max(1, _OVERFETCH_BYTES // (_NEIGHBOR_BYTES * wanted))
         parts = []

@@ -104,6 +104,7 @@ class ShardedIndex(TokenTable):
         self.exchange_bytes = check_count("exchange_bytes", exchange_bytes)
         self.approximate = bool(faiss)
         self._serving = False
+        self._generation = getattr(datastore, "generation", 0)
 
         def begin() -> tuple[list[int], ExactIndex | FaissIndex | None]:
             cuts = _bounds(datastore.num_entries, self.ranks.size, bounds, weights)
@@ -139,6 +140,7 @@ class ShardedIndex(TokenTable):
         if self.ranks.size == 1:
             return self._alone(queries, k, exclude_documents, filter)
         try:
+            self.follow_datastore()
             k = check_k(k)
             rounded = prepare_queries(queries, self.datastore.dim, self.datastore.dtype)
             wanted = wanted_rows(
@@ -216,6 +218,12 @@ class ShardedIndex(TokenTable):
         return f"{most}; {'FAISS on each, approximate' if self.approximate else 'no rows here'}"
 
     # Inside
+
+    def _forget(self) -> None:
+        raise ValueError(
+            f"rows of {self.datastore.path} were deleted, and its other ranks cannot know: make a "
+            "new ShardedIndex"
+        )
 
     def _alone(self, queries: Tensor, k: int, excluded: Any, filter: Any) -> tuple[Tensor, Tensor]:
         local = self.local if self.local is not None else ExactIndex(self.datastore)

@@ -181,7 +181,7 @@ def _hear(ranks: Ranks) -> tuple[int, int, str]:
 
 def _is_stored(datastore: Datastore) -> bool:
     """Whether another process finds the same rows at the path: a view is of others."""
-    return datastore.num_entries == datastore.meta.num_entries and not datastore.unfinished
+    return datastore.is_whole and not datastore.unfinished
 
 
 def _plain(value: Any) -> Any:
