@@ -7,6 +7,7 @@ silence. So a KNNLM has only what it names, and says of the rest why.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -52,8 +53,17 @@ _USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _ENTRANCE = "init_continuous_batching"
 
 
-def _refuse(*_: Any, **__: Any) -> NoReturn:
-    raise RuntimeError(f"a KNNLM is attached to this model: {_BATCHING}")
+class _Refusal:
+    """Stands in the place of a model's method. In a copy of the model it is the method again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"a KNNLM is attached to this model: {_BATCHING}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._model(), _ENTRANCE)
 
 
 @contextmanager
@@ -65,7 +75,7 @@ def no_continuous_batching(model: nn.Module) -> Iterator[None]:
         return
     with _LOCK:
         _USERS[model] = _USERS.get(model, 0) + 1
-        model.__dict__[_ENTRANCE] = _refuse
+        model.__dict__.setdefault(_ENTRANCE, _Refusal(model))
     try:
         yield
     finally:

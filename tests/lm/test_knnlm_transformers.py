@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -395,6 +396,18 @@ def test_continuous_batching_is_refused_while_attached(ways: Ways) -> None:
         with pytest.raises(RuntimeError, match="continuous batching"):
             model.init_continuous_batching(config)
     assert "init_continuous_batching" not in vars(ways.model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_of_an_attached_model_refuses_nothing(copied: Any) -> None:
+    model = tiny("gpt2")
+    lm = KNNLM(model, index_of(model, TEXT), **OPTIONS)
+    with lm.attached():
+        other = copied(lm)
+    method = other.model.init_continuous_batching
+    assert (
+        method.__self__ is other.model and method.__func__ is type(model).init_continuous_batching
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
