@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import stat
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,8 +23,6 @@ def build() -> ModuleType:
     spec = importlib.util.spec_from_file_location("knnext_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["knnext_setup"] = module
     spec.loader.exec_module(module)
     return module
@@ -283,6 +282,23 @@ def test_build_info_names_this_build():
     assert cpu_isa() in usable_cpu_isas() and set(usable_cpu_isas()) <= set(info["vector_paths"])
     forced = os.environ.get("KNNEXT_CPU_ISA")
     assert cpu_isa() == (forced or best_cpu_isa())
+
+
+def test_what_was_compiled_is_what_is_tested(monkeypatch):
+    """A checkout that nobody compiled, in front of an installed wheel, would test plain PyTorch."""
+    from knnext.ops import REPORT
+    from tests.conftest import without_compiled_ops
+
+    monkeypatch.delenv("KNNEXT_TEST_FALLBACKS", raising=False)
+    assert without_compiled_ops() == ""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "knnext._host", None)
+        assert "_host" in without_compiled_ops()
+    monkeypatch.setattr(REPORT, "cpu", "libknnext_cpu.so is missing")
+    message = without_compiled_ops()
+    assert "libknnext_cpu.so is missing" in message and "make build" in message
+    monkeypatch.setenv("KNNEXT_TEST_FALLBACKS", "1")
+    assert without_compiled_ops() == ""
 
 
 def test_the_host_module_is_compiled_without_torch(build, monkeypatch, tmp_path):
