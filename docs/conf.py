@@ -35,6 +35,8 @@ PUBLIC = {
     "knnext.index": "knnext.index: searching a datastore",
     "knnext.evaluation": "knnext.evaluation: perplexity",
     "knnext.evaluation.tune": "knnext.evaluation.tune: temperature and lmbda",
+    "knnext.hub": "knnext.hub: datastores on the Hugging Face Hub",
+    "knnext.distill": "knnext.distill: what the neighbors say, as data",
     "knnext.report": "knnext.report: the page",
     "knnext.planning": "knnext.planning: sizes and times beforehand",
     "knnext.experiments": "knnext.experiments: the paper's",

@@ -34,6 +34,7 @@ from knnext.cli.arguments import (
     share,
 )
 from knnext.cli.completion import SHELLS, PrintCompletion
+from knnext.cli.distill_arguments import add_distill_options
 from knnext.cli.hub_arguments import add_pull_options, add_push_options
 from knnext.cli.plan_arguments import add_plan_options, add_rates_options
 from knnext.launch import launched
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_info,
         _add_import,
         _add_export,
+        _add_distill,
         _add_push,
         _add_pull,
         _add_experiment,
@@ -399,6 +401,13 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
         required=True,
         help="bfloat16 keys stay so in safetensors, and are float32 in the others",
     )
+    return c
+
+
+def _add_distill(commands: Any) -> argparse.ArgumentParser:
+    text = "write what the neighbors say of every token of a text, to train another model on"
+    c = _command(commands, "distill", "knnext.cli.distill:distill", text)
+    add_distill_options(c)
     return c
 
 

@@ -154,13 +154,13 @@ def search_stream(
     indexes = dict(index) if isinstance(index, Mapping) else {"": index}
     k = check_k(k)
     query_batch = check_count("query_batch", query_batch)
-    layer, dtype = _common_keys(indexes, key_layer)
+    layer, dtype = common_keys(indexes, key_layer)
     for store in _stores(indexes) if not allow_overlap else ():
         check_overlap(store, tokenized, _excluded(exclude_documents))
     if bos == "as built":
-        bos = _built_with(indexes, "bos")
+        bos = built_with(indexes, "bos")
     if separate_documents == "as built":
-        separate_documents = bool(_built_with(indexes, "separate_documents"))
+        separate_documents = bool(built_with(indexes, "separate_documents"))
     ranks = ranks_among(ranks, indexes.values())
     windows = {
         **settled(model, block_size, stride, batch_size, ranks),
@@ -168,7 +168,7 @@ def search_stream(
         "separate_documents": bool(separate_documents),
         "full_last_window": full_last_window,
     }
-    scored = _Scored(tokenized, apart=bool(separate_documents))
+    scored = Scored(tokenized, apart=bool(separate_documents))
     _log.info("searching k = %d neighbors of %d tokens in %s", k, len(scored), _named(indexes))
     shares = shares_of(ranks, tokenized, windows)
     found = {name: _Found(one, len(scored), k, keep_indices) for name, one in indexes.items()}
@@ -219,7 +219,7 @@ def settled(
     return {"block_size": block, "stride": step, "batch_size": batch_size}
 
 
-class _Scored:
+class Scored:
     """Which positions of a text are scored, and where each stands among these."""
 
     def __init__(self, tokenized: TokenizedDocuments, *, apart: bool) -> None:
@@ -263,7 +263,7 @@ def _excluded(documents: Tensor | Sequence[int] | None) -> list[int]:
     return torch.as_tensor(documents, dtype=torch.int64, device="cpu").unique().tolist()
 
 
-def _built_with(indexes: Mapping[str, Index], name: str) -> int | None:
+def built_with(indexes: Mapping[str, Index], name: str) -> int | None:
     found = {(store.meta.origin or {}).get(name) for store in _stores(indexes)}
     if len(found) > 1:
         raise ValueError(f"the datastores were built with different {name}: {found}; pass {name}")
@@ -271,7 +271,7 @@ def _built_with(indexes: Mapping[str, Index], name: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _common_keys(indexes: Mapping[str, Index], key_layer: str | None) -> tuple[str, torch.dtype]:
+def common_keys(indexes: Mapping[str, Index], key_layer: str | None) -> tuple[str, torch.dtype]:
     """The layer and dtype of the queries, which must suit every index."""
     if not indexes:
         raise ValueError("index must name at least one index, got an empty mapping")
