@@ -12,7 +12,7 @@ from knnext.say import Say
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
-    from knnext.serve import Engine
+    from knnext.serve.engine import Engine
 
 #: Seconds that are left to a search at the end, which cannot be told to stop.
 _LAST = 0.3
@@ -61,7 +61,7 @@ def _engine(
     say: Say,
 ) -> Engine:
     from knnext.lm.knnlm import KNNLM
-    from knnext.serve import Engine
+    from knnext.serve.engine import Engine
 
     model, tokenizer = open_model(args, store)
     check_model(store, model, tokenizer)

@@ -5,9 +5,3 @@ over them, `Mixer` searches and mixes. `Service` (knnext/serve/app.py) reads req
 answers into OpenAI's JSON. What listens and who is let in (`listening.py`, `guard.py`) also serves
 `knnext explore`.
 """
-
-from __future__ import annotations
-
-from knnext.serve.engine import Engine
-
-__all__ = ["Engine"]
