@@ -355,6 +355,21 @@ def test_a_model_that_is_compiled_after_its_processor() -> None:
         assert torch.equal(found, wanted)
 
 
+def test_an_adapter() -> None:
+    """peft's wrapper hands generate to the model inside."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(tiny("llama")), config).eval()
+    with ways_of(model) as ways:
+        wanted = ways.model.get_base_model().generate(
+            PROMPTS, logits_processor=[Whole(ways.lm)], use_cache=False, **PLAIN
+        )
+        assert torch.equal(ways.lm_way(PROMPTS, **PLAIN), wanted)
+        found = model.generate(input_ids=PROMPTS, logits_processor=[ways.processor], **PLAIN)
+        assert torch.equal(found, wanted)
+
+
 def test_bad_arguments_of_a_processor() -> None:
     model = tiny("llama")
     index = index_of(model, TEXT)
