@@ -202,7 +202,20 @@ def add_search_options(c: argparse.ArgumentParser, k: int | None = None) -> None
     c.add_argument(
         "--rescore", action="store_true", default=None, help="real distances on FAISS's choice"
     )
+    add_documents(c)
     add_search_memory(c)
+
+
+def add_documents(c: argparse.ArgumentParser) -> None:
+    """Which documents of the datastore a search may find (knnext/cli/delete.py)."""
+    for name, text in (("include", "find these alone"), ("exclude", "never find these")):
+        c.add_argument(
+            f"--{name}-documents",
+            nargs="+",
+            action="append",
+            metavar="NAME",
+            help=f"documents of the datastore, by name or @FILE with one a line: {text}",
+        )
 
 
 def add_search_memory(c: argparse.ArgumentParser) -> None:

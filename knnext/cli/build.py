@@ -15,9 +15,9 @@ from knnext.say import Say, binary_size
 if TYPE_CHECKING:
     from knnext.corpus import SplitFacts
     from knnext.datastore import Datastore
-    from knnext.index import StoredCodes
+    from knnext.index import FaissIndex, StoredCodes
 
-_OF_FAISS = ("index_path", "factory", "train_size", "nprobe", "seed")
+_OF_FAISS = ("index_path", "factory", "train_size", "nprobe", "seed", "adopt")
 
 
 def build(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -115,7 +115,9 @@ def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         "nprobe": args.nprobe,
         "seed": 1 if args.seed is None else args.seed,
     }
-    if args.part is not None:
+    if args.adopt is not None:
+        built = _adopt(args, store, args.adopt, say)
+    elif args.part is not None:
         _check_part(args)
         part = FaissIndex.build_part(store, args.part, args.index_path, args.factory, **options)
         if part is None:
@@ -133,6 +135,28 @@ def index(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
     _say_facts(facts, say)
     return facts
+
+
+def _adopt(args: argparse.Namespace, store: Datastore, file: str, say: Say) -> FaissIndex:
+    """Take the index of another program."""
+    from knnext.index import FaissIndex
+
+    building = ("factory", "train_size", "seed", "parts", "part")
+    given = [name for name in building if getattr(args, name, None) is not None]
+    if given:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"--{option} is for building an index; --adopt takes one as it is")
+    options = {name: getattr(args, name, None) for name in ("nprobe", "overwrite")}
+    found = FaissIndex.adopt(
+        store,
+        file,
+        getattr(args, "index_path", None),
+        nprobe=options["nprobe"],
+        overwrite=bool(options["overwrite"]),
+    )
+    for name, value in (found.sidecar.adopted or {}).items():
+        say(f"{name:<18}{'not to be told' if value is None else value}")
+    return found
 
 
 def _encode(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -212,7 +236,11 @@ def import_legacy(args: argparse.Namespace, say: Say) -> dict[str, Any]:
             progress=advance,
         )
     say(store.describe())
-    return facts_of(store)
+    facts = facts_of(store)
+    if args.faiss_index is not None:
+        found = _adopt(args, store, args.faiss_index, say)
+        facts["index"] = {"path": str(found.path), "adopted": found.sidecar.adopted}
+    return facts
 
 
 def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:

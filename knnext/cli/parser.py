@@ -91,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_info,
         _add_import,
         _add_export,
+        _add_delete,
+        _add_compact,
         _add_distill,
         _add_push,
         _add_pull,
@@ -195,6 +197,11 @@ def _add_index(commands: Any) -> argparse.ArgumentParser:
     c.add_argument("--nprobe", type=positive, help="lists to visit, kept with the index")
     c.add_argument("--seed", type=seed, help="default: 1")
     c.add_argument("--overwrite", action="store_true", help="discard an index that is there")
+    c.add_argument(
+        "--adopt",
+        metavar="FILE",
+        help="build none: take this file of FAISS's, of the same keys in the same order, checked",
+    )
     add_parts(c, "the work")
     return c
 
@@ -387,6 +394,11 @@ def _add_import(commands: Any) -> argparse.ArgumentParser:
     c.add_argument(
         "--resume", action="store_true", help="go on with an import that was interrupted"
     )
+    c.add_argument(
+        "--faiss-index",
+        metavar="FILE",
+        help="of the same keys, as their program built it: checked, and taken as the index",
+    )
     return c
 
 
@@ -422,6 +434,31 @@ def _add_pull(commands: Any) -> argparse.ArgumentParser:
     text = "fetch a datastore, or some of it, from the Hugging Face Hub"
     c = _command(commands, "pull", "knnext.cli.hub:pull", text)
     add_pull_options(c)
+    return c
+
+
+def _add_delete(commands: Any) -> argparse.ArgumentParser:
+    text = "let no search find some documents any more"
+    c = _command(commands, "delete", "knnext.cli.delete:delete", text)
+    add_datastore(c)
+    c.add_argument(
+        "--documents",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="their names, or @FILE with one a line",
+    )
+    return c
+
+
+def _add_compact(commands: Any) -> argparse.ArgumentParser:
+    text = "take what was deleted off the disk: rows, codes, and the FAISS index"
+    c = _command(commands, "compact", "knnext.cli.delete:compact", text)
+    add_datastore(c)
+    c.add_argument(
+        "--drop-index", action="store_true", help="remove the FAISS index, and build no new one"
+    )
     return c
 
 

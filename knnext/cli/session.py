@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knnext.cli.delete import filter_of
 from knnext.launch import launched, local_rank
 from knnext.say import Say
 
@@ -173,6 +174,7 @@ def open_index(
     from knnext.index import FaissIndex, ShardedIndex
     from knnext.index.sharded_crew import open_exact
 
+    leaves = filter_of(args)
     if settings.index == "exact":
         given = {name: getattr(args, name, None) for name in _MEMORY}
         limits: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
@@ -183,5 +185,8 @@ def open_index(
         )
         if say is not None:
             say(exact.describe())
-        return exact
-    return FaissIndex.open(args.index_path, store, nprobe=settings.nprobe, rescore=settings.rescore)
+        return exact if leaves is None else exact.restricted(leaves)
+    approximate = FaissIndex.open(
+        args.index_path, store, nprobe=settings.nprobe, rescore=settings.rescore
+    )
+    return approximate if leaves is None else approximate.restricted(leaves)

@@ -77,6 +77,8 @@ class TokenTable:
                     f"{filter.per_query[0]} of each"
                 )
             filter.shared(self.datastore)
+        if filter is self.filter:
+            return self
         other = object.__new__(type(self))  # and not a copy, which would open files again
         other.__dict__.update(self.__dict__, filter=filter)
         return other

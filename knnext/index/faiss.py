@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnext.index import faiss_build, faiss_library, faiss_parts
+from knnext.index.faiss_adopt import adopt
 from knnext.index.faiss_open import read_index
 from knnext.index.faiss_search import FaissSearch
 from knnext.index.faiss_tensors import add_in_pieces, index_of
@@ -199,6 +200,41 @@ class FaissIndex(FaissSearch):
             gather_bytes=gather_bytes,
             gpu=gpu,
         )
+
+    @classmethod
+    def adopt(
+        cls,
+        datastore: Datastore,
+        file: str | Path,
+        path: str | Path | None = None,
+        *,
+        nprobe: int | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> FaissIndex:
+        """Take a FAISS index that another program built over the same keys, in the same order.
+
+        It is read, checked and written into the index's folder, with what was checked beside it
+        (``sidecar.adopted``): metric, dimensions, number of rows, sampled rows decoded and compared
+        with their keys, sampled keys searched. The zeros at the end that an import left out are
+        removed from it. It is held in memory meanwhile.
+
+        Args:
+            datastore: an open datastore.
+            file: what ``faiss.write_index`` wrote. One that maps rows to ids of its own is refused.
+            path: the folder of the index; beside the datastore by default.
+            nprobe: lists to visit, kept with the index; 32 by default.
+            overwrite: discard an index that is in the folder.
+            options: of `open`.
+
+        Raises:
+            IndexMismatchError: it is not of these keys, or of these in another order; or there is
+                an index already.
+        """
+        folder = default_path(datastore) if path is None else Path(path)
+        nprobe = check_count("nprobe", DEFAULT_NPROBE if nprobe is None else nprobe)
+        adopt(datastore, Path(file), folder, nprobe=nprobe, overwrite=overwrite)
+        return cls.open(folder, datastore, **options)
 
     @classmethod
     def from_tensors(

@@ -20,7 +20,8 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +180,16 @@ def build(
             check_recipe(read_sidecar(sidecar).recipe, recipe, folder)
         else:
             _build(datastore, folder, recipe, nprobe, add_chunk, gpu)
+    finally:
+        lock.release()
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Within, nobody else builds there."""
+    lock = _lock(folder)
+    try:
+        yield
     finally:
         lock.release()
 

@@ -6,6 +6,7 @@ torch is imported first on purpose: loading FAISS before it has given wrong neig
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -173,6 +174,34 @@ def as_float32(keys: Tensor) -> NDArray[np.float32]:
     """(n, D) keys of any float dtype as the contiguous float32 that FAISS reads."""
     array: NDArray[np.float32] = keys.detach().to("cpu", torch.float32).contiguous().numpy()
     return array
+
+
+def kind_of(index: Any) -> str:
+    """Names of the classes that it is made of, such as IndexPreTransform(IndexIVFPQ)."""
+    names = [type(part).__name__ for part in _parts(index)]
+    return "(".join(names) + ")" * (len(names) - 1)
+
+
+def mapped_ids(index: Any) -> NDArray[np.int64] | None:
+    """(n,) ids that an index gives its rows itself, None where they are the rows' numbers."""
+    faiss = load()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
+        return np.asarray(faiss.vector_to_array(index.id_map), dtype=np.int64)
+    return None
+
+
+def inside_map(index: Any) -> Any:
+    """The index behind a map of ids, on its own."""
+    faiss = load()
+    return faiss.clone_index(faiss.downcast_index(faiss.downcast_index(index).index))
+
+
+def remove_tail(index: Any, rows: int) -> None:
+    """Remove what stands behind the first ``rows``, where this kind can."""
+    faiss = load()
+    with suppress(RuntimeError):
+        index.remove_ids(faiss.IDSelectorRange(rows, int(index.ntotal)))
 
 
 def ivf_of(index: Any) -> Any | None:

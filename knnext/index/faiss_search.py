@@ -175,9 +175,10 @@ class FaissSearch(TokenTable):
                 faiss_library.set_nprobe(self._cpu_index, nprobe)
                 found = faiss_library.search(self._cpu_index, queries[begin : begin + step], wanted)
             distances, indices = self._convert(*found)
-            real = indices[indices >= 0].numpy()
-            allowed = torch.zeros_like(indices, dtype=torch.bool)
-            allowed[indices >= 0] = torch.from_numpy(np.broadcast_to(kept.among(real), real.shape))
+            allowed = indices >= 0
+            answer = kept.among(indices[allowed].numpy())
+            if answer is not True:
+                allowed[allowed.clone()] = torch.as_tensor(answer, device="cpu")
             parts.append(merge_topk(distances, indices.masked_fill_(~allowed, -1), k))
         return torch.cat([d for d, _ in parts]), torch.cat([rows for _, rows in parts])
 

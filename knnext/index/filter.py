@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from weakref import ref
 
@@ -78,6 +79,12 @@ class Filter:
         made = RowSet(self._shared_parts(datastore))
         self._known[:] = [*self._known[-3:], (ref(datastore), state, made)]
         return made
+
+    def left_out(self, datastore: Datastore) -> list[int]:
+        """Ids of the documents of which it leaves no row to any query."""
+        kept, bounds = self.shared(datastore), datastore.document_offsets.tolist()
+        runs = enumerate(pairwise(bounds))
+        return [d for d, run in runs if run[0] < run[1] and kept.window(*run) is False]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": []}
@@ -172,7 +179,7 @@ def _mask(given: Any) -> Any:
 
 
 def _row_numbers(name: str, given: Any) -> Any:
-    array = np.array(given.detach().cpu() if isinstance(given, Tensor) else given)  # a copy
+    array = np.array(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)  # a copy
     if array.size == 0:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

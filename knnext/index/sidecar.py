@@ -48,7 +48,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """A finished index: its recipe, how to search it, and its file's size and checksum."""
+    """A finished index: its recipe, how to search it, and its file's size and checksum.
+
+    ``adopted``: of one that another program built, its file and what was checked of it.
+    """
 
     recipe: Recipe
     nprobe: int
@@ -57,10 +60,14 @@ class Sidecar:
     crc32: str
     magic: str = MAGIC
     format_version: int = FORMAT_VERSION
+    adopted: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         """Write as JSON, atomically."""
-        write_json(path, asdict(self))
+        content = asdict(self)
+        if self.adopted is None:  # as before there were such
+            del content["adopted"]
+        write_json(path, content)
 
 
 def read_sidecar(path: Path) -> Sidecar:

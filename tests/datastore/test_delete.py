@@ -52,8 +52,8 @@ def check(store: Datastore, *deleted: int, compacted: bool = False) -> None:
     assert len(store) == store.num_entries == len(rows)
     assert torch.equal(store.values[:].long(), rows)
     assert torch.equal(store.keys[:], keys_of(rows))
-    chunks = [values.tolist() for _, _, values in store.iter_chunks(7)]
-    assert sum(chunks, []) == rows.tolist()
+    chunks = [row for _, _, values in store.iter_chunks(7) for row in values.tolist()]
+    assert chunks == rows.tolist()
     some = torch.tensor([len(rows) - 1, 0, len(rows) // 2, 0])[: 4 * len(rows)]
     assert torch.equal(store.values[some].long(), rows[some])
     stored = torch.arange(len(rows)) if compacted else rows

@@ -25,21 +25,25 @@ def folder(tmp_path):
         yield Path(path)
 
 
-def kills(folder: Path, begin: int, *modes: str) -> list[dict]:
-    """One record for each kill, at every N-th operation for "mode:N"; see crash.py."""
+def run(script: str, *arguments: str) -> tuple[list[dict], str]:
+    """The records that a process of many kills prints, and what it complained of."""
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    script = [sys.executable, "-W", "ignore", str(HERE / "crash.py")]
     result = subprocess.run(
-        [*script, str(folder), str(begin), *modes],
+        [sys.executable, "-W", "ignore", str(HERE / script), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    records = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr[-3000:]
+
+
+def kills(folder: Path, begin: int, *modes: str) -> list[dict]:
+    """One record for each kill, at every N-th operation for "mode:N"; see crash.py."""
+    records, complaints = run("crash.py", str(folder), str(begin), *modes)
     bad = [record for record in records if not (record["same"] and record["kept"])]
-    assert not bad, (bad[:5], result.stderr[-3000:])
+    assert not bad, (bad[:5], complaints)
     return records
 
 
@@ -74,3 +78,13 @@ def test_an_extension_leaves_the_finished_part_readable(folder, begin, step):
     assert len(records) > 35 // step
     assert {record["status"][0] for record in records} == {-9}
     assert {record["seen"][0] for record in records} == {str(begin), "45"}
+
+
+@EVERY
+def test_deleting_replacing_and_compacting_survive_death_at_every_operation(folder, step):
+    """A reader sees what was or what is to be, never a mixture; the same call does the rest."""
+    records, complaints = run("crash_delete.py", str(folder), str(step))
+    for what in ("delete", "replace", "compact"):
+        assert len([r for r in records if r["what"] == what]) > 6 // step
+    bad = [r for r in records if r["status"] != -9 or not (r["whole"] and r["same"]) or r["left"]]
+    assert not bad, (bad[:5], complaints)

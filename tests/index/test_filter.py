@@ -84,10 +84,10 @@ def long_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"codes": False},
-    "streamed": {"codes": False, "resident_bytes": 0, "chunk_bytes": 100 * DIM * 2},
+    "streamed": {"codes": False, "resident_bytes": 0, "chunk_bytes": 700 * DIM * 2},
     "unrefined": {"codes": False, "refine": False},
     "coded": {"codes": True},
-    "coded, in pieces": {"codes": True, "resident_bytes": 0, "chunk_bytes": 200 * (DIM + 12)},
+    "coded, in pieces": {"codes": True, "resident_bytes": 0, "chunk_bytes": 700 * (DIM + 12)},
 }
 
 
@@ -105,12 +105,12 @@ def test_exact_search_gives_the_bits_of_the_kept_rows(
             kept = layout(name)
             want = wanted(queries, keys, kept, metric, refine=refine)
             rows = kept.nonzero().squeeze(1)
-            for given in (
+            given = (
                 Filter(mask=kept),
                 Filter(rows=rows.flip(0)),
                 Filter(exclude_rows=(~kept).nonzero().squeeze(1).numpy()),
-            ):
-                assert_same(index.search(queries, K, filter=given), want)
+            )[LAYOUTS.index(name) % 3]
+            assert_same(index.search(queries, K, filter=given), want)
         index.search(queries, K)  # what stays in memory serves filters too
         assert_same(
             index.search(queries, K, filter=Filter(mask=layout("runs"))),
@@ -255,8 +255,7 @@ FACTORIES = ["Flat", "SQ8", "IVF4,Flat", "IVF4,PQ8", "OPQ8,IVF4,PQ8", "HNSW8", "
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_faiss_finds_among_the_kept_rows(one_thread: None, tmp_path: Path, factory: str) -> None:
-    """Whole numbers, whose distances FAISS cannot round: all kinds agree with themselves when they
-    hold the kept rows' codes alone, that is, with the best of all rows' distances."""
+    """The best of what it finds among all rows; of equal ones FAISS takes any."""
     store = make_datastore(tmp_path / "ds", grid_keys(ROWS), documents=DOCUMENTS)
     index = FaissIndex.build(store, factory=factory, nprobe=4, gpu=False)
     queries = grid_keys(5, seed=7).float()
@@ -269,9 +268,9 @@ def test_faiss_finds_among_the_kept_rows(one_thread: None, tmp_path: Path, facto
         for given in (Filter(mask=kept), Filter(rows=kept.nonzero().squeeze(1))):
             distances, indices = index.search(queries, 20, filter=given)
             for q in range(5):
-                want = everything[1][q][allowed[q]][:20].tolist()
-                assert indices[q].tolist() == want + [-1] * (20 - len(want)), (name, q)
-                assert distances[q, len(want) :].isinf().all()
+                want, size = everything[0][q][allowed[q]][:20], int((indices[q] >= 0).sum())
+                assert torch.equal(distances[q, :size], want) and kept[indices[q, :size]].all()
+                assert distances[q, size:].isinf().all(), (name, q)
     own = torch.tensor([7, 3, -1, 1000, 1])
     found = index.search(store.keys[own.clamp_min(0)], 9, filter=Filter(own_rows=own), rescore=True)
     assert not (found[1] == own[:, None]).any()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from knnext.datastore import Datastore
-from knnext.index import ExactIndex, Index, ShardedIndex, StoredCodes, check_exactness
+from knnext.index import ExactIndex, Filter, Index, ShardedIndex, StoredCodes, check_exactness
 from knnext.index.sharded_rounds import NEIGHBOR_BYTES
 from knnext.ranks import RankFailedError, RankLostError, Ranks
 from tests.index.test_exact import DIM, grid_keys, make_datastore
@@ -143,6 +143,43 @@ def test_random_stores_of_all_kinds(tmp_path: Path, seeds: range) -> None:
     for seed in seeds:
         size = 2 + seed % 3
         on_ranks(size, Case(seed, size, tmp_path).check)
+
+
+@pytest.mark.parametrize("exchange_bytes", [4_000, 1 << 29])
+def test_filters_travel_to_every_shard(store: Datastore, exchange_bytes: int) -> None:
+    """Each rank with one of its own: the bits of one process."""
+    exact, rows = ExactIndex(store), torch.arange(ROWS)
+    queries = [grid_keys(count, seed=9 + count) for count in (7, 0, 13)]
+    names = list(store.document_names)
+    masks = torch.rand(13, ROWS, generator=torch.Generator().manual_seed(1)) < 0.3
+    filters: list[list[Any]] = [
+        [
+            Filter(mask=rows % 3 == 0),
+            [None, *[Filter(rows=[4, 5, ROWS - 1])] * 5, Filter(documents=names[:1])],
+            Filter(own_rows=torch.tensor([0, 5, -1, 9, 100, 3, ROWS - 1]), exclude_rows=[8]),
+            Filter(documents=torch.tensor([0, 1, 2, -1, 0, 1, 2])),
+        ],
+        [None, [], None, Filter(documents=names[1:])],
+        [
+            Filter(documents=names[2:], exclude_documents=torch.arange(13) % 3 - 1),
+            Filter(mask=masks),
+            None,
+            Filter(rows=[]),
+        ],
+    ]
+
+    def work(group: Any, rank: int) -> None:
+        index = sharded(store, group, exchange_bytes=exchange_bytes, bounds=[0, 33, 33, ROWS])
+        for given in filters[rank]:
+            found = index.search(queries[rank], 30 + rank, filter=given)
+            assert_same(found, exact.search(queries[rank], 30 + rank, filter=given))
+        narrow = Filter(documents=names[:2])
+        found = index.restricted(narrow).search(queries[rank], 9)
+        assert_same(found, exact.search(queries[rank], 9, filter=narrow))
+        with pytest.raises(ValueError if rank == 2 else RankFailedError):
+            index.search(queries[rank], 3, filter=Filter(rows=[ROWS]) if rank == 2 else None)
+
+    on_ranks(3, work)
 
 
 def test_queries_and_keys_that_are_not_numbers(tmp_path: Path) -> None:
