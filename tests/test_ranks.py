@@ -37,7 +37,7 @@ def test_a_rank_that_gets_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
         ranks = Ranks(group, timeout=2.0)
         slow = ranks.all_or_none("waiting", lambda: rank == 1 or reached.wait(PATIENCE))
         assert slow
-        with pytest.raises(RankFailedError if rank else OSError, match="rank 0 of 2|no room"):
+        with pytest.raises(RankFailedError if rank else OSError, match=r"rank 0 of 2|no room"):
             ranks.all_or_none("failing", lambda: failing(rank))
         return ranks.all_or_none("going on", lambda: rank)
 

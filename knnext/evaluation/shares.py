@@ -70,6 +70,33 @@ class Shares:
                 ).wait()
                 release(tensor)
 
+    def collect(self, mine: Tensor, whole: Callable[[int], Tensor]) -> Tensor:
+        """The rows of all ranks on the first one, from each those of its own share.
+
+        Args:
+            mine: this rank's, (its positions, ...).
+            whole: makes room for so many.
+
+        Returns:
+            All of them on the first rank, and what was given on the others.
+        """
+        if self.ranks.size == 1:
+            return mine
+        if self.ranks.rank:
+            for piece in row_pieces(len(mine), mine[:1].nbytes):
+                self.ranks.exchange([(0, mine[piece])], []).wait()
+                release(mine)
+            return mine
+        found = whole(self.rows[-1][1])
+        found[slice(*self.rows[0])] = mine
+        release(found, mine)
+        for peer, (first, last) in enumerate(self.rows[1:], 1):
+            theirs = found[first:last]
+            for piece in row_pieces(last - first, found[:1].nbytes):
+                self.ranks.exchange([], [(peer, theirs[piece])]).wait()
+                release(found)
+        return found
+
 
 def ranks_among(ranks: Ranks | None, indexes: Iterable[Index]) -> Ranks:
     """The ranks given, else those of the indexes, else the process alone.

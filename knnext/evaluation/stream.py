@@ -351,19 +351,23 @@ def run_model(
     key_layer: str,
     dtype: torch.dtype,
     windows: dict[str, Any],
+    share: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, D) queries, (n,) targets and (n,) log p_lm of positions 0 to T - 2, on the CPU."""
-    count = num_scored(tokenized)
-    queries: Tensor | None = None
-    targets = torch.empty(count, dtype=torch.int64, device="cpu")
-    log_p_lm = torch.empty(count, dtype=torch.float32, device="cpu")
-    for piece in model_pieces(model, tokenized, key_layer, dtype, windows, _PIECE_ROWS):
-        if queries is None:
-            queries = empty_rows(count, piece.queries.shape[1], dtype)
-        queries[piece.rows] = piece.queries
-        targets[piece.rows], log_p_lm[piece.rows] = piece.targets, piece.log_p_lm
+    """(n, D) queries, (n,) targets and (n,) log p_lm of positions 0 to T - 2, on the CPU.
+
+    Or of a `share` of them, [first, last), that begins and ends where a batch of windows does.
+    """
+    begin, end = share or (0, num_scored(tokenized))
+    queries = torch.empty(0, 0, dtype=dtype, device="cpu")
+    targets = torch.empty(end - begin, dtype=torch.int64, device="cpu")
+    log_p_lm = torch.empty(end - begin, dtype=torch.float32, device="cpu")
+    for piece in model_pieces(model, tokenized, key_layer, dtype, windows, _PIECE_ROWS, share):
+        rows = slice(piece.rows.start - begin, piece.rows.stop - begin)
+        if not len(queries):
+            queries = empty_rows(end - begin, piece.queries.shape[1], dtype)
+        queries[rows] = piece.queries
+        targets[rows], log_p_lm[rows] = piece.targets, piece.log_p_lm
         release(queries)
-    assert queries is not None  # there is a row
     return queries, targets, log_p_lm
 
 

@@ -1,17 +1,19 @@
 """One rank works, and the others hold shards for it: for programs that know nothing of ranks.
 
-Rank 0 is a `Lead`: it opens exact indexes and searches them when it likes. The others `serve`: they
+Rank 0 is a `Lead`: it opens exact indexes and searches them when it likes, and calls the others to
+other work that is theirs too (`call`). The others `serve`: they
 do their part of each, and sleep between. While rank 0 is busy with something else a thread of its
 own says now and then that it is there, so that others know a long wait from a lost rank.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import finalize
 
 import torch
@@ -25,7 +27,10 @@ from knnext.ranks import RankFailedError, RankLostError, Ranks, local_rank
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
-_BUSY, _OPEN, _SEARCH, _CLOSE, _END = range(5)  # what rank 0 says, with the number of an index
+Made = TypeVar("Made")
+
+#: What rank 0 says, with the number of an index.
+_BUSY, _OPEN, _SEARCH, _CLOSE, _CALL, _END = range(6)
 _TAG = 9
 _leads: list[Lead] = []
 
@@ -52,6 +57,12 @@ class Lead:
             self._indexes += 1
             self.say(_OPEN, self._indexes, json.dumps(place))
             return LedIndex(self, self._indexes, datastore, options)
+
+    def call(self, what: str, mine: Callable[[Ranks], Made], arguments: dict[str, Any]) -> Made:
+        """See `call`."""
+        with self.lock:
+            self.say(_CALL, 0, json.dumps([what, arguments]))
+            return mine(self.ranks)
 
     def say(self, what: int, number: int = 0, text: str = "") -> None:
         """To all others, and before it which indexes are no longer wanted."""
@@ -134,6 +145,24 @@ def open_exact(datastore: Datastore, **options: Any) -> ExactIndex | ShardedInde
     return ExactIndex(datastore, **options)
 
 
+def is_leading() -> bool:
+    """Whether other ranks would come to a `call`."""
+    return bool(_leads)
+
+
+def call(what: str, mine: Callable[[Ranks], Made], **arguments: Any) -> Made:
+    """What `mine(ranks)` gives, while each other rank does `what(ranks, kept, **arguments)`.
+
+    Args:
+        what: a function of this package, as "knnext.module:name". What it may throw it throws
+            within `ranks.all_or_none`, as `mine` does, so that nobody waits for who has failed.
+            `kept` is a dict that lives as long as the rank serves.
+        mine: rank 0's part of it.
+        arguments: plain values.
+    """
+    return _leads[-1].call(what, mine, arguments)
+
+
 def serve(ranks: Ranks, complain: Callable[[Exception], None]) -> None:
     """What the other ranks do until rank 0 ends. An error of one search is said, not raised.
 
@@ -144,6 +173,7 @@ def serve(ranks: Ranks, complain: Callable[[Exception], None]) -> None:
     from knnext.datastore import Datastore
 
     indexes: dict[int, ShardedIndex] = {}
+    kept: dict[str, Any] = {}
     while True:
         what, number, text = _hear(ranks)
         try:
@@ -154,7 +184,11 @@ def serve(ranks: Ranks, complain: Callable[[Exception], None]) -> None:
             elif what == _OPEN:
                 place = json.loads(text)
                 store = Datastore.open(place["path"])
-                indexes[number] = ShardedIndex(store, ranks, **_device_here(place["options"]))
+                indexes[number] = ShardedIndex(store, ranks, **device_here(place["options"]))
+            elif what == _CALL:
+                name, arguments = json.loads(text)
+                module, _, function = name.partition(":")
+                getattr(importlib.import_module(module), function)(ranks, kept, **arguments)
             elif what == _SEARCH:
                 indexes[number].search(
                     torch.empty(
@@ -188,8 +222,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _device_here(options: dict[str, Any]) -> dict[str, Any]:
-    """Where rank 0 uses a GPU, each rank its own."""
+def device_here(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of rank 0; where it uses a GPU, each rank its own."""
     if str(options.get("device")).startswith("cuda"):
         number = local_rank() % max(1, torch.cuda.device_count())
         return {**options, "device": f"cuda:{number}"}

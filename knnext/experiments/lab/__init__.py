@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knnext.evaluation.scores import StreamScores
-from knnext.experiments.lab import searches
+from knnext.experiments.lab import passes, searches
 from knnext.experiments.lab.family import Setting
 from knnext.experiments.lab.mixture import LogP
 from knnext.experiments.lab.models import EVALUATED, LM, ModelLab, States
@@ -132,7 +132,7 @@ class Lab(ModelLab):
         from knnext.index import StoredCodes
 
         with self.step(f"write the datastore of {' and '.join(layers)} states"):
-            joined = self.build_joined(folder, layers, lm)
+            joined = passes.build_joined(self, folder, layers, lm)
         with self.step("part it by layers"):
             stores = searches.split_store(joined, folder, layers)
         for store in stores:
@@ -152,13 +152,19 @@ class Lab(ModelLab):
             lm.tokenizer,
             self.text("store"),
             folder / "joined",
-            key_layer="+".join(layers),
-            block_size=self.preset.block_size,
-            stride=self._store_stride(lm),
-            batch_size=self.preset.batch_size,
             corpus=self.corpus.facts("train"),
+            **self.store_options(layers, lm),
             **options,
         )
+
+    def store_options(self, layers: Sequence[str], lm: LM) -> dict[str, Any]:
+        """What of the arguments of `build_datastore` the preset decides, as plain values."""
+        return {
+            "key_layer": "+".join(layers),
+            "block_size": self.preset.block_size,
+            "stride": self._store_stride(lm),
+            "batch_size": self.preset.batch_size,
+        }
 
     def faiss(
         self,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from knnext.evaluation.stream import run_model
 from knnext.experiments.lab import EVALUATED, Lab
+from knnext.experiments.lab.passes import run_model
 from knnext.progress import progress
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def score_text(lab: Lab, model: nn.Module, text: TokenizedDocuments) -> Tensor:
     """(T - 1,) float64 log p of every target of a text."""
     p = lab.preset
     windows = {"block_size": p.block_size, "stride": p.stride, "batch_size": p.batch_size}
-    return run_model(model.eval(), text, "ffn", torch.float32, windows)[2].double()
+    return run_model(lab, model.eval(), text, "ffn", windows)[2].double()
 
 
 def evaluated(lab: Lab) -> list[int | None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from knnext.evaluation.perplexity import TextCounts
 from knnext.evaluation.scores import StreamScores
+from knnext.experiments.lab import passes
 from knnext.experiments.lab.cache import settings_key
 from knnext.experiments.lab.mixture import Split
 from knnext.experiments.lab.presets import Preset
@@ -26,13 +27,15 @@ _LINEAR_TOLERANCE = 0.05  # nats; models in half precision differ by a hundredth
 class LM:
     """A language model and its tokenizer.
 
-    `settings`: plain values that decide it, for cache keys. `seed`: of its training.
+    `settings`: plain values that decide it, for cache keys. `seed`: of its training. `place`:
+    arguments of `load_lm`, by which other processes have it too; None where it is in memory alone.
     """
 
     model: Any
     tokenizer: Any
     settings: dict[str, Any]
     seed: int
+    place: dict[str, Any] | None = None
 
     @property
     def output_embedding(self) -> Tensor:
@@ -90,8 +93,9 @@ class ModelLab(TextLab):
         options = {"model_dtype": "checkpoint", **self.preset.model_options}
         if "device_map" not in options:
             options["device"] = self.device
-        model, _ = load_lm(str(self.preset.model), **options)
-        return LM(model, self.tokenizer, self._text_settings, 0)
+        place = {"path": str(self.preset.model), **options}
+        model, _ = load_lm(**place)
+        return LM(model, self.tokenizer, self._text_settings, 0, place)
 
     def _trained_lm(self, seed: int) -> LM:
         from knnext.lm.load import load_lm, save_lm
@@ -121,8 +125,9 @@ class ModelLab(TextLab):
                     },
                 )
 
-        model, _ = load_lm(self.cache.get("lm", settings, make))
-        return LM(model.to(self.device), self.tokenizer, settings, seed)
+        place = {"path": str(self.cache.get("lm", settings, make)), "device": self.device}
+        model, _ = load_lm(**place)
+        return LM(model, self.tokenizer, settings, seed, place)
 
     def states(self, split: str, key_layer: str = "att", lm: LM | None = None) -> States:
         """The states of `"valid"` or `"test"` at a layer, float32 on the CPU."""
@@ -180,11 +185,9 @@ class ModelLab(TextLab):
         }
 
         def make(folder: Path) -> None:
-            from knnext.evaluation.stream import run_model
-
             with self.step(f"run the model over {split} ({key_layer})"):
-                keys, targets, log_p_lm = run_model(
-                    lm.model, self.text(split), key_layer, torch.float32, self._windows
+                keys, targets, log_p_lm = passes.run_model(
+                    self, lm.model, self.text(split), key_layer, self._windows, lm.place
                 )
                 arrays = {"keys": keys, "targets": targets, "log_p_lm": log_p_lm}
                 np.savez(

@@ -90,6 +90,10 @@ class TextLab:
     def text(self, split: str) -> TokenizedDocuments:
         """The stream of a split: whole `"train"` for training, `"store"` for the datastore (its
         documents up to `preset.entries` tokens), `"valid"` and `"test"` by heads of documents."""
+        return load_text(self.text_file(split))
+
+    def text_file(self, split: str) -> Path:
+        """Where the stream of a split is kept, for `load_text`."""
         p = self.preset
         wanted = {"train": None, "store": p.entries, "valid": p.valid_tokens, "test": p.test_tokens}
         if split not in wanted:
@@ -99,9 +103,9 @@ class TextLab:
 
         def make(folder: Path) -> None:
             with self.step(f"tokenize {split}"):
-                _save_text(folder / "text.npz", self._tokenize(split, wanted[split], most))
+                save_text(folder / "text.npz", self._tokenize(split, wanted[split], most))
 
-        return _load_text(self.cache.get("text", settings, make) / "text.npz")
+        return self.cache.get("text", settings, make) / "text.npz"
 
     def _tokenize(self, split: str, wanted: int | None, most: int | None) -> TokenizedDocuments:
         from knnext.corpus import tokenize
@@ -141,14 +145,16 @@ def files_key(path: str | Path, without: str | Path | None = None) -> str:
     return settings_key({"files": seen})
 
 
-def _save_text(path: Path, text: TokenizedDocuments) -> None:
+def save_text(path: Path, text: TokenizedDocuments) -> None:
+    """Keep a stream in a file."""
     names = ("tokens", "document_offsets", "num_words", "num_bytes", "hashes")
     found = {name: getattr(text, name) for name in names}
     arrays: dict[str, Any] = {name: array for name, array in found.items() if array is not None}
     np.savez(path, names=np.array(text.names, dtype=np.str_), **arrays)
 
 
-def _load_text(path: Path) -> TokenizedDocuments:
+def load_text(path: Path) -> TokenizedDocuments:
+    """What `save_text` kept."""
     from knnext.corpus import TokenizedDocuments
 
     with np.load(path, allow_pickle=False) as archive:
