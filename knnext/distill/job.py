@@ -235,9 +235,9 @@ def _cuts(
 ) -> list[tuple[int, int]]:
     """Positions [first, last) of each shard; cut where a batch ends, each with something scored."""
     apart = tokenized.document_offsets if windows["separate_documents"] else None
-    grid = [windows[name] for name in _GRID]
+    grid = {name: int(windows[name]) for name in _GRID}
+    ends = batch_ends(len(tokenized.tokens), **grid, separate_documents=apart).tolist()
     cuts, first = [], 0
-    ends = batch_ends(len(tokenized.tokens), *grid, apart).tolist()
     for end in ends:
         if scored.row(end) - scored.row(first) >= size or end == ends[-1]:
             cuts.append((first, end))

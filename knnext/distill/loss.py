@@ -90,5 +90,5 @@ def mixture_kl(
     log_p = F.log_softmax(base_logits.detach().to(wide), -1)
     log_q = F.log_softmax(logits.to(wide), -1)
     to_base = (log_p.exp() * (log_p - log_q)).sum(-1)
-    weight = torch.where((ids >= 0).any(-1), lmbda, 0.0).to(wide)
+    weight = (ids >= 0).any(-1).to(wide) * lmbda
     return weight * sparse_kl(logits, ids, p, tail) + (1 - weight) * to_base

@@ -2,10 +2,11 @@
 
 meta.json, keys-00000.bin, values-00000.bin, document-*   the datastore, as in its folder
 part-00001/keys-00000.bin                                 of one that was joined from parts
-codes/    codes.json, center.bin, codes.bin, stats.bin     the folder S.codes beside it
-index/    index.json, index.faiss                          the folder S.index beside it
-tuning.json                                                the file S.tuning.json beside it
-README.md                                                  the card
+compact-00001/...                                         of one that was compacted
+codes/ codes.json, center.bin, codes.bin, stats.bin       the folder S.codes beside it
+index/ index.json, index.faiss                            the folder S.index beside it
+tuning.json                                               the file S.tuning.json beside it
+README.md                                                 the card
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ EXTRAS = ("codes", "index", "tuning")
 GROUPS = (*ROWS, *EXTRAS)
 
 _OURS = re.compile(
-    r"meta\.json|tuning\.json|document-(starts\.bin|names\.jsonl|hashes\.bin)"
-    r"|(part-\d{5}/)?(keys|values)-\d{5}\.bin"
+    r"meta\.json|tuning\.json|(compact-\d{5}/)?document-(starts\.bin|names\.jsonl|hashes\.bin)"
+    r"|((part|compact)-\d{5}/)?(keys|values)-\d{5}\.bin"
     r"|codes/(codes\.json|center\.bin|codes\.bin|stats\.bin)|index/index\.(json|faiss)"
 )
 

@@ -129,10 +129,15 @@ def push(
 def _check_whole(store: Datastore) -> None:
     if store.unfinished or getattr(store, "_writer", None) is not None:
         raise DatastoreError(f"{store.path}: is not finished; only a finished datastore is sent")
-    if store.fingerprint != store.stored_fingerprint or store.num_entries != store.meta.num_entries:
+    if not store.is_whole:
         raise DatastoreError(
             f"{store.path}: this is a view of {store.num_entries:,} of its rows; store them first "
             "(subsample(..., path=)) and send that"
+        )
+    if store.meta.deleted is not None:
+        raise DatastoreError(
+            f"{store.path}: {store.meta.deleted.num_rows:,} of its rows are deleted and still in "
+            f"its files, which would be sent: `knnext compact {store.path}` first"
         )
     if read_meta(store.path, META_FILE) != store.meta:
         raise DatastoreError(f"{store.path}: has changed since it was opened; open it again")

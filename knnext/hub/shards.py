@@ -31,6 +31,11 @@ def choose(
     """Numbers of the shards that are meant, ascending; None for all of a datastore."""
     if shards is None and parts is None:
         return None
+    if meta.deleted is not None:
+        raise ValueError(
+            "shards, parts: rows of this datastore are deleted and still in its files; fetch it "
+            "whole, or let its owner compact it"
+        )
     if shards is not None:
         picked, count, what = {int(n) for n in shards}, len(meta.shards), "shards"
         wrong = sorted(n for n in picked if not 0 <= n < count)
@@ -67,7 +72,7 @@ def cut(
         moved = [_rename(folder, meta.shards[n], i, inner) for i, n in enumerate(group)]
         parts.append(PartMeta(part_folder(number), sum(shard.rows for shard in moved)))
         shards += moved
-    for left in folder.glob("part-*"):
+    for left in (*folder.glob("part-*"), *folder.glob("compact-*")):
         if not any(left.iterdir()):
             left.rmdir()
     return replace(
@@ -77,6 +82,7 @@ def cut(
         parts=None if meta.parts is None else tuple(parts),
         documents=documents,
         origin=origin,
+        folder=None,
     )
 
 
@@ -102,7 +108,7 @@ def _cut_documents(
     folder: Path, meta: DatastoreMeta, documents: DocumentsMeta, picked: tuple[int, ...]
 ) -> DocumentsMeta:
     """All documents keep their numbers and names; those without rows here have no hash here."""
-    table = DocumentTable(folder, documents, meta.num_entries)
+    table = DocumentTable(folder, meta)
     offsets = torch.zeros_like(table.offsets)
     first = 0
     for number, shard in enumerate(meta.shards):
@@ -116,11 +122,19 @@ def _cut_documents(
         for number in (offsets.diff() == 0).nonzero().flatten().tolist():
             content[number * HASH_BYTES : (number + 1) * HASH_BYTES] = bytes(HASH_BYTES)
         hashes = _write(folder, documents.hashes, bytes(content))
+    names = (folder / documents.names.file).read_bytes()
     return DocumentsMeta(
-        documents.count, _write(folder, documents.starts, starts), documents.names, hashes
+        documents.count,
+        _write(folder, documents.starts, starts),
+        _write(folder, documents.names, names),
+        hashes,
     )
 
 
 def _write(folder: Path, file: FileMeta, content: bytes) -> FileMeta:
-    replace_file(folder / file.file, content)
-    return FileMeta(file.file, len(content), format_checksum(zlib.crc32(content)))
+    """In the folder itself, also where the file was in another within."""
+    name = Path(file.file).name
+    replace_file(folder / name, content)
+    if name != file.file:
+        (folder / file.file).unlink()
+    return FileMeta(name, len(content), format_checksum(zlib.crc32(content)))

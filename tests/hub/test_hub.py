@@ -389,6 +389,29 @@ def test_what_is_not_whole_is_not_sent(
     assert not hub.repos and not hub.log, "nothing was asked of the hub"
 
 
+def test_what_is_deleted_is_not_sent(hub: Hub, tmp_path: Path) -> None:
+    store = Datastore.open(small.write(tmp_path / "S", 40))
+    wanted = store.values[10:40].clone()
+    store.delete([0])
+    with pytest.raises(DatastoreError, match=r"10 of its rows are deleted .* `knnext compact"):
+        Datastore.open(tmp_path / "S").push_to_hub(REPO)
+    assert not hub.repos
+    store.compact()
+    store = Datastore.open(tmp_path / "S")
+    store.push_to_hub(REPO)
+    assert any(name.startswith("compact-") for name in hub.repos[REPO].files())
+    found = Datastore.from_hub(REPO, tmp_path / "T")
+    found.verify()
+    assert torch.equal(found.values[:], wanted) and found.fingerprint == store.fingerprint
+    some = Datastore.from_hub(REPO, tmp_path / "U", shards=[1])
+    assert torch.equal(some.values[:], wanted[16:]) and some.meta.folder is None
+    Datastore.open(tmp_path / "U", verify=True)
+    assert not list((tmp_path / "U").glob("compact-*"))
+    small.write(tmp_path / "other", 20)
+    Datastore.open(tmp_path / "other").push_to_hub(REPO)
+    assert not any(name.startswith("compact-") for name in hub.repos[REPO].files())
+
+
 def test_a_text_is_not_made_public_by_chance(stores: dict[str, Datastore], hub: Hub) -> None:
     store = stores["plain"]
     hub.repos[REPO] = Repo(private=False)
