@@ -3,7 +3,7 @@
 Sphinx and not MkDocs: it reads the API out of the package itself, checks every reference, runs the
 tutorials, and its parts have been kept for ten years by more than one person. The pages of the API
 and of the command line are generated: by docstrings and parser, and never written into the
-repository.
+repository. So are those of the tutorials, which are programs in cells (jupytext's percent format).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 GENERATED = HERE / "reference" / "generated"
+TUTORIALS = HERE / "tutorials"
 sys.path.insert(0, str(HERE.parent))
 os.environ["COLUMNS"] = "90"  # by which argparse breaks its lines
 
@@ -122,6 +123,19 @@ def command_page() -> str:
     return "\n".join(lines)
 
 
+def tutorial_page(script: Path) -> str:
+    """Markdown of a tutorial: its cells of words as they are, those of code as blocks."""
+    parts: list[str] = []
+    for cell in script.read_text(encoding="utf-8").split("# %%")[1:]:
+        kind, _, text = cell.partition("\n")
+        if "markdown" in kind:
+            text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in text.split("\n"))
+            parts.append(text.strip())
+        else:
+            parts.append(f"```python\n{text.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def _write(path: Path, text: str) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +148,8 @@ def generate(*_: Any) -> None:
     for module in PUBLIC:
         _write(GENERATED / f"{module}.rst", module_page(module, seen))
     _write(GENERATED / "commands.rst", command_page())
+    for script in sorted(TUTORIALS.glob("*.py")):
+        _write(script.with_suffix(".md"), tutorial_page(script))
     toc = [*_heading("Reference"), ".. toctree::", ""]
     toc += [f"   {name}" for name in (*PUBLIC, "commands")]
     _write(GENERATED / "index.rst", "\n".join([*toc, ""]))
