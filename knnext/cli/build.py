@@ -283,6 +283,7 @@ def facts_of(store: Datastore) -> dict[str, Any]:
         "path": str(store.path),
         "fingerprint": store.fingerprint,
         "unfinished": store.unfinished,
+        "rows": store.num_entries,  # without what is deleted
         "text": None,  # of datastores from before they were kept
         "model": None,
         **facts,

@@ -26,9 +26,9 @@ def delete(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def compact(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.index.compact import compact as run
-    from knnext.progress import progress
+    from knnext.progress import Progress
 
-    with progress(None, "compact", "rows") as bar:
+    with Progress(None, "compact", "rows") as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total

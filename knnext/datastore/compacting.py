@@ -59,13 +59,6 @@ def remove_old(path: Path, meta: DatastoreMeta) -> None:
     sync_directory(path)
 
 
-def has_old(path: Path, meta: DatastoreMeta) -> bool:
-    """Whether a compacting was killed before all that it replaces was gone."""
-    kept = {meta.folder, *(part.folder for part in meta.parts or ())}
-    folders = [f for p in ("compact-*", "part-*") for f in path.glob(p) if f.name not in kept]
-    return bool(folders) or (meta.folder is not None and any(path.glob("keys-*.bin")))
-
-
 def _written(store: Any, meta: DatastoreMeta, progress: Progress | None) -> DatastoreMeta:
     """Write what is left into a new folder; gives the meta that makes it the datastore's."""
     number = int((meta.folder or "-0").rpartition("-")[2]) + 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta, DeletedMeta
 from knnext.datastore.meta_file import missing_parts, ranges
+from knnext.datastore.open_shard import has_old_files
 from knnext.say import binary_size
 
 
@@ -23,6 +24,7 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
         **({} if meta.parts is None else {"parts": _parts(path, meta)}),
         "documents": "not kept" if meta.documents is None else f"{meta.documents.count:,}",
         **({} if meta.deleted is None else {"deleted": _deleted(path, meta.deleted)}),
+        **({"old files": _old(path)} if _has_old(path, meta, unfinished) else {}),
         "metric": meta.metric,
         "key_layer": meta.key_layer,
         "model": _with_revision(meta),
@@ -59,6 +61,14 @@ def _deleted(path: Path, deleted: DeletedMeta) -> str:
         f"{deleted.num_documents:,} of the documents, with {deleted.num_rows:,} entries, which "
         f"nobody reads and the files still hold: `knnext compact {path}`"
     )
+
+
+def _has_old(path: Path, meta: DatastoreMeta, unfinished: bool) -> bool:
+    return not unfinished and has_old_files(path, meta)
+
+
+def _old(path: Path) -> str:
+    return f"of a compacting that was interrupted; `knnext compact {path}` removes them"
 
 
 def _with_revision(meta: DatastoreMeta) -> str | None:

@@ -68,6 +68,14 @@ def remove_leftovers(directory: Path, meta: DatastoreMeta) -> None:
             path.unlink()
 
 
+def has_old_files(directory: Path, meta: DatastoreMeta) -> bool:
+    """Whether a compacting was interrupted: before its end, or before all that was is removed."""
+    kept = {meta.folder, *(part.folder for part in meta.parts or ())}
+    others = (f for pattern in ("compact-*", "part-*") for f in directory.glob(pattern))
+    begun = any(folder.name not in kept for folder in others)
+    return begun or (meta.folder is not None and any(directory.glob("keys-*.bin")))
+
+
 def check_content(directory: Path, *parts: FileMeta) -> None:
     for part in parts:
         path = directory / part.file

@@ -155,8 +155,8 @@ def search_stream(
     k = check_k(k)
     query_batch = check_count("query_batch", query_batch)
     layer, dtype = common_keys(indexes, key_layer)
-    for store in _stores(indexes) if not allow_overlap else ():
-        check_overlap(store, tokenized, _excluded(exclude_documents))
+    for one in _searched(indexes) if not allow_overlap else ():
+        check_overlap(one.datastore, tokenized, _excluded(exclude_documents, one))
     if bos == "as built":
         bos = built_with(indexes, "bos")
     if separate_documents == "as built":
@@ -256,11 +256,21 @@ def _stores(indexes: Mapping[str, Index]) -> list[Datastore]:
     return list({one.datastore.fingerprint: one.datastore for one in indexes.values()}.values())
 
 
-def _excluded(documents: Tensor | Sequence[int] | None) -> list[int]:
-    """Every document that some position leaves out."""
+def _searched(indexes: Mapping[str, Index]) -> list[Index]:
+    """One of the indexes that search the same rows of a datastore."""
+    filters = {name: getattr(one, "filter", None) for name, one in indexes.items()}
+    return list(
+        {(one.datastore.fingerprint, id(filters[n])): one for n, one in indexes.items()}.values()
+    )
+
+
+def _excluded(documents: Tensor | Sequence[int] | None, index: Index) -> list[int]:
+    """Every document that some position leaves out, or the index whatever it is asked."""
+    filter = getattr(index, "filter", None)
+    always: list[int] = [] if filter is None else filter.left_out(index.datastore)
     if documents is None:
-        return []
-    return torch.as_tensor(documents, dtype=torch.int64, device="cpu").unique().tolist()
+        return always
+    return always + torch.as_tensor(documents, dtype=torch.int64, device="cpu").unique().tolist()
 
 
 def built_with(indexes: Mapping[str, Index], name: str) -> int | None:

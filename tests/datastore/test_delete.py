@@ -284,6 +284,18 @@ def test_compacting_leaves_nothing_of_what_was_deleted(tmp_path: Path, deleted: 
     assert [entry["what"] for entry in store.meta.audit] == ["deleted", "compacted"]
 
 
+def test_what_an_interrupted_compacting_leaves_is_said_and_removed(tmp_path: Path) -> None:
+    path = make(tmp_path / "s")
+    assert "old files" not in Datastore.open(path).describe()
+    (path / "compact-00003").mkdir()
+    (path / "compact-00003" / "keys-00000.bin").write_bytes(b"old")
+    store = Datastore.open(path)
+    assert "old files" in store.describe()
+    store.compact()
+    assert "old files" not in store.describe() and not (path / "compact-00003").exists()
+    check(store)
+
+
 def test_a_compacted_datastore_goes_on(tmp_path: Path) -> None:
     path = make(tmp_path / "s")
     store = Datastore.open(path)

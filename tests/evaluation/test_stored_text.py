@@ -12,7 +12,7 @@ from knnext.datastore import Datastore
 from knnext.datastore.build import build_datastore
 from knnext.datastore.overlap import OverlapError
 from knnext.evaluation import search_stream
-from knnext.index import ExactIndex
+from knnext.index import ExactIndex, Filter
 from knnext.lm.train import train_tokenizer
 from tests.datastore.test_overlap import document, stream
 from tests.lm.tiny_models import tiny
@@ -54,6 +54,18 @@ def test_what_is_excluded_from_the_search_may_be_scored(store: Datastore) -> Non
     search_stream(tiny("gpt2"), index, text, k=3, exclude_documents=each, **WINDOWS)
     with pytest.raises(OverlapError):
         search_stream(tiny("gpt2"), index, text, k=3, exclude_documents=[1], **WINDOWS)
+
+
+def test_what_an_index_leaves_out_of_all_searches_may_be_scored(store: Datastore) -> None:
+    index, text = ExactIndex(store), renamed()
+    narrow = index.restricted(Filter(exclude_documents=["d2"]))
+    found = search_stream(tiny("gpt2"), narrow, text, k=3, **WINDOWS)
+    assert not (store.document_of(found.indices) == 2).any()
+    with pytest.raises(OverlapError):
+        search_stream(tiny("gpt2"), {"narrow": narrow, "all": index}, text, k=3, **WINDOWS)
+    with pytest.raises(OverlapError):  # a part of it may still be found
+        half = Filter(exclude_rows=[int(store.document_offsets[2])])
+        search_stream(tiny("gpt2"), index.restricted(half), text, k=3, **WINDOWS)
 
 
 def test_windows_begin_as_the_datastores_did(store: Datastore, tokenizer: Any) -> None:
