@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def delete(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.datastore import Datastore
+    from knnext.evaluation.tuning_file import tuning_path
 
     store = Datastore.open(args.datastore)
     rows = store.delete(names_of(args.documents))
@@ -21,6 +22,9 @@ def delete(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         f"{args.datastore}: {rows:,} rows deleted, {len(store):,} left; no search finds them from "
         f"now on. The files hold them until `knnext compact {args.datastore}`"
     )
+    tuned = tuning_path(args.datastore)
+    if rows and tuned.exists():
+        say(f"{tuned} was fitted with them: `knnext tune` fits temperature and lmbda anew")
     return {"rows": rows, "left": len(store), "fingerprint": store.fingerprint}
 
 

@@ -109,7 +109,8 @@ class LedIndex(ShardedIndex):
 
     def restricted(self, filter: Filter | None) -> LedIndex:
         other = super().restricted(filter)
-        other._whole = self  # with which the others let their shards go
+        if other is not self:
+            other._whole = self  # with which the others let their shards go
         return other
 
     @contextmanager

@@ -27,9 +27,12 @@ def test_documents_are_deleted_and_compacted(path: Path, capsys: pytest.CaptureF
     StoredCodes.build(Datastore.open(path))
     names = path.with_name("names")
     names.write_text("b c\n\n")
+    path.with_name("s.tuning.json").write_text("{}")
     assert main(["delete", str(path), "--documents", f"@{names}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 20
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rows"] == 20 and "knnext tune" in said.err
     assert len(Datastore.open(path)) == 15
+    path.with_name("s.tuning.json").unlink()
     assert main(["info", str(path)]) == 0
     assert "knnext compact" in capsys.readouterr().out
     assert main(["compact", str(path)]) == 0
