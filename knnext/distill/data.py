@@ -23,7 +23,7 @@ _GROUPS = 4  # of decoded rows that are kept, for windows that are read in order
 class DistillationData(Dataset[dict[str, Tensor]]):
     """Windows of consecutive tokens of what `distill` wrote, for `torch.utils.data.DataLoader`.
 
-    Item i is a dict of tensors over L <= ``block_size`` tokens:
+    Item i is a dict of tensors over L <= ``block_size`` tokens::
 
         input_ids (L,) int64    the token before each
         labels    (L,) int64    the token itself

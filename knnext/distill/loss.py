@@ -11,9 +11,9 @@ def sparse_kl(logits: Tensor, ids: Tensor, p: Tensor, tail: Tensor) -> Tensor:
     r"""KL divergence of a student from sparse targets, in nats a token.
 
     With q = softmax(logits), the kept tokens i with probabilities p_i, and tail t = 1 - sum p_i of
-    all others together,
+    all others together, it is ::
 
-        KL = sum_i p_i (log p_i - log q_i) + t (log t - log(1 - sum_i q_i)),
+        KL = sum_i p_i (log p_i - log q_i) + t (log t - log(1 - sum_i q_i))
 
     which is the divergence of the two distributions over the kept tokens and "any other": by the
     log-sum inequality (Cover and Thomas, Elements of Information Theory, 2nd edition, theorem
@@ -65,11 +65,10 @@ def mixture_kl(
 ) -> Tensor:
     """The loss whose minimum is the kNN-LM itself: its mixture of base model and neighbors.
 
-        lmbda KL(p_knn || q) + (1 - lmbda) KL(p_lm || q)
-
-    differs from KL((1 - lmbda) p_lm + lmbda p_knn || q) by what does not depend on q, so both have
-    one minimum, at the mixture; the tail of p_knn is taken together as in `sparse_kl`. A token
-    without a neighbor is left to the base model, as in every mixture here.
+    It is ``lmbda KL(p_knn || q) + (1 - lmbda) KL(p_lm || q)``, which differs from
+    ``KL((1 - lmbda) p_lm + lmbda p_knn || q)`` by what does not depend on q, so both have one
+    minimum, at the mixture; the tail of p_knn is taken together as in `sparse_kl`. A token without
+    a neighbor is left to the base model, as in every mixture here.
 
     Args:
         logits, ids, p, tail: as for `sparse_kl`.
