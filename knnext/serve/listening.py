@@ -11,6 +11,8 @@ from typing import Any
 import uvicorn
 
 _BACKLOG = 32
+#: Seconds in which those who were cut short are told so.
+_FAREWELL = 5
 
 
 class Listener:
@@ -64,7 +66,7 @@ class Listener:
             limit_concurrency=connections,
             backlog=_BACKLOG,
             timeout_keep_alive=5,
-            timeout_graceful_shutdown=0 if draining is None else 1,
+            timeout_graceful_shutdown=0 if draining is None else _FAREWELL,
             h11_max_incomplete_event_size=32 << 10,
         )
         with self._socket:

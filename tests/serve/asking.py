@@ -9,7 +9,7 @@ from typing import Any
 from knnext.serve.asked import chat, completion
 
 #: Seconds in which a thread that works must have answered, on a machine however slow.
-PATIENCE = 300.0
+PATIENCE = 600.0
 
 
 def asked(engine: Any, **body: Any) -> Any:

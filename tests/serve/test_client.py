@@ -1,16 +1,9 @@
-"""The command in a process of its own, driven by OpenAI's client."""
+"""The command in a process of its own, driven by OpenAI's client: where that is installed."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
-import signal
 import subprocess
-import sys
-import threading
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,49 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.explore.small import LMBDA, TEMPERATURE, K
+from tests.serve.asking import PATIENCE
+from tests.serve.serving import KEY, PROMPTS, served
 
 openai = pytest.importorskip("openai", reason="the client openai is not installed")
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 pytestmark = pytest.mark.slow
-PATIENCE = 600.0
-KEY = "a-key-of-this-run"
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
-PROMPTS = ["the quick", "a lazy dog é 漢字", "fox", "over the lazy dog the fox", "🦊 jumps"]
-
-
-@contextlib.contextmanager
-def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, ready, and its address."""
-    command = [
-        sys.executable, "-m", "knnext", "serve", str(folder / "store"),
-        "--model", str(folder / "model"), "--device", "cpu", "--port", "0", "--name", "small",
-        "--temperature", str(TEMPERATURE), "--lmbda", str(LMBDA), "--k", str(K), *options,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNNEXT_API_KEY": KEY}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    watch = threading.Timer(PATIENCE, process.kill)
-    watch.start()
-    try:
-        said = ""
-        assert process.stdout is not None
-        for line in process.stdout:
-            said += line
-            if line.startswith("ready"):
-                break
-        found = re.search(r"listening +(http://\S+)/v1", said)
-        assert found and process.poll() is None, said
-        yield process, found[1]
-    finally:
-        watch.cancel()
-        process.kill()
-        process.wait(60)
-        if process.stdout is not None:
-            process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -202,42 +161,3 @@ def memory(pid: int) -> int:
     except OSError:
         pytest.skip("no /proc here to read a process's memory from")
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-
-
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_when_told_so(folder: Path, ending: signal.Signals) -> None:
-    """What is under way is answered, what comes then is not, and nothing is left behind."""
-    before = sorted(path.name for path in folder.rglob("*"))
-    with served(folder, "--grace", str(PATIENCE)) as (process, address):
-        with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=PATIENCE) as client:
-            stream = client.completions.create(
-                model="small", prompt=PROMPTS, max_tokens=20, n=16, stream=True
-            )
-            parts = [next(stream)]
-            process.send_signal(ending)
-            parts += list(stream)
-        ends = [c.finish_reason for part in parts for c in part.choices if c.finish_reason]
-        assert len(ends) == 16 * len(PROMPTS)
-        out, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == (0 if ending == signal.SIGINT else -signal.SIGTERM), out
-        assert "Traceback" not in out
-        with pytest.raises(urllib.error.URLError):
-            urllib.request.urlopen(f"{address}/health", timeout=PATIENCE)
-    assert sorted(path.name for path in folder.rglob("*")) == before
-
-
-def test_what_does_not_end_is_ended(folder: Path) -> None:
-    """Past the grace those who wait are told, and the process ends."""
-    with served(folder, "--grace", "0.01", "--max-batch", "1") as (process, address):
-        with openai.OpenAI(
-            base_url=f"{address}/v1", api_key=KEY, timeout=PATIENCE, max_retries=0
-        ) as client:
-            stream = client.completions.create(
-                model="small", prompt=["the"] * 200, max_tokens=25, stream=True
-            )
-            next(stream)
-            process.send_signal(signal.SIGINT)
-            with pytest.raises(openai.APIError):
-                list(stream)
-        out, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0 and "Traceback" not in out, out
