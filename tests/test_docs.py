@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import inspect
@@ -69,8 +70,8 @@ def test_what_one_page_has_another_does_not_repeat() -> None:
 
 def test_every_command_is_there() -> None:
     page = CONF.command_page()
-    commands = next(a for a in build_parser()._actions if a.choices)
-    assert commands.choices
+    found = build_parser()._actions
+    commands = next(a for a in found if isinstance(a, argparse._SubParsersAction))
     for name in commands.choices:
         assert f"\n{name}\n{'-' * len(name)}\n" in page and f"usage: knnext {name}" in page
 
@@ -92,6 +93,14 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
                 reads |= set(reader.findall(path.read_text(encoding="utf-8")))
     reads |= set(reader.findall((root / "setup.py").read_text(encoding="utf-8")))
+    # Shells read what they expand, and hand on what they set.
+    shell = re.compile(r"\$\$?\{?(KNNEXT_\w+)|\b(KNNEXT_\w+)=")
+    scripts = [root / "Makefile", root / ".ci" / "run", *(root / "benchmarks").glob("*.sh")]
+    scripts += [*(root / ".github").rglob("*.yml"), *(root / "tools").rglob("*")]
+    for path in scripts:
+        if path.is_file() and path.suffix in ("", ".sh", ".yml", ".py"):
+            pairs = shell.findall(path.read_text(encoding="utf-8"))
+            reads |= {name for pair in pairs for name in pair if name}
     # What programs of the tests tell each other.
     reads -= {name for name in reads if name.startswith("KNNEXT_TEST_")}
     assert len(reads) > 4
