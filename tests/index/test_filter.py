@@ -250,7 +250,7 @@ def test_what_is_filtered_is_not_read(stores: dict[str, Datastore], long_run: in
     assert sorted(read) == of_documents(0, 4).nonzero().squeeze(1).tolist()
 
 
-FACTORIES = ["Flat", "SQ8", "IVF4,Flat", "IVF4,PQ8", "OPQ8,IVF4,PQ8", "HNSW8", "IVF4,RQ2x4"]
+FACTORIES = ["Flat", "IVF4,Flat", "PCA16,IVF4,PQ8", "HNSW8", "IVF4,RQ2x4"]
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
