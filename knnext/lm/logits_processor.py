@@ -40,7 +40,7 @@ _CLOSED = "this processor is closed: generate inside its `with` block"
 
 
 class KNNLogitsProcessor:
-    """Turns scores into log p of the mixture: what ``KNNLM.generate`` decodes with.
+    """Turns scores into log p of the mixture: what ``KNNLM.generate`` decodes with::
 
         with KNNLogitsProcessor(model, index, k, temperature, lmbda) as neighbors:
             model.generate(**inputs, logits_processor=[neighbors])
