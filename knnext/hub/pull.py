@@ -92,7 +92,7 @@ def _place(
     picked: tuple[int, ...] | None,
 ) -> Path:
     if folder is not None:
-        return Path(folder)
+        return Path(folder).resolve()
     if cache_dir is None:
         from huggingface_hub import constants
 

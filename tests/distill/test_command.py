@@ -20,9 +20,9 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of two splits, one text of which is there twice, and a model with random weights."""
+    """A corpus of three splits, one text of it there twice, and a model with random weights."""
     folder = tmp_path_factory.mktemp("command")
-    for split, count in (("train", 4), ("test", 1)):
+    for split, count in (("train", 4), ("valid", 1), ("test", 1)):
         (folder / "corpus" / split).mkdir(parents=True)
         for number in range(count):
             words = [f"word{(7 * number + 3 * i * i) % 23}" for i in range(60)]

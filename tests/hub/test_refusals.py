@@ -175,6 +175,10 @@ def test_somebody_elses_files_are_left_alone(stored: Datastore, hub: Hub, tmp_pa
         Datastore.from_hub(REPO, tmp_path / "T")
     with pytest.raises(DatastoreError, match="something else than these shards"):
         Datastore.from_hub(REPO, tmp_path / "T", shards=[0])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    Datastore.from_hub(REPO, tmp_path / "T" / ".." / "link")
+    assert (tmp_path / "empty" / "meta.json").is_file() and (tmp_path / "link").is_symlink()
     (tmp_path / "U.pull").symlink_to(tmp_path / "T")
     with pytest.raises(DatastoreError, match="is a link"):
         Datastore.from_hub(REPO, tmp_path / "U")
