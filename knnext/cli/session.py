@@ -171,7 +171,7 @@ def open_index(
     args: argparse.Namespace, store: Datastore, settings: Settings, say: Say | None = None
 ) -> Index:
     """Says what an exact search goes through, where there is somebody to say it to."""
-    from knnext.index import FaissIndex, ShardedIndex
+    from knnext.index import ShardedIndex
     from knnext.index.sharded_crew import open_exact
 
     leaves = filter_of(args)
@@ -186,7 +186,31 @@ def open_index(
         if say is not None:
             say(exact.describe())
         return exact if leaves is None else exact.restricted(leaves)
-    approximate = FaissIndex.open(
-        args.index_path, store, nprobe=settings.nprobe, rescore=settings.rescore
-    )
+    approximate = _open_faiss(args, store, settings, say)
     return approximate if leaves is None else approximate.restricted(leaves)
+
+
+def _open_faiss(
+    args: argparse.Namespace, store: Datastore, settings: Settings, say: Say | None
+) -> Index:
+    """The FAISS index; of several ranks each holds its own rows of it, where it can be divided."""
+    from knnext.index import FaissIndex, ShardedIndex
+    from knnext.index.faiss import default_path
+    from knnext.index.faiss_slice import undivided
+    from knnext.index.sharded_crew import is_leading, open_faiss
+
+    options: dict[str, Any] = {"nprobe": settings.nprobe, "rescore": settings.rescore}
+    path, ranks = args.index_path or default_path(store), ranks_of(args)
+    several = ranks is not None or is_leading()
+    why = undivided(path, store) if several else ""
+    if why and say is not None:
+        say(f"note: {why}; each rank holds all of it, and searches its own share of the text by it")
+    if why or not several:
+        return FaissIndex.open(path, store, **options)
+    if ranks is None:
+        divided = open_faiss(store, path, **options)
+    else:
+        divided = ShardedIndex(store, ranks, faiss=path, **options)
+    if say is not None:
+        say(divided.describe())
+    return divided

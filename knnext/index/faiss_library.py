@@ -157,8 +157,10 @@ def write(index: Any, path: Path) -> None:
     load().write_index(index, str(path))
 
 
-def read(path: Path) -> Any:
-    return load().read_index(str(path))
+def read(path: Path, *, mapped: bool = False) -> Any:
+    """`mapped`: what inverted lists hold stays in the file, which must not change."""
+    faiss = load()
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
 
 
 def to_bytes(index: Any) -> NDArray[np.uint8]:
@@ -228,6 +230,38 @@ def can_merge(index: Any) -> bool:
     faiss = load()
     inner = _inner(index)
     return isinstance(inner, (faiss.IndexIVF, faiss.IndexFlatCodes))
+
+
+def can_slice(index: Any) -> bool:
+    """Whether `slice_rows` can take rows of it: each has a code of its own."""
+    faiss = load()
+    kinds = (faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
+    inner = _inner(index)
+    plain = isinstance(inner, kinds) and not isinstance(inner, faiss.IndexIVFPQR)
+    return plain or isinstance(inner, faiss.IndexFlatCodes)
+
+
+def slice_rows(index: Any, first: int, last: int) -> Any:
+    """The rows [first, last) of an index whose ids are row numbers, counted from the first.
+
+    The index that was given is used up.
+    """
+    faiss = load()
+    inner = _inner(index)
+    if not isinstance(inner, faiss.IndexIVF):
+        index.remove_ids(faiss.IDSelectorNot(faiss.IDSelectorRange(first, last)))
+        return faiss.clone_index(index)  # which has no more room than it wants
+    lists = faiss.ArrayInvertedLists(inner.nlist, inner.code_size)
+    by_range = faiss.InvertedLists.SUBSET_TYPE_ID_RANGE
+    inner.invlists.copy_subset_to(lists, by_range, first, last)
+    for number in range(inner.nlist):
+        if size := lists.list_size(number):
+            ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+            ids -= first
+    inner.replace_invlists(lists, True)
+    lists.this.disown()
+    inner.ntotal = index.ntotal = last - first
+    return index
 
 
 def merge(index: Any, segment: Any) -> None:

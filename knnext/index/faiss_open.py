@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
 
-def read_index(folder: Path, datastore: Datastore, verify: bool) -> tuple[Sidecar, Any]:
+def read_index(
+    folder: Path, datastore: Datastore, verify: bool, *, mapped: bool = False
+) -> tuple[Sidecar, Any]:
     """The sidecar and the FAISS index in `folder`, which must belong to `datastore`.
 
-    `verify` also compares the checksum of the file.
+    `verify` also compares the checksum of the file. `mapped`: inverted lists are not read yet.
 
     Raises:
         FileNotFoundError: there is no finished index in the folder.
@@ -32,7 +34,7 @@ def read_index(folder: Path, datastore: Datastore, verify: bool) -> tuple[Sideca
     _check_datastore(sidecar, datastore, folder)
     file = folder / faiss_build.INDEX_FILE
     _check_file(file, sidecar, verify)
-    return sidecar, _read_checked(file, sidecar)
+    return sidecar, _read_checked(file, sidecar, mapped)
 
 
 def _check_datastore(sidecar: Sidecar, datastore: Datastore, folder: Path) -> None:
@@ -67,9 +69,9 @@ def _check_file(file: Path, sidecar: Sidecar, verify: bool) -> None:
         )
 
 
-def _read_checked(file: Path, sidecar: Sidecar) -> Any:
+def _read_checked(file: Path, sidecar: Sidecar, mapped: bool = False) -> Any:
     """Load the index; what FAISS says of it must agree with the sidecar too."""
-    index = faiss_library.read(file)
+    index = faiss_library.read(file, mapped=mapped)
     found = (faiss_library.metric_of(index), int(index.d), int(index.ntotal))
     recipe = sidecar.recipe
     if found != (recipe.metric, recipe.dim, recipe.num_entries):

@@ -8,7 +8,7 @@ of one process to the last bit, wherever the rows are cut. Keys never travel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -69,13 +69,16 @@ class ShardedIndex(TokenTable):
         bounds: (ranks + 1) ascending rows, from 0 to num_entries; rank r holds those from
             bounds[r] to bounds[r + 1]. By default equally many each.
         weights: instead, how many rows each rank holds in proportion; for ranks of unequal speed.
-        faiss: search every shard with a FAISS index of its own, which is approximate (`recall`
-            tells how much). It is built where it is not there yet, each rank its own.
+        faiss: approximate search (`recall` tells how much). True: every shard has a FAISS index of
+            its own, built where it is not there yet, each rank its own. Or the folder of the
+            finished index of the whole datastore, of which each rank holds its rows: the answers
+            are then those of that index, also with `rescore`.
         exchange_bytes: see above. Shards that do not stay in memory are read once a round.
         timeout: seconds that a rank waits for another before it gives up with `RankLostError`.
         options: of `ExactIndex` (metric, device, chunk_bytes, resident_bytes, query_batch,
             refine, codes), or, with `faiss`, of `FaissIndex.build`; `path` is then a folder with
-            one folder a shard. Codes are used where all ranks have them.
+            one folder a shard. With an index that is there: of `FaissIndex.open`. Codes are used
+            where all ranks have them.
 
     Attributes:
         ranks: the group, as this process sees it; its `sent` and `received` count bytes.
@@ -94,7 +97,7 @@ class ShardedIndex(TokenTable):
         *,
         bounds: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
-        faiss: bool = False,
+        faiss: bool | str | Path = False,
         exchange_bytes: int = 512 << 20,
         timeout: float = DEFAULT_TIMEOUT,
         **options: Any,
@@ -103,6 +106,8 @@ class ShardedIndex(TokenTable):
         self.ranks = group if isinstance(group, Ranks) else Ranks(_world(group), timeout=timeout)
         self.exchange_bytes = check_count("exchange_bytes", exchange_bytes)
         self.approximate = bool(faiss)
+        self._whole_index = None if isinstance(faiss, bool) else Path(faiss)
+        self._rescore: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._serving = False
         self._generation = getattr(datastore, "generation", 0)
 
@@ -151,7 +156,11 @@ class ShardedIndex(TokenTable):
             raise
         request = Request.of(wanted.groups, len(rounded), wanted.more(k))
         rounds = self._rounds(self._meet(request))
-        return wanted.finish(*rounds.run(rounded, wanted.groups), k)
+        distances, indices = rounds.run(rounded, wanted.groups)
+        if self._rescore is not None:
+            found = self._rescore(rounded.cpu(), indices.cpu())
+            distances, indices = (one.to(rounded.device) for one in found)
+        return wanted.finish(distances, indices, k)
 
     @contextmanager
     def together(self) -> Iterator[ShardedIndex]:
@@ -215,6 +224,8 @@ class ShardedIndex(TokenTable):
         most += f"at most {max(rows):,} on one; exchanges in {binary_size(self.exchange_bytes)}"
         if isinstance(self.local, ExactIndex):
             return f"{most}; {self.ranks.name}: {self.local.describe()}"
+        if self._whole_index is not None:
+            return f"{most}; FAISS, approximate: what the index finds that {self._whole_index} is"
         return f"{most}; {'FAISS on each, approximate' if self.approximate else 'no rows here'}"
 
     # Inside
@@ -256,6 +267,8 @@ class ShardedIndex(TokenTable):
             verify = options.pop("verify", local_rank() == 0)
             index = ExactIndex(shard, verify=verify, **options)
             return index if len(shard) else None  # made all the same: it checks the options
+        if self._whole_index is not None:
+            return self._open_slice(shard, self._whole_index, options)
         from knnext.index.faiss import FaissIndex, default_path
 
         folder = options.pop("path", None)
@@ -265,6 +278,20 @@ class ShardedIndex(TokenTable):
         whole = default_path(self.datastore)
         place = Path(folder) / name if folder else whole.with_name(f"{whole.name}-{name}")
         return FaissIndex.build(shard, place, **options)
+
+    def _open_slice(
+        self, shard: Datastore, whole: Path, options: dict[str, Any]
+    ) -> FaissIndex | None:
+        """This rank's rows of an index; what FAISS finds is rescored when all have answered."""
+        from knnext.index.faiss_slice import open_slice, rescorer
+
+        again = bool(options.pop("rescore", False))
+        if again and self.ranks.size > 1:
+            self._rescore = rescorer(whole, self.datastore)
+        rows = (shard.row_offset, shard.row_offset + len(shard))
+        options = {"verify": local_rank() == 0, "rescore": again and self.ranks.size == 1} | options
+        index = open_slice(whole, self.datastore, rows, **options)
+        return index if len(shard) else None
 
     def _settle_codes(self, options: dict[str, Any]) -> None:
         """All by codes or none: those that one machine found damaged are no better on another."""
@@ -281,7 +308,8 @@ class ShardedIndex(TokenTable):
             "datastore": self.datastore.fingerprint,
             "metric": self.metric,
             "bounds": self.bounds,
-            "faiss": self.approximate,
+            "faiss": str(self._whole_index or self.approximate),
+            "rescore": self._rescore is not None,
             "exchange_bytes": self.exchange_bytes,
             **{name: options[name] for name in ("refine", "query_batch") if name in options},
         }

@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import finalize
 
@@ -144,6 +145,11 @@ def open_exact(datastore: Datastore, **options: Any) -> ExactIndex | ShardedInde
     if _leads and _is_stored(datastore):
         return _leads[-1].open(datastore, options)
     return ExactIndex(datastore, **options)
+
+
+def open_faiss(datastore: Datastore, path: str | Path, **options: Any) -> ShardedIndex:
+    """A finished FAISS index, its rows divided among the ranks that this one is leading."""
+    return _leads[-1].open(datastore, {**options, "faiss": str(Path(path).absolute())})
 
 
 def is_leading() -> bool:

@@ -154,9 +154,10 @@ def _figures(path: Path) -> dict[str, Any]:
 def test_experiments_under_torchrun_have_the_figures_of_one_process(tmp_path: Path) -> None:
     """Two that search and train on states, and two that train whole models."""
     names = ("representation", "clustering", "memorization", "soft-labels")
-    words = ["knnext", "experiment", "all", "--preset", "tiny", "--max-bytes", "200000"]
-    words += ["--train-steps", "40", "--entries", "6000", "--seeds", "0"]
-    words += [word for name in names for word in ("--only", name)]
+    words = ["knnext", "experiment", "all", "--preset", "tiny", "--max-bytes", "60000"]
+    words += ["--train-steps", "20", "--entries", "1500", "--seeds", "0", "--steps", "5"]
+    words += ["--valid-tokens", "150", "--test-tokens", "300"]
+    words += ["--only", ",".join(names)]
     starts = (["-m"], [*TORCHRUN[1:], "--standalone", "--nproc-per-node", "2", "-m"])
     for number, start in enumerate(starts, 1):
         out = ["--out", str(tmp_path / str(number))]
