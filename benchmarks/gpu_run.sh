@@ -233,6 +233,13 @@ if [ -z "${DATASTORE:-}" ] && "$python" -c 'import transformers' 2>/dev/null; th
 fi
 wait
 
+# The first exchanges between GPUs: shards of one datastore, the answers of one process.
+if [ "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -ge 2 ]; then
+  mkdir -p "$scratch/nccl"
+  step nccl 120 0 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 \
+    -m tests.index.sharded_program "$scratch/nccl" 16 cuda
+fi
+
 budget=$((130 * minutes / 9))
 [ -n "$steps" ] && budget=$(((deadline - $(now)) * 6 / 10))
 step bench 200 65 bash -c "benchmarks bench --budget=$budget"

@@ -36,9 +36,9 @@ __all__ = [
 Made = TypeVar("Made")
 
 _DONE, _FAILED, _BUSY = range(3)  # what a rank says of its part of a common work
-#: Of the time between two signs of life, what a rank that gets on has spent in the processor: a
-#: thousandth is far below what reading a disk takes, and far above what a wait does.
-_AWAKE = 1e-3
+#: Of the time between two signs of life, what a rank that gets on has spent in the processor:
+#: less than reading a disk takes, or looking twice a second at what others have done.
+_AWAKE = 1e-4
 
 
 @contextmanager

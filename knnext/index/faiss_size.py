@@ -28,6 +28,8 @@ class FaissSize:
         code_bytes: of one row's code, which a search reads.
         dim: width of the vectors behind the transforms.
         graph: whether rows are linked (HNSW), whose building no formula here gives.
+        product: whether a vector is multiplied by a matrix before it is coded.
+        rotation: whether that matrix is learned in rounds with the codes (OPQ).
     """
 
     row_bytes: float
@@ -36,6 +38,8 @@ class FaissSize:
     code_bytes: int
     dim: int
     graph: bool = False
+    product: bool = False
+    rotation: bool = False
 
     def index_bytes(self, rows: int) -> int:
         """Of the finished index, in a file or in memory."""
@@ -100,7 +104,13 @@ def _transform(size: FaissSize, match: Match) -> FaissSize | None:
     matrix = _FLOAT * (size.dim * after + after)
     if kind.startswith("PCA"):  # with all directions, of which it uses the first
         matrix += _FLOAT * (size.dim * size.dim + 2 * size.dim)
-    return replace(size, dim=after, fixed_bytes=size.fixed_bytes + matrix)
+    return replace(
+        size,
+        dim=after,
+        fixed_bytes=size.fixed_bytes + matrix,
+        product=True,
+        rotation=size.rotation or kind == "OPQ",
+    )
 
 
 def _inverted(size: FaissSize, match: Match) -> FaissSize:

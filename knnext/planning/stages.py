@@ -74,6 +74,14 @@ def _read_again(job: Job, machine: Machine, rates: Rates) -> tuple[float, tuple[
 
 
 def _train(job: Job, size: FaissSize, rates: Rates) -> Stage:
+    if size.rotation:
+        # Fifty rounds of codes, products and a singular value decomposition: how much of a
+        # product's rate they reach depends on the width of a code more than on their sizes.
+        note = (
+            "no formula tells how long a rotation is learned (OPQ); it is from 65,536 rows at "
+            "most, so its time does not grow with the datastore: try a part of it"
+        )
+        return Stage("index training", None, (), note)
     rows = job.training_rows
     lists = 2.0 * min(rows, _ROWS_A_CENTROID * size.lists) * size.lists * size.dim
     coded = size.code_bytes < size.dim  # by codebooks; scalar codes learn only ranges
@@ -88,6 +96,7 @@ def _add(job: Job, size: FaissSize, machine: Machine, rates: Rates) -> Stage:
         return Stage("index adding", None, (), note)
     coded = size.code_bytes < size.dim
     flops = 2.0 * job.tokens * size.dim * (size.lists + _CENTROIDS * coded)
+    flops += 2.0 * job.tokens * job.shape.dim * size.dim * size.product
     read, names = _read_again(job, machine, rates)
     seconds = flops / (rates["faiss_add"] * job.nodes) + read
     written = job.disk()["index"] + job.disk()["index building"]

@@ -84,6 +84,34 @@ def test_what_has_no_formula_says_so():
     assert json.loads(json.dumps(plan.to_json()))["fits"]
 
 
+def test_a_learned_rotation_has_no_formula_and_its_product_is_counted():
+    plain, turned = (
+        make_plan(job(index=index), rates()) for index in ("IVF4096,PQ64", "OPQ64,IVF4096,PQ64")
+    )
+    training = stage(turned, "index training")
+    assert training.seconds is None and "OPQ" in training.note
+    more = stage(turned, "index adding").seconds - stage(plain, "index adding").seconds
+    product = 2 * PAPER.tokens * 1024 * 1024 / rates()["faiss_add"]
+    assert more == pytest.approx(product, rel=0.01)
+    by_pca = make_plan(job(index="PCA256,IVF4096,PQ64"), rates())
+    assert stage(by_pca, "index training").seconds is not None
+
+
+KINDS = [
+    *("Flat", "SQ8", "PQ64", "IVF4096,Flat", "IVF4096,SQ8", "IVF4096,PQ64", "IVF65536_HNSW32,PQ64"),
+    *("HNSW32", "HNSW32,SQ8", "OPQ64,PQ64", "OPQ64_256,IVF4096,PQ64", "PCA256,IVF4096,PQ64"),
+    "IVF4096,PQ64x4fs,RFlat",
+]
+
+
+@pytest.mark.parametrize("index", KINDS)
+def test_every_kind_of_index_has_each_line_or_the_reason_why_not(index):
+    plan = make_plan(job(index=index), rates())
+    for name in ("index training", "index adding", "FAISS search"):
+        found = stage(plan, name)
+        assert found.seconds is not None or "no formula" in found.note
+
+
 def test_every_rate_that_is_used_says_where_it_is_from():
     plan = make_plan(
         job(codes=True, index="default", gpus=8, nodes=2, tokens=1_500_000_000), rates()
