@@ -338,3 +338,18 @@ def test_later_releases_find_it_by_its_entry_point() -> None:
     name, value = rest.splitlines()[0].split(" = ")
     group = "lm_eval.models"
     assert EntryPoint(name, value.strip('"'), group).load() is KNNHarnessLM and name == "knnext"
+
+
+def test_a_gguf_file(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs gguf: pip install 'knnext[gguf]'")
+    from tests.lm.gguf_files import write_gguf
+
+    model, words = load_lm(place / "model", model_dtype="float32")
+    write_gguf(tmp_path / "tiny.gguf", model, words, "F16")
+    model, words = load_lm(tmp_path, gguf="tiny.gguf")
+    texts = [Document("a", " ".join(WORDS * 9))]
+    store = build_datastore(model, words, tokenize(texts, words), tmp_path / "store")
+    given = {"datastore": store, "gguf_file": "tiny.gguf", "device": "cpu", **MIX}
+    assert isinstance(KNNHarnessLM(str(tmp_path), **given).model, KNNLM)
+    with pytest.raises(ValueError, match=r"quantization|model_revision"):
+        KNNHarnessLM(str(place / "model"), **{**given, "gguf_file": None})
