@@ -1,10 +1,10 @@
 """What can go wrong, one class for each thing that a program may want to do about it.
 
-All errors are `KnnextError`, and each is also the error of Python's that it would be elsewhere, so that
-`except ValueError`, `except OSError` and `except ImportError` go on to catch them. An argument
-that no call can take is a plain ValueError or TypeError, as in torch. Every message is one
-sentence that names what was given and what is wanted; the command `knnext` prints it and ends
-with exit code 1.
+All errors are `KnnextError`, and each is also the error of Python's that it would be elsewhere, so
+that `except ValueError`, `except OSError` and `except ImportError` go on to catch them. An argument
+that no call can take is a plain ValueError or TypeError, as in torch. Every message is one sentence
+that names what was given and what is wanted; the command `knnext` prints it and ends with exit
+code 1.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CorruptDatastoreError(DatastoreError):
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.problems = tuple(problems)
+        self.problems: tuple[str, ...] = tuple(problems)
 
 
 class FormatVersionError(DatastoreError):

@@ -89,10 +89,12 @@ class Ranks:
     def __init__(self, group: Any = None, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}")
-        self.group, self.timeout = group, float(timeout)
+        self.group: Any = group
+        self.timeout: float = float(timeout)
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
-        self.sent = self.received = 0
+        self.sent: int = 0
+        self.received: int = 0
         self._cpu_group = _with_gloo(group, self.timeout)
 
     @property

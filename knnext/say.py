@@ -56,6 +56,11 @@ def lenient(stream: TextIO) -> TextIO:
     return stream
 
 
+def to_log(line: str) -> None:
+    """Where lines for people go that nobody takes."""
+    LOGGER.info(line)
+
+
 class _Stderr(logging.Handler):
     """A record in one line, on what stderr is by then; it takes a progress line's place."""
 

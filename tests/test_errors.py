@@ -45,7 +45,7 @@ def test_every_error_of_ours_has_the_base_and_is_a_builtin() -> None:
     found = list(own_errors())
     assert len(found) > len(KINDS)
     # What never leaves its room need be no builtin.
-    inner = {"KnnextError", "StreamError", "Refused"}
+    inner = {"KnnextError", "StreamError", "Refused", "Gone"}
     for kind in found:
         assert issubclass(kind, KnnextError), kind
         assert kind.__name__ in inner or issubclass(kind, BUILTINS), kind

@@ -25,10 +25,11 @@ class KeptRows:
         bounds = np.array([0, *(row for run in deleted for row in run), num_stored], dtype=np.int64)
         runs = bounds.reshape(-1, 2)
         runs = runs[runs[:, 0] < runs[:, 1]]
-        self.starts, self.stops = runs[:, 0].copy(), runs[:, 1].copy()
+        self.starts: NDArray[np.int64] = runs[:, 0].copy()
+        self.stops: NDArray[np.int64] = runs[:, 1].copy()
         ends = np.cumsum(self.stops - self.starts, dtype=np.int64)
-        self.firsts = ends - (self.stops - self.starts)
-        self.count = int(ends[-1]) if len(ends) else 0
+        self.firsts: NDArray[np.int64] = ends - (self.stops - self.starts)
+        self.count: int = int(ends[-1]) if len(ends) else 0
         self.num_stored = num_stored
 
     def stored(self, rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from knnext.lm.hidden_states import default_block_size
 from knnext.lm.train import TrainConfig
 from knnext.output import check_outputs, write_json
 from knnext.progress import format_duration
-from knnext.say import Say
+from knnext.say import Say, to_log
 
 if TYPE_CHECKING:
     from knnext.corpus import Corpus, Document, TokenizedDocuments
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def run_demo(
-    config: DemoConfig, out: str | Path, *, fresh: bool = False, say: Say = print
+    config: DemoConfig, out: str | Path, *, fresh: bool = False, say: Say = to_log
 ) -> dict[str, Any]:
     """Run what is missing in the folder `out` and return what `results.json` there holds.
 

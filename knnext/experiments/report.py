@@ -19,6 +19,7 @@ from knnext.experiments.catalog import NAMES
 from knnext.experiments.lab.results import load_result
 from knnext.output import write_text
 from knnext.progress import format_duration
+from knnext.say import to_log
 
 Result = Mapping[str, Any]
 
@@ -35,7 +36,7 @@ _CLASSES = {"agrees": "yes", "agrees in part": "part", "disagrees": "no", "undec
 
 
 def write_report(
-    folder: Path, names: Sequence[str] = NAMES, say: Callable[[str], None] = print
+    folder: Path, names: Sequence[str] = NAMES, say: Callable[[str], None] = to_log
 ) -> list[Path]:
     """Write `report.html` and `report.md` from the results in `folder`; returns their paths.
 

@@ -88,7 +88,7 @@ class ExactIndex(TokenTable):
         verify: bool = True,
     ) -> None:
         self.datastore = datastore
-        self.metric = datastore.metric if metric is None else metric
+        self.metric: str = datastore.metric if metric is None else metric
         if self.metric not in METRICS and self.metric != datastore.metric:
             raise ValueError(
                 f"metric must be one of {METRICS}, got {metric!r}"
@@ -96,13 +96,14 @@ class ExactIndex(TokenTable):
             )
         self._cosine = self.metric == "cosine"
         self._op_metric = "ip" if self._cosine else self.metric
-        self.device = torch.device("cpu" if device is None else device)
-        self.query_batch = check_count("query_batch", query_batch)
-        self.refine = bool(refine)
+        self.device: torch.device = torch.device("cpu" if device is None else device)
+        self.query_batch: int = check_count("query_batch", query_batch)
+        self.refine: bool = bool(refine)
         self._choice = choose_codes(datastore, codes, self.device, verify=verify)
         self._asked = codes
         self._generation = getattr(datastore, "generation", 0)
-        self.chunk_rows = max(1, check_count("chunk_bytes", chunk_bytes) // self._row_bytes())
+        rows = check_count("chunk_bytes", chunk_bytes) // self._row_bytes()
+        self.chunk_rows: int = max(1, rows)
         if resident_bytes is None:
             resident_bytes = _default_resident_bytes(self.device)
         self.resident_bytes = resident_bytes

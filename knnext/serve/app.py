@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from knnext.errors import KnnextError
 from knnext.serve import asked as asking
 from knnext.serve.answers import Answers, failed
 from knnext.serve.asked import Asked
@@ -39,7 +40,7 @@ _GRACE = 2.0
 _Parse = Callable[[dict[str, Any], Any, asking.Limits], Asked]
 
 
-class Gone(Exception):
+class Gone(KnnextError):
     """Whoever asked has closed the connection."""
 
 

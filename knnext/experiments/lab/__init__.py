@@ -21,6 +21,7 @@ from knnext.experiments.lab.models import EVALUATED, LM, ModelLab, States
 from knnext.experiments.lab.presets import Preset
 from knnext.index.faiss_build import faiss_recipe
 from knnext.lm.key_layer import KEY_LAYERS
+from knnext.say import to_log
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -36,7 +37,7 @@ class Lab(ModelLab):
         self,
         preset: Preset,
         folder: str | Path,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = to_log,
         device: str | None = None,
     ) -> None:
         super().__init__(preset, folder, say, device)

@@ -18,6 +18,7 @@ from knnext.experiments.lab.cache import settings_key
 from knnext.experiments.lab.mixture import Split
 from knnext.experiments.lab.presets import Preset
 from knnext.experiments.lab.texts import TextLab
+from knnext.say import to_log
 
 EVALUATED = ("valid", "test")
 _LINEAR_TOLERANCE = 0.05  # nats; models in half precision differ by a hundredth
@@ -67,7 +68,7 @@ class ModelLab(TextLab):
         self,
         preset: Preset,
         folder: str | Path,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = to_log,
         device: str | None = None,
     ) -> None:
         super().__init__(preset, folder, say, device)

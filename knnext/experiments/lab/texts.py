@@ -16,6 +16,7 @@ from knnext.corpus import take_documents
 from knnext.experiments.lab.cache import Cache, settings_key
 from knnext.experiments.lab.presets import Preset
 from knnext.progress import format_duration
+from knnext.say import to_log
 
 if TYPE_CHECKING:
     from knnext.corpus import Corpus, TokenizedDocuments
@@ -35,7 +36,7 @@ class TextLab:
         self,
         preset: Preset,
         folder: str | Path,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = to_log,
         device: str | None = None,
     ) -> None:
         self.preset, self.folder, self.say = preset, Path(folder), say
