@@ -155,8 +155,9 @@ def search_stream(
     k = check_k(k)
     query_batch = check_count("query_batch", query_batch)
     layer, dtype = common_keys(indexes, key_layer)
-    for one in _searched(indexes) if not allow_overlap else ():
-        check_overlap(one.datastore, tokenized, _excluded(exclude_documents, one))
+    for searched in _searched(indexes) if not allow_overlap else ():
+        without = _excluded(exclude_documents, searched)
+        check_overlap(searched.datastore, tokenized, without)
     if bos == "as built":
         bos = built_with(indexes, "bos")
     if separate_documents == "as built":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from knnext.datastore import Datastore
 from knnext.datastore.verify import Progress
 from knnext.errors import IndexMismatchError
-from knnext.index import codes, codes_build, faiss_build
+from knnext.index import codes, codes_meta, faiss_build
 from knnext.index.codes import StoredCodes
 from knnext.index.sidecar import Recipe, read_json, read_sidecar
 
@@ -42,9 +42,7 @@ def compact(
 
 def _renew_codes(store: Datastore) -> list[str]:
     folder = codes.default_path(store)
-    if not any(
-        (folder / name).exists() for name in (codes_build.META_FILE, codes_build.BUILD_FILE)
-    ):
+    if not any((folder / name).exists() for name in (codes_meta.META_FILE, codes_meta.BUILD_FILE)):
         return []
     try:
         StoredCodes.open(store, verify=False)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from knnext.errors import MissingFileError
+from knnext.errors import IndexMismatchError, MissingFileError
 from knnext.index import faiss_build, faiss_library
 from knnext.index.faiss_build import INDEX_FILE, SIDECAR_FILE
 from knnext.index.queries import check_count
 from knnext.index.row_set import ALL_ROWS
-from knnext.index.sidecar import IndexMismatchError, Recipe, Sidecar, file_crc32
+from knnext.index.sidecar import Recipe, Sidecar, file_crc32
 from knnext.output import whole_file
 
 if TYPE_CHECKING:
