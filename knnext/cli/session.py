@@ -14,6 +14,7 @@ from knnext.say import Say
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
+    from knnext.index import FaissIndex, ShardedIndex
     from knnext.index.base import Index
     from knnext.ranks import Ranks
 
@@ -192,7 +193,7 @@ def open_index(
 
 def _open_faiss(
     args: argparse.Namespace, store: Datastore, settings: Settings, say: Say | None
-) -> Index:
+) -> FaissIndex | ShardedIndex:
     """The FAISS index; of several ranks each holds its own rows of it, where it can be divided."""
     from knnext.index import FaissIndex, ShardedIndex
     from knnext.index.faiss import default_path
@@ -207,6 +208,7 @@ def _open_faiss(
         say(f"note: {why}; each rank holds all of it, and searches its own share of the text by it")
     if why or not several:
         return FaissIndex.open(path, store, **options)
+    divided: ShardedIndex
     if ranks is None:
         divided = open_faiss(store, path, **options)
     else:

@@ -126,7 +126,10 @@ class ModelLab(TextLab):
                     },
                 )
 
-        place = {"path": str(self.cache.get("lm", settings, make)), "device": self.device}
+        place: dict[str, Any] = {
+            "path": str(self.cache.get("lm", settings, make)),
+            "device": self.device,
+        }
         model, _ = load_lm(**place)
         return LM(model, self.tokenizer, settings, seed, place)
 
