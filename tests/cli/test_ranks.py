@@ -113,6 +113,33 @@ def test_figures_under_torchrun_are_those_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("factory", "divided"), [("IVF4,SQ8", True), ("HNSW8", False)])
+def test_one_faiss_index_serves_all_ranks(
+    built: Path, run: Run, factory: str, divided: bool, tmp_path: Path
+) -> None:
+    """Each rank holds its rows of it, where it can be divided; the figures are those of one."""
+    pytest.importorskip("faiss")
+    place = ("--index-path", str(tmp_path / "index"))
+    run("index", str(built / "ranks"), *place, "--factory", factory, "--nprobe", "2")
+    words = words_of(built, "eval", *MIXTURE, *place, "--index", "faiss", "--rescore")
+    wanted = run(*words[1:])
+    start = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", *words, "--json"]
+    with processes(start) as [process]:
+        code, out, err = ended(process)
+    assert code == 0, err
+    same_but_for_times(out, wanted)
+    assert ("rows on 2 ranks" in err) == divided and ("cannot be divided" in err) != divided
+    words = words_of(built, "generate", "the key of", *MIXTURE[:-2], "--max-new-tokens", "3")
+    words += [*place, "--index", "faiss"]
+    wanted = run(*words[1:])
+    with on_processes([*words, "--json"]) as [first, second]:
+        code, out, err = ended(first)
+        assert code == 0, err
+        assert json.loads(out) == wanted
+        assert ended(second) == (0, "", "")
+
+
+@pytest.mark.slow
 def test_a_text_is_continued_by_the_first_with_the_rows_of_all(built: Path, run: Run) -> None:
     words = words_of(built, "generate", "the key of", *MIXTURE[:-2], "--max-new-tokens", "4")
     wanted = run(*words[1:])
