@@ -87,10 +87,12 @@ def interpreter(python: str) -> Path:
         sys.exit(f"{sys.executable} has no torch; run this by a Python that has one")
     folder = WORK / _tell(python, "sys.implementation.cache_tag")
     executable = folder / "bin" / "python"
-    if not executable.is_file():
-        subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    install = [str(executable), "-m", "pip", "install", "--quiet", *pins()]
-    subprocess.run(install, check=True)
+    ready, holds = folder / "holds", "\n".join(pins())  # not where one was stopped half-way
+    if not ready.is_file() or ready.read_text() != holds:
+        subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
+        install = [str(executable), "-m", "pip", "install", "--quiet", *pins()]
+        subprocess.run(install, check=True)
+        ready.write_text(holds)
     linked = Path(_tell(str(executable), "sysconfig.get_paths()['platlib']")) / "torch"
     linked.unlink(missing_ok=True)
     linked.symlink_to(Path(torch.origin).resolve().parent)
