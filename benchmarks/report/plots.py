@@ -164,7 +164,7 @@ def draw(picture: Picture, folder: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('plots need matplotlib: pip install matplotlib') from None
+        raise ImportError("plots need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.add_subplot()
     looks = _looks([line.name for line in picture.lines])

@@ -33,11 +33,11 @@ def load(device: str) -> ModuleType:
     try:
         import faiss
     except (ImportError, RuntimeError) as error:  # not there, or its libraries do not load
-        pytest.skip(f'no FAISS ({error}): pip install faiss-cpu, or faiss-gpu')
+        pytest.skip(f"no FAISS ({error}): pip install faiss-cpu, or faiss-gpu")
     if device == "cpu":
         return faiss
     if not hasattr(faiss, "StandardGpuResources"):
-        pytest.skip('this FAISS was built for the CPU: pip install faiss-gpu in its place')
+        pytest.skip("this FAISS was built for the CPU: pip install faiss-gpu in its place")
     if faiss.get_num_gpus() == 0:
         pytest.skip("this FAISS sees no GPU: its CUDA libraries do not load beside this driver")
     import faiss.contrib.torch_utils  # tensors for arrays, and torch's stream

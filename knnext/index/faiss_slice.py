@@ -17,7 +17,7 @@ from torch import Tensor
 
 from knnext.index import faiss_library
 from knnext.index.faiss import FaissIndex, default_path
-from knnext.index.faiss_build import SIDECAR_FILE
+from knnext.index.faiss_build import INDEX_FILE, SIDECAR_FILE
 from knnext.index.faiss_open import read_index
 from knnext.index.sidecar import read_sidecar
 
@@ -32,8 +32,13 @@ def undivided(path: str | Path | None, datastore: Datastore) -> str:
         return ""  # whoever opens it says so
     if datastore.kept_rows is not None:
         return "the index still has rows that were deleted (`knnext compact` takes them out)"
-    recipe = read_sidecar(file).recipe
-    if faiss_library.can_slice(faiss_library.create(recipe.factory, recipe.dim, recipe.metric)):
+    sidecar = read_sidecar(file)
+    recipe = sidecar.recipe
+    if sidecar.adopted is None:
+        like = faiss_library.create(recipe.factory, recipe.dim, recipe.metric)
+    else:  # whose factory nobody knows
+        like = faiss_library.read(file.with_name(INDEX_FILE), mapped=True)
+    if faiss_library.can_slice(like):
         return ""
     return (
         f"an index {recipe.factory} cannot be divided; inverted lists and flat codes can, such as "

@@ -285,9 +285,10 @@ def _message(message: Any) -> dict[str, str]:
     content = message.get("content")
     if isinstance(content, list):
         parts = [p.get("text") if isinstance(p, dict) else None for p in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise bad("the parts of a content must be of type text", "messages")
-        content = "".join(parts)
+        content = "".join(texts)
     if not isinstance(content, str):
         raise bad("the content of a message must be a text", "messages")
     _check_text(content, "messages")

@@ -340,10 +340,9 @@ class Engine:
             part = slice(start, min(start + rows, len(targets)))
             log_p = found[part].log_p(read.logits[part])
             top = read.text.asked.top or 0
-            for mine, new in zip(
-                scores, _told(log_p, found[part], targets[part], [top] * len(log_p)), strict=True
-            ):
-                mine += new
+            parts = _told(log_p, found[part], targets[part], [top] * len(log_p))
+            for kept, new in zip(scores, (list[Any](one) for one in parts), strict=True):
+                kept += new
         return scores
 
     def _choose(self, reads: list[_Read], found: Found) -> None:
@@ -355,10 +354,11 @@ class Engine:
             tokens.append(token)
         targets = torch.tensor(tokens, dtype=torch.int64, device=log_p.device)
         tops = [read.text.asked.top for read in reads]
-        scores = _told(log_p, found, targets, tops)
+        log_ps, shares, told = _told(log_p, found, targets, tops)
         self.tokens_written += len(tokens)
-        for read, token, *score in zip(reads, tokens, *scores, strict=True):
-            read.text.add(token, *score)
+        parts = zip(reads, tokens, log_ps, shares, told, strict=True)
+        for read, token, own, share, top in parts:
+            read.text.add(token, own, share, top)
 
 
 def _told(

@@ -12,6 +12,7 @@ from knnext.cli import main
 from knnext.datastore import Datastore
 from knnext.errors import MissingFileError
 from knnext.index import FaissIndex, IndexMismatchError
+from knnext.index.faiss_slice import undivided
 from tests.index.stores import DIM, ROWS, clustered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +37,7 @@ def write(path: Path, keys: torch.Tensor, factory: str, metric: str = "l2") -> P
 
 @pytest.mark.parametrize(
     ("factory", "metric"),
-    [("Flat", "l2"), ("IVF16,PQ8", "ip"), ("HNSW8", "l2"), ("IDMap,SQ8", "ip")],
+    [("Flat", "l2"), ("IVF16,PQ8np", "ip"), ("HNSW8", "l2"), ("IDMap,SQ8", "ip")],
 )
 def test_what_is_of_the_same_keys_is_taken(
     stores: dict[str, Datastore], tmp_path: Path, factory: str, metric: str
@@ -54,12 +55,13 @@ def test_what_is_of_the_same_keys_is_taken(
     assert again.sidecar == found.sidecar
     if factory == "Flat" and metric == "l2":
         assert found.search(queries, 1)[1][:, 0].tolist() == list(range(7))
+    assert bool(undivided(tmp_path / "index", store)) == ("HNSW" in factory)  # among ranks
     with pytest.raises(IndexMismatchError, match="holds an index already"):
         FaissIndex.adopt(store, file, tmp_path / "index")
     FaissIndex.adopt(store, file, tmp_path / "index", overwrite=True, gpu=False)
 
 
-@pytest.mark.parametrize("factory", ["IVF16,PQ8", "HNSW8"])
+@pytest.mark.parametrize("factory", ["IVF16,PQ8np", "HNSW8"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -111,7 +113,7 @@ def test_an_import_takes_its_index_along(tmp_path: Path) -> None:
     values = torch.cat([torch.arange(1, ROWS + 1), torch.zeros(100).long()]).int()
     keys.numpy().tofile(tmp_path / f"dstore_gpt2_{ROWS + 100}_{DIM}_keys.npy")
     values.numpy().tofile(tmp_path / f"dstore_gpt2_{ROWS + 100}_{DIM}_vals.npy")
-    file = write(tmp_path / "index_gpt2.indexed", keys, "IVF16,PQ8")
+    file = write(tmp_path / "index_gpt2.indexed", keys, "IVF16,PQ8np")
     line = ["import", str(tmp_path), str(tmp_path / "s"), "--faiss-index", str(file)]
     with pytest.warns(UserWarning, match="left out 100"):
         assert main([*line, "--debug"]) == 0

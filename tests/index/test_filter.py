@@ -269,7 +269,9 @@ def test_faiss_finds_among_the_kept_rows(one_thread: None, tmp_path: Path, facto
             distances, indices = index.search(queries, 20, filter=given)
             for q in range(5):
                 want, size = everything[0][q][allowed[q]][:20], int((indices[q] >= 0).sum())
-                assert torch.equal(distances[q, :size], want) and kept[indices[q, :size]].all()
+                assert kept[indices[q, :size]].all(), name
+                if "HNSW" not in factory:  # which looks further the more is asked of it
+                    assert torch.equal(distances[q, :size], want), name
                 assert distances[q, size:].isinf().all(), (name, q)
     own = torch.tensor([7, 3, -1, 1000, 1])
     found = index.search(store.keys[own.clamp_min(0)], 9, filter=Filter(own_rows=own), rescore=True)
