@@ -1,8 +1,8 @@
 """A progress line on stderr for work that takes more than a couple of seconds.
 
 Nothing is printed when stderr is not a terminal, so logs and pipes stay clean, nor where the logger
-"knnext" is set to WARNING or above, nor in the first `DELAY` seconds, so short work stays silent. The
-line is rewritten in place at most ten times a second and erased at the end.
+"knnext" is set to WARNING or above, nor in the first `DELAY` seconds, so short work stays silent.
+The line is rewritten in place at most ten times a second and erased at the end.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ DESCRIPTION = Description(
 STATES, METRICS = ("att", "ffn"), ("l2", "ip")
 SEARCHES = (("exact", "real"), ("faiss", "real"), ("faiss", "faiss"))
 FITTED, ONE = "fitted", "t = 1"
-ATT, L2, CODES = "att over ffn", "l2 over ip", "FAISS score over real"
+ATT, L2 = "att over ffn", "l2 over ip"
+CODES, MASK = "FAISS score over real", "FAISS mask over exact"
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def at_end(figures: Mixture, grid: Sequence[float]) -> bool:
 
 
 def compare(members: Sequence[Member], test: Split, resamples: int) -> dict[Pair, Gain]:
-    """Paired gains of att over ffn for each metric, of l2 over ip for each state, and of FAISS's
-    scores over real ones on FAISS's mask."""
+    """Paired gains of att over ffn for each metric, of l2 over ip for each state, of FAISS's
+    scores over real ones on FAISS's mask, and of FAISS's mask over the true neighbors."""
     by = {(m.setting, m.how): m.mixed for m in members}
     pairs = {}
     for (mask, score), how in product(SEARCHES, (FITTED, ONE)):
@@ -165,6 +166,9 @@ def compare(members: Sequence[Member], test: Split, resamples: int) -> dict[Pair
         )
         pair = Pair(CODES, f"{state} {metric}", "faiss", "both", FITTED)
         pairs[pair] = advantage(test, codes, real, resamples)
+        true = by[Setting(h_ds=state, metric=metric), FITTED]
+        pair = Pair(MASK, f"{state} {metric}", "both", "real", FITTED)
+        pairs[pair] = advantage(test, real, true, resamples)
     return pairs
 
 
@@ -186,6 +190,10 @@ def conclude(
         "l2 and ip differ little for att": negligible(distance.interval),
     }
     codes = [pairs[Pair(CODES, f"att {x}", "faiss", "both", FITTED)] for x in METRICS]
+    masks = [
+        f"{pairs[Pair(MASK, both, 'both', 'real', FITTED)]} ({both})"
+        for both in (f"{state} {metric}" for state, metric in product(STATES, METRICS))
+    ]
     exact = [m for m in members if m.setting.mask == "exact" and m.how == FITTED]
     changes = ", ".join(
         f"{m.setting.h_ds} {m.setting.metric} {change(m.figures)} (t {m.figures.temperature:.3g})"
@@ -195,8 +203,9 @@ def conclude(
         f"att instead of ffn changes perplexity by {one[0]} (l2) and {one[1]} (ip) at t = 1, and "
         f"by {fitted[0]} and {fitted[1]} with t fitted: t is a scale, and t = 1 compares scales "
         f"too. l2 instead of ip, for att: {found(L2, 'att', ONE)} at t = 1, {distance} fitted. "
-        f"FAISS's scores instead of real ones, for att: {codes[0]} (l2), {codes[1]} (ip). Against "
-        f"the LM, fitted: {changes}."
+        f"FAISS's scores instead of real ones, for att: {codes[0]} (l2), {codes[1]} (ip). "
+        f"FAISS's neighbors instead of the true ones, with real scores: {', '.join(masks)}. "
+        f"Against the LM, fitted: {changes}."
     )
     return Findings(
         rows=rows,

@@ -82,7 +82,7 @@ class Service(Draining):
                 ready()
             except BaseException as error:
                 self.error = error
-                self.stopping()
+                self.stop()
 
         threading.Thread(target=work, name="knnext-load", daemon=True).start()
 

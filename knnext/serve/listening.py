@@ -73,6 +73,8 @@ class Listener:
             server = _Server(config, draining)
             if draining is not None:
                 draining.stopping = lambda: setattr(server, "should_exit", True)
+                if draining.stopped:  # before there was a server to tell
+                    server.should_exit = True
             server.run(sockets=[self._socket])
 
     def close(self) -> None:
@@ -88,8 +90,14 @@ class Draining:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        #: Ends the serving, from any thread; set while it runs.
+        #: Tells the server, from any thread; set while one runs.
         self.stopping: Callable[[], None] = lambda: None
+        self.stopped = False
+
+    def stop(self) -> None:
+        """End the serving, from any thread, also one that is yet to begin."""
+        self.stopped = True
+        self.stopping()
 
     def begin(self) -> None:
         """Take nothing more."""

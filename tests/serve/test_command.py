@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,36 @@ def test_a_port_that_is_taken(
     assert f"cannot listen at 127.0.0.1:{taken.port}" in said
 
 
+@pytest.mark.parametrize("first", ["the load", "the server"])
 def test_a_load_that_fails_is_the_commands_error(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     no_model: None,
+    first: str,
 ) -> None:
+    from knnext.serve.listening import Listener, _Server
+
+    serving = threading.Event()
+    run, main_loop = Listener.run, _Server.main_loop
+
     def fail(*args: Any) -> Any:
+        if first == "the server":
+            assert serving.wait(60)
         raise ValueError("these weights are not whole")
 
+    def run_later(self: Any, app: Any, draining: Any, **options: Any) -> None:
+        for thread in threading.enumerate() if first == "the load" else ():
+            if thread.name == "knnext-load":
+                thread.join(60)
+        run(self, app, draining, **options)
+
+    async def serve(self: Any) -> None:
+        serving.set()
+        await main_loop(self)
+
+    monkeypatch.setattr(Listener, "run", run_later)
+    monkeypatch.setattr(_Server, "main_loop", serve)
     monkeypatch.setattr("knnext.cli.serve.open_model", fail)
     assert "these weights are not whole" in refused(folder, capsys, *MIXTURE)
 

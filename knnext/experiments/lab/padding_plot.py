@@ -17,6 +17,8 @@ from knnext.experiments.lab.figures import (
 )
 
 _WIDTH, _HEIGHT = 12.0, 11.0
+#: Places on the axis of k / N that are nearer to one another, as a factor, share a label.
+_ONE_LABEL = 1.8
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
@@ -99,17 +101,23 @@ def _depths(axes: Any, depths: dict[str, Any]) -> None:
             style = {"linewidth": 1.1, "color": MUTED, "linestyle": (0, (moved, 1.2))}
             label = f"moved to {curve['mean_share']:.2g}"
         axes.plot(depths["kept"], [100 * p for p in curve["places"]], label=label, **style)
-    for name, kept in depths["ours"].items():
-        axes.axvline(kept, color=COLORS[2], linewidth=1.0)
-        _above(axes, kept, f"ours,\n{100 * float(name):.3g} %")
-    for name, kept in depths["paper"].items():
-        axes.axvline(kept, color=COLORS[4], linewidth=1.0)
-        _above(axes, kept, f"paper,\n{name}")
+    marks = [(kept, f"ours,\n{100 * float(n):.3g} %", 2) for n, kept in depths["ours"].items()]
+    marks += [(kept, f"paper,\n{name}", 4) for name, kept in depths["paper"].items()]
+    above: list[tuple[float, str]] = []
+    for kept, text, color in sorted(marks):
+        axes.axvline(kept, color=COLORS[color], linewidth=1.0)
+        if above and kept < _ONE_LABEL * above[-1][0]:
+            kept, other = above.pop()
+            text = f"{other}\n{text}"
+        above.append((kept, text))
+    for kept, text in above:
+        _above(axes, kept, text)
+    lines = max((text.count("\n") + 1 for _, text in above), default=0)
     axes.set_xscale("log")
     axes.set_ylim(0, 100)
     dress(
         axes,
-        title="Where zero rows get into the exact top k\n\n",
+        title="Where zero rows get into the exact top k" + "\n" * lines,
         xlabel="k / N: share of the real rows that is kept",
         ylabel="places taken by zero rows, %",
         legend=False,
