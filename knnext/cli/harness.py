@@ -166,7 +166,7 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
     def _searched(self, ids: Tensor) -> Tensor:
         """(B, L) bool of rows that are filled up on the right: what any request asks of them."""
         rows = ids.cpu().numpy().astype(np.int32)
-        searched = torch.zeros(ids.shape, dtype=torch.bool)
+        searched = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")
         for row, wanted in zip(rows, searched, strict=True):
             for length in self._lengths:
                 # Where one text begins with another it is both of them, for all that one can tell.

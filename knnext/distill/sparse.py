@@ -48,10 +48,14 @@ def sparse_targets(distances: Tensor, tokens: Tensor, temperature: float, top: i
     weights = weights.softmax(1).nan_to_num_(0.0)  # a row of padding alone
     ordered, order = tokens.sort(dim=1, stable=True)
     weights = weights.gather(1, order)
-    group = torch.zeros(n, k, dtype=torch.int64)
+    group = torch.zeros(n, k, dtype=torch.int64, device=tokens.device)
     group[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
-    sums = torch.zeros(n, k, dtype=torch.float64).scatter_add_(1, group, weights)
-    names = torch.full((n, k), -1, dtype=torch.int32).scatter_(1, group, ordered.int())
+    sums = torch.zeros(n, k, dtype=torch.float64, device=tokens.device).scatter_add_(
+        1, group, weights
+    )
+    names = torch.full((n, k), -1, dtype=torch.int32, device=tokens.device).scatter_(
+        1, group, ordered.int()
+    )
     # Stable, and groups ascend by token.
     sums, order = sums.sort(dim=1, descending=True, stable=True)
     ids, p = names.gather(1, order)[:, :top].contiguous(), sums[:, :top].to(torch.float16)
@@ -100,7 +104,7 @@ class ShardWriter:
         self._count -= count
         ids, p = rows.pop("ids")[:count], rows.pop("p")[:count]
         kept = ids >= 0
-        places = torch.zeros(count + 1, dtype=torch.int32)
+        places = torch.zeros(count + 1, dtype=torch.int32, device="cpu")
         places[1:] = kept.sum(1).cumsum(0)
         arrow, offsets = self._arrow, self._arrow.array(places.numpy())
         lists = {

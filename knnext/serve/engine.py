@@ -8,6 +8,7 @@ prompt. Only the rounding of a forward pass can depend on who stands beside it i
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -316,7 +317,7 @@ class Engine:
             at += len(read.states)
             if read.fresh and not read.job.over:
                 read.text.begin(*scores)
-        lasts = torch.tensor([len(read.states) for read in reads]).cumsum(0).sub(1).tolist()
+        lasts = [end - 1 for end in itertools.accumulate(len(read.states) for read in reads)]
         going = [i for i, read in enumerate(reads) if not (read.text.finished or read.job.over)]
         if going:
             self._choose([reads[i] for i in going], found[[lasts[i] for i in going]])

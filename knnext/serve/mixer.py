@@ -74,9 +74,11 @@ class Mixer:
         At most so many ``rows`` are searched at once, which bounds what a search holds.
         """
         device = states.device
-        counts = torch.tensor([m.k for m in mixtures], dtype=torch.int64)
-        lmbda = torch.tensor([m.lmbda for m in mixtures], dtype=torch.float32)
-        temperature = torch.tensor([m.temperature for m in mixtures], dtype=torch.float32)
+        counts = torch.tensor([m.k for m in mixtures], dtype=torch.int64, device="cpu")
+        lmbda = torch.tensor([m.lmbda for m in mixtures], dtype=torch.float32, device="cpu")
+        temperature = torch.tensor(
+            [m.temperature for m in mixtures], dtype=torch.float32, device="cpu"
+        )
         asked = lmbda.nonzero()[:, 0]
         most = int(counts[asked].max()) if len(asked) else 1
         distances = torch.full((len(states), most), torch.inf, dtype=torch.float32, device=device)
@@ -88,7 +90,7 @@ class Mixer:
             queries = queries if self._dtype is None else queries.to(self._dtype)
             found, indices = self.index.search(queries, most)
             # Of a row that asked for fewer, the nearest.
-            beyond = torch.arange(most) >= counts[part][:, None]
+            beyond = torch.arange(most, device="cpu") >= counts[part][:, None]
             near = self.index.tokens(indices).to(device).masked_fill(beyond.to(device), -1)
             distances[places], tokens[places] = found.to(device), near.to(tokens.dtype)
         return Found(distances, tokens, temperature.to(device), lmbda.to(device))

@@ -119,7 +119,7 @@ class Reader:
     ) -> tuple[list[Tensor], list[Tensor]]:
         longest = max(len(text) for text in new)
         ids = torch.tensor(
-            [[0] * (longest - len(text)) + text for text in new], dtype=torch.int64
+            [[0] * (longest - len(text)) + text for text in new], dtype=torch.int64, device="cpu"
         ).to(self.device)
         width = rows.width + longest
         lengths = [old + len(text) for old, text in zip(rows.lengths, new, strict=True)]

@@ -103,8 +103,8 @@ def test_shards_exchanged_between_datastores_are_found(path, tmp_path):
 
 
 def test_other_programs_and_versions(path):
-    edit_meta(path, format_version=3)
-    with pytest.raises(FormatVersionError, match="format version 3; this knnext reads 1 and 2"):
+    edit_meta(path, format_version=4)
+    with pytest.raises(FormatVersionError, match="format version 4; this knnext reads 1, 2, 3"):
         Datastore.open(path)
     edit_meta(path, magic="something")
     with pytest.raises(FormatVersionError, match="magic is 'something', want 'knnext-datastore'"):

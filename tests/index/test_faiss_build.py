@@ -266,5 +266,5 @@ def test_without_faiss_the_error_says_what_to_install(
     stores: dict[str, Datastore], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match=r"knnext\[faiss\]"):
+    with pytest.raises(ImportError, match=r"needs faiss: pip install .*\[faiss\]"):
         FaissIndex.build(stores["l2"], tmp_path / "ix", "Flat")
