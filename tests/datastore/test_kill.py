@@ -84,7 +84,8 @@ def test_an_extension_leaves_the_finished_part_readable(folder, begin, step):
 def test_deleting_replacing_and_compacting_survive_death_at_every_operation(folder, step):
     """A reader sees what was or what is to be, never a mixture; the same call does the rest."""
     records, complaints = run("crash_delete.py", str(folder), str(step))
-    for what in ("delete", "replace", "compact"):
-        assert len([r for r in records if r["what"] == what]) > 6 // step
+    # A deletion writes one file, in place of the one that was; the others write new files besides.
+    for what, most in {"delete": 4, "replace": 20, "compact": 30}.items():
+        assert len([r for r in records if r["what"] == what]) > most // step
     bad = [r for r in records if r["status"] != -9 or not (r["whole"] and r["same"]) or r["left"]]
     assert not bad, (bad[:5], complaints)
