@@ -10,6 +10,15 @@ Check = Callable[[str], Any]
 _HIDDEN = argparse.SUPPRESS
 
 
+def new_command(commands: Any, name: str, run: str, text: str) -> argparse.ArgumentParser:
+    """A command that runs ``module:function``; ``text`` is its help."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    command.set_defaults(run=run)
+    return command
+
+
 def add_datastore(c: argparse.ArgumentParser) -> None:
     c.add_argument("datastore", help="folder of the datastore")
 

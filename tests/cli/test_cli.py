@@ -16,7 +16,8 @@ import pytest
 
 from knnext import cli
 from knnext.cli import main, plain
-from knnext.cli.parser import build_parser, num_bytes
+from knnext.cli.arguments import num_bytes
+from knnext.cli.parser import build_parser
 
 COMMANDS = "demo plan build join index tune eval search generate info import doctor".split()  # noqa: SIM905
 WORDS = "the a row key value state of next token near far text model and store".split()  # noqa: SIM905
