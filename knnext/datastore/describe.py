@@ -7,7 +7,7 @@ from pathlib import Path
 from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta, DeletedMeta
 from knnext.datastore.meta_file import missing_parts, ranges
 from knnext.datastore.open_shard import has_old_files
-from knnext.say import binary_size
+from knnext.say import binary_size, shown
 
 
 def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
@@ -37,7 +37,8 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
         "state": "unfinished build, last commit shown" if unfinished else "finished",
     }
     width = max(map(len, lines)) + 2
-    return "\n".join(f"{name:<{width}}{text or 'unknown'}" for name, text in lines.items())
+    # What stands in a file may be anybody's: no line more than there are, and no escapes.
+    return "\n".join(f"{name:<{width}}{shown(text or 'unknown')}" for name, text in lines.items())
 
 
 def size(num_bytes: int) -> str:

@@ -241,6 +241,13 @@ def check_parameters(meta: DatastoreMeta) -> None:
         value = getattr(meta, name)
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r}, want a str or None")
+    for name in ("created", "knnext_version"):
+        if not isinstance(getattr(meta, name), str):
+            raise TypeError(f"{name}: got {getattr(meta, name)!r}, want a str")
+    for name in ("origin", "model", "text"):
+        value = getattr(meta, name)
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name}: got {value!r}, want a dict or None")
     for name, value in (meta.origin or {}).items():
         if not isinstance(name, str) or not isinstance(value, str | int | float):
             raise TypeError(f"origin: got {name!r}: {value!r}, want str, int, float or bool values")
@@ -253,6 +260,10 @@ def check_parameters(meta: DatastoreMeta) -> None:
             v is None or isinstance(v, str | int | float) for v in values
         ):
             raise TypeError(f"text: got {name!r}: {value!r}, want plain values or lists of them")
+    shares, cap = (meta.text or {}).get("shares"), (meta.text or {}).get("max_bytes")
+    numbers = shares if isinstance(shares, list | tuple) else () if shares is None else ("",)
+    if not all(isinstance(n, int | float) for n in numbers) or not isinstance(cap, int | None):
+        raise TypeError(f"text: got shares {shares!r} and max_bytes {cap!r}, want numbers")
 
 
 def check_byte_order() -> None:

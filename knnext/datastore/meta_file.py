@@ -79,7 +79,7 @@ def from_json(content: bytes, where: Path) -> DatastoreMeta:
     """Parse and check ``content``, the bytes of the file ``where``."""
     try:
         body = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptDatastoreError(f"{where}: not JSON ({error})", [f"{where}: {error}"]) from None
     if not isinstance(body, dict) or body.get("magic") != MAGIC:
         got = body.get("magic") if isinstance(body, dict) else type(body).__name__
@@ -92,19 +92,24 @@ def from_json(content: bytes, where: Path) -> DatastoreMeta:
             f"{', '.join(map(str, _VERSIONS))}. Open it with the knnext that wrote it"
         )
     stated = body.pop("checksum", None)
-    if stated != _self_checksum(body):
-        problem = f"{where}: its own checksum does not match; it was damaged or edited by hand"
-        raise CorruptDatastoreError(problem, [problem])
     try:
+        if stated != _self_checksum(body):
+            raise _corrupt(
+                f"{where}: its own checksum does not match; it was damaged or edited by hand"
+            )
         meta = _parse(body)
         check_parameters(meta)
         _check_layout(meta, where)
     except DatastoreError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"{where}: malformed: {type(error).__name__}: {error}"
-        raise CorruptDatastoreError(problem, [problem]) from None
+    # What stands where a dict or a finite number should is told by whoever asks it for more.
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _corrupt(f"{where}: malformed: {type(error).__name__}: {error}") from None
     return meta
+
+
+def _corrupt(problem: str) -> CorruptDatastoreError:
+    return CorruptDatastoreError(problem, [problem])
 
 
 def _plain(part: Any) -> Any:
@@ -117,7 +122,7 @@ def _plain(part: Any) -> Any:
 
 
 def _self_checksum(body: dict[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return format_checksum(zlib.crc32(canonical.encode("ascii")))
 
 
@@ -213,8 +218,9 @@ def _check_parts(meta: DatastoreMeta, where: Path, parts: tuple[PartMeta, ...]) 
         left = left[count:]
     rows = sum(part.rows for part in parts)
     if left or not parts or (joined and rows != meta.num_entries):
-        problem = f"{where}: its {len(parts)} parts hold {rows:,} rows, want {meta.num_entries:,}"
-        raise CorruptDatastoreError(problem, [problem])
+        raise _corrupt(
+            f"{where}: its {len(parts)} parts hold {rows:,} rows, want {meta.num_entries:,}"
+        )
 
 
 def _check_shards(
@@ -228,17 +234,16 @@ def _check_shards(
     rows = [shard.rows for shard in shards]
     full = all(count == meta.entries_per_shard for count in rows[:-1])
     if sum(rows) != wanted or not full or any(count < 1 for count in rows):
-        problem = f"{where}: its shards hold {rows} rows, want {wanted:,} in all"
-        raise CorruptDatastoreError(problem, [problem])
+        told = f"{rows[:8]}{' and on' if len(rows) > 8 else ''} rows"
+        raise _corrupt(f"{where}: its shards hold {told}, want {wanted:,} in all")
 
 
 def _check_part(where: Path, part: FileMeta, name: str, num_bytes: int) -> None:
     if part.file != name or part.num_bytes != num_bytes:
-        problem = (
+        raise _corrupt(
             f"{where}: lists {part.file} with {part.num_bytes!r} bytes, "
             f"want {name} with {num_bytes:,}"
         )
-        raise CorruptDatastoreError(problem, [problem])
 
 
 def read_meta(directory: Path, name: str) -> DatastoreMeta:

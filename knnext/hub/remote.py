@@ -12,8 +12,10 @@ from knnext.datastore.meta import META_FILE, DatastoreMeta
 from knnext.datastore.meta_file import from_json
 from knnext.errors import DatastoreError
 from knnext.hub.client import HubError
+from knnext.say import shown
 
 _META_BYTES = 256 << 20  # of files that are read whole
+_MESSAGE = 400  # signs of a message that repeats what is there
 _NAME_BYTES = 3  # of the shortest line of document names: two quotes and a line end
 
 
@@ -69,9 +71,7 @@ def trusted_meta(content: bytes, repo_id: str) -> DatastoreMeta:
     try:
         meta = from_json(content, where)
     except DatastoreError as error:
-        raise HubError(f"{repo_id}: {error}") from error
-    except RecursionError:
-        raise HubError(f"{repo_id}: {META_FILE} is nested too deeply") from None
+        raise HubError(f"{repo_id}: {shown(str(error))[:_MESSAGE]}") from error
     if any(not text.isprintable() for text in _texts(json.loads(content))):
         raise HubError(f"{repo_id}: {META_FILE} holds control characters, which no build writes")
     documents = meta.documents

@@ -107,7 +107,7 @@ def read_meta(path: Path) -> CodesMeta:
         )
     try:
         meta = parse_meta(body)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise IndexMismatchError(f"{path} is malformed: {error}") from None
     return meta
 

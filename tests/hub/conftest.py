@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from knnext.datastore import Datastore
+from tests.datastore import small
 from tests.hub.server import TOKEN, Hub, running
+from tests.hub.stored import FIT, joined
 
 hub_package = pytest.importorskip("huggingface_hub")
 
@@ -32,3 +36,18 @@ def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     return server
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Datastore]:
+    """One of three shards with all that may lie beside it, and one of parts. Read only."""
+    folder = tmp_path_factory.mktemp("stores")
+    small.write(folder / "S", 40)
+    store = Datastore.open(folder / "S")
+    from knnext.index import FaissIndex, StoredCodes
+
+    StoredCodes.build(store)
+    pytest.importorskip("faiss")
+    FaissIndex.build(store, factory="Flat")
+    (folder / "S.tuning.json").write_text(json.dumps(FIT))
+    return {"plain": store, "parts": joined(folder / "P")}
