@@ -104,12 +104,12 @@ def __dir__() -> list[str]:
 
 
 def _command_asks_for_words() -> bool:
-    """This process is the command, called for its help or version: seconds without torch."""
+    """This process is the command, called for its help or version, or with no word at all:
+    seconds without torch."""
     # While `python -m knnext` finds the package, argv[0] is "-m" still.
-    command = _Path(sys.argv[0]).name if sys.argv else ""
-    return command in ("knnext", "-m") and any(
-        word in ("-h", "--help", "--version") for word in sys.argv[1:]
-    )
+    command, *words = sys.argv or [""]
+    told = not words or any(word in ("-h", "--help", "--version") for word in words)
+    return _Path(command).name in ("knnext", "-m") and told
 
 
 if not _command_asks_for_words():
