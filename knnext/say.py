@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             erase = "\r\x1b[K" if sys.stderr.isatty() else ""
-            sys.stderr.write(f"{erase}{self.format(record)}\n")
+            sys.stderr.write(f"{erase}{harmless(self.format(record))}\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
@@ -119,3 +120,12 @@ def shown(text: str) -> str:
     """One line that a terminal shows as it is: line ends as a sign, no control characters."""
     text = text.replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else "·" for c in text)
+
+
+#: What a terminal obeys: controls but tab and line end, and marks that turn the order of letters.
+_ORDERS = re.compile("\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """Lines that a terminal shows and does not obey: what files and servers say is anybody's."""
+    return _ORDERS.sub("·", text)

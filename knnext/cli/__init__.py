@@ -27,7 +27,7 @@ from knnext.cli.parser import build_parser
 from knnext.cli.ranks import run as run_on_ranks
 from knnext.errors import KnnextError, missing_package
 from knnext.launch import launched
-from knnext.say import log_on_stderr
+from knnext.say import harmless, log_on_stderr
 
 _EXTRAS = {
     **dict.fromkeys(
@@ -82,7 +82,7 @@ def _complain(args: argparse.Namespace, error: Exception) -> None:
     who = f", rank {rank} of {size}" if size > 1 else ""
     line = f"knnext {args.command}{who}: {_one_line(error)}\n"
     text = "".join(traceback.format_exception(error)) if args.debug else line
-    streams.write(sys.stderr, text)
+    streams.write(sys.stderr, harmless(text))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
 
     def say(line: str = "") -> None:
         if first:
-            streams.write(sys.stderr if args.json else sys.stdout, f"{line}\n")
+            streams.write(sys.stderr if args.json else sys.stdout, f"{harmless(line)}\n")
 
     with log_on_stderr(_log_level(args)):
         result = run_on_ranks(args, lambda: run(args, say), lambda error: _complain(args, error))
@@ -152,4 +152,4 @@ def _note(
 ) -> None:
     """Warnings meant for people, in one line; those for programmers only with --debug."""
     if not issubclass(category, DeprecationWarning | FutureWarning | ImportWarning):
-        streams.write(sys.stderr, f"knnext: note: {' '.join(str(message).split())}\n")
+        streams.write(sys.stderr, f"knnext: note: {harmless(' '.join(str(message).split()))}\n")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from knnext.cli import streams
 from knnext.cli.session import Settings, check_model, open_datastore, open_index, open_model
 from knnext.cli.text import text_of
 from knnext.evaluation.continuation import continued, plain_config
@@ -66,7 +68,7 @@ def _neighbor_lines(number: int, neighbor: dict[str, Any], span: Span) -> list[s
     before, after = map(shown, span.excerpt)
     text = f"{before}[{shown(span.token)}]{after}"
     facts = f"distance {neighbor['distance']:.4g}   share {100 * neighbor['share']:.3g} %"
-    return [f"{number:>3}  {text}", f"     {facts}   {neighbor['document']}", ""]
+    return [f"{number:>3}  {text}", f"     {facts}   {shown(neighbor['document'])}", ""]
 
 
 def _last_state(model: Any, ids: list[int], store: Datastore) -> Any:
@@ -109,7 +111,10 @@ def generate(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         temperature=temperature,
         lmbda=lmbda,
     )
-    say(text + "".join(parts))
+    if args.text_only and not args.json and not sys.stdout.isatty():
+        streams.write(sys.stdout, f"{text}{''.join(parts)}\n")  # whatever signs are in it
+    else:
+        say(text + "".join(parts))
     if not args.text_only:
         for line in _comparison("".join(parts), base_text, parts, moved):
             say(line)
@@ -176,6 +181,6 @@ def _comparison(mixed: str, base: str, parts: list[str], moved: list[Influence])
     yield f"{'p':>8}{'p_lm':>9}{'p_knn':>9}  token, and the documents of its neighbors"
     for text, one in zip(parts, moved, strict=True):
         moving = [(name, part) for name, part in one.documents if part >= _NAMED * one.p_knn]
-        documents = ", ".join(f"{name} {part:.2g}" for name, part in moving)
+        documents = ", ".join(f"{shown(name)} {part:.2g}" for name, part in moving)
         numbers = f"{one.p:>8.2g}{one.p_lm:>9.2g}{one.p_knn:>9.2g}"
         yield f"{numbers}  [{shown(text)}]{'  ' + documents if documents else ''}"
