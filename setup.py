@@ -290,6 +290,16 @@ def compiled_for(paths: dict[str, str], source: Path) -> bool:
     return all(ending in paths for ending in endings if source.stem.endswith(ending))
 
 
+def as_path(path: Path) -> str:
+    """A path where ninja reads paths: their ends are spaces and colons."""
+    return re.sub(r"[$: ]", r"$\g<0>", str(path))
+
+
+def as_word(word: object) -> str:
+    """One word of a command that ninja gives to a shell, whatever is in it."""
+    return shlex.quote(str(word)).replace("$", "$$")
+
+
 class NinjaFile:
     """The build as text: which sources make which library, with which flags."""
 
@@ -302,14 +312,14 @@ class NinjaFile:
 
     def _rules(self) -> None:
         torch = self.torch
-        include = " ".join(f"-isystem {p}" for p in torch.includes)
-        link = f"-L{torch.root / 'lib'} -ltorch_cpu -lc10"
-        common = f"-std=c++20 {optimization()} -I{CSRC}"
-        cxx = compiler()
-        first = os.environ.get("KNNEXT_LINK_FLAGS", "")
+        include = " ".join(f"-isystem {as_word(p)}" for p in torch.includes)
+        link = f"-L{as_word(torch.root / 'lib')} -ltorch_cpu -lc10"
+        common = f"-std=c++20 {optimization()} -I{as_word(CSRC)}"
+        cxx = compiler().replace("$", "$$")
+        first = os.environ.get("KNNEXT_LINK_FLAGS", "").replace("$", "$$")
         self.lines += [
             "ninja_required_version = 1.5",
-            f"builddir = {self.build}",
+            f"builddir = {str(self.build).replace('$', '$$')}",
             "rule cxx",
             f"  command = {cxx} -MMD -MF $out.d -fPIC -fvisibility=hidden -Wall -Wextra "
             # gcc 12 sees overlap in std::string's own operator+ (GCC bug 105651).
@@ -325,17 +335,20 @@ class NinjaFile:
         ]
         if self.cuda:
             threads = os.environ.get("NVCC_THREADS", "1")
+            nvcc = as_word(self.cuda.nvcc)
             self.lines += [
                 "rule nvcc",
-                f"  command = {self.cuda.nvcc} -MMD -MF $out.d -t {threads} -Xcompiler "
+                f"  command = {nvcc} -MMD -MF $out.d -t {threads} -Xcompiler "
                 f"-fPIC,-fvisibility=hidden {common} -DUSE_CUDA --expt-relaxed-constexpr "
+                # Another toolkit in the same folder compiles anew: the label says which it was.
+                f"-DKNNEXT_NVCC={self.cuda.version} "
                 "-Xptxas -v,--warn-on-spills -lineinfo $flags -c $in -o $out > $out.log 2>&1 "
                 "|| (cat $out.log && false)",
                 "  description = NVCC $in",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link_cuda",
-                f"  command = {self.cuda.nvcc} -shared -cudart static -o $out $in {first} $libs",
+                f"  command = {nvcc} -shared -cudart static -o $out $in {first} $libs",
                 "  description = LINK $out",
             ]
 
@@ -352,10 +365,11 @@ class NinjaFile:
             if source.suffix == ".cu":
                 assert self.cuda is not None
                 rule, extra = "nvcc", self.cuda.gencode(source)
-            self.lines += [f"build {objects[-1]}: {rule} {source}", f"  flags = {flags} {extra}"]
+            made, of = as_path(objects[-1]), as_path(source)
+            self.lines += [f"build {made}: {rule} {of}", f"  flags = {flags} {extra}"]
         rule = "link_cuda" if any(s.suffix == ".cu" for s in sources) else "link"
-        inputs = " ".join(map(str, objects))
-        self.lines += [f"build {output}: {rule} {inputs}", f"  libs = {libs}"]
+        inputs = " ".join(map(as_path, objects))
+        self.lines += [f"build {as_path(output)}: {rule} {inputs}", f"  libs = {libs}"]
         self.outputs.append(output)
 
     def run(self) -> None:
@@ -395,7 +409,7 @@ def add_host_module(ninja: NinjaFile, torch: Torch, cuda: Cuda | None, version: 
     # None of torch's headers: with them comes a pybind11 of torch's own, which some versions refuse
     # to compile for the stable ABI.
     python = sysconfig.get_paths()["include"]
-    flags += f" -isystem {pybind11.get_include()} -isystem {python}"
+    flags += f" -isystem {as_word(pybind11.get_include())} -isystem {as_word(python)}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     ours = [*sources("host/*.cpp"), *sources("plan/*.cpp"), CSRC / "cpu/isa.cpp"]
     ninja.library(ninja.package / f"_host{suffix}", ours, flags)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -316,3 +319,50 @@ def test_the_host_module_is_compiled_without_torch(build, monkeypatch, tmp_path)
     assert "flags" in host and "torch/include" in text
     assert "torch" not in rule, "what every object is given"
     assert "torch_flags" not in host and "torch/include" not in host
+
+
+def test_another_cuda_in_the_same_folder_compiles_anew(build, monkeypatch, tmp_path):
+    """ninja compares commands: /usr/local/cuda may be another toolkit than yesterday."""
+    fake_torch(tmp_path, "2.13.0", None)
+    torch = find_in(build, monkeypatch, tmp_path)
+    commands = set()
+    for version in ("12.8", "13.0"):
+        cuda = build.Cuda("/usr/local/my cuda/bin/nvcc", version, ["9.0a"])
+        lines = build.NinjaFile(torch, cuda, tmp_path / "build", tmp_path).lines
+        commands.add(lines[lines.index("rule nvcc") + 1])
+    assert len(commands) == 2
+    assert all("'/usr/local/my cuda/bin/nvcc' " in command for command in commands)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_tree_may_lie_anywhere(build, monkeypatch, tmp_path):
+    """Folders with what shells, ninja and compilers read in their own ways; all is compiled."""
+    pytest.importorskip("ninja")
+    tree = tmp_path / "a $tree (of mine)"
+    fake_torch(tree / "packages", "2.13.0", None)
+    torch = find_in(build, monkeypatch, tree / "packages")
+    (tree / "csrc" / "in").mkdir(parents=True)
+    (tree / "csrc" / "in" / "one.h").write_text("#define ONE 1\n")
+    (tree / "csrc" / "in" / "one.cpp").write_text('#include "in/one.h"\nint one() { return ONE; }')
+    (torch.root / "include").mkdir()
+    (torch.root / "include" / "two.h").write_text("#define TWO 2\n")
+    (tree / "csrc" / "two.cpp").write_text("#include <two.h>\nint two() { return TWO; }")
+    monkeypatch.setattr(build, "CSRC", tree / "csrc")
+    monkeypatch.setenv("KNNEXT_LINK_FLAGS", f"{shlex.quote(str(tree / 'first.o'))} -Xlinker -O1")
+    (tree / "first.cpp").write_text("int first() { return 0; }")
+    subprocess.run(["g++", "-c", "first.cpp", "-o", "first.o", "-fPIC"], cwd=tree, check=True)
+    monkeypatch.delenv("CXX", raising=False)
+    ninja = build.NinjaFile(torch, None, tree / "build", tree / "knnext")
+    library = ninja.package / "lib" / "libknnext_cpu.so"
+    include = f"-isystem {build.as_word(torch.includes[0])}"
+    ninja.library(library, build.sources("**/*.cpp"), include)
+    ninja.run()
+    held = subprocess.run(["nm", "-C", library], capture_output=True, text=True).stdout
+    assert "one()" in held and "two()" in held and "first()" in held
+    # And a header that changed is seen, so the compiler's list of them was understood.
+    before = library.stat().st_mtime_ns
+    ninja.run()
+    assert library.stat().st_mtime_ns == before
+    (tree / "csrc" / "in" / "one.h").write_text("#define ONE 11\n")
+    ninja.run()
+    assert library.stat().st_mtime_ns > before

@@ -49,7 +49,7 @@ def flags(folder: Path, machine: str = "", compiler: Sequence[str] = ()) -> str:
     source = HERE / "newer_gcc.cpp"
     subprocess.run([*compiler, "-O2", "-fPIC", "-c", str(source), "-o", str(newer)], check=True)
     libraries = [_names_alone(folder, soname, machine, compiler) for soname in NAMES]
-    inputs = " ".join(map(str, [newer, *libraries]))
+    inputs = shlex.join(map(str, [newer, *libraries]))
     # Some linkers forget libraries of which nothing was wanted yet; CUDA's runtime comes last.
     return f"-Xlinker --no-as-needed {inputs}"
 
