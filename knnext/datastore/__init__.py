@@ -219,16 +219,16 @@ class Datastore(DatastoreReader):
     def replace(self, keys: ArrayLike, values: ArrayLike, documents: Documents) -> int:
         """Append rows and delete the documents that have their names: both at once, or neither.
 
-        Returns how many rows were deleted. After a kill the same call does what is left of it; any
-        other is refused until then. Nothing is lost of an interrupted one: the old documents are
-        read meanwhile.
+        Returns how many rows were deleted. After a kill the same call does what is left of it; one
+        of other keys, values or documents is refused until then. Nothing is lost of an interrupted
+        one: the old documents are read meanwhile.
 
         Args:
             keys, values: as of :meth:`append`.
             documents: ``(name, rows)`` pairs. Names that are not there yet are added.
         """
         self._changing("replace")
-        meta, rows = replacing.replace(self.path, self._meta, keys, values, documents)
+        meta, rows = replacing.replace(self.path, keys, values, documents)
         self._become(meta)
         return rows
 
@@ -300,7 +300,15 @@ class Datastore(DatastoreReader):
         path = Path(path)
         unfinished = allow_unfinished and (path / BUILD_FILE).exists()
         meta = read_meta(path, BUILD_FILE) if unfinished else read_finished(path)
-        check_sizes(path, meta)
+        while True:
+            try:
+                check_sizes(path, meta)
+                break
+            except DatastoreError:
+                before = meta
+                meta = before if unfinished else read_finished(path)
+                if meta == before:  # and else it was compacted between the two
+                    raise
         store = cls(path, meta, unfinished=unfinished)
         if verify:
             store.verify()

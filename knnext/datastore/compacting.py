@@ -14,6 +14,7 @@ from typing import Any
 
 from knnext.datastore.copy import copy_rows
 from knnext.datastore.deletion import writing
+from knnext.datastore.documents import START_BYTES
 from knnext.datastore.errors import DatastoreError
 from knnext.datastore.files import LOCK_FILE, replace_file, sync_directory
 from knnext.datastore.meta import (
@@ -70,7 +71,9 @@ def _written(store: Any, meta: DatastoreMeta, progress: Progress | None) -> Data
     check_room(target_path, len(store), row_bytes(store.dim, store.dtype))
     facts = {"entries_per_shard": meta.entries_per_shard, "text": _without_hash(meta)}
     with store._create_like(target_path, origin, True, **facts) as target:
-        copy_rows(target._writing("compact"), store, progress)
+        writer = target._writing("compact")
+        copy_rows(writer, store, progress)
+        writer.begin_documents(_begun_documents(meta))  # what comes later is of none of them
     made: DatastoreMeta = target.meta
     entry = {"what": "compacted", "when": creation_time(), "rows": meta.num_entries - len(store)}
     changed = None if meta.origin is None else {**meta.origin, "compacted": number}
@@ -90,6 +93,14 @@ def _written(store: Any, meta: DatastoreMeta, progress: Progress | None) -> Data
         audit=(*(meta.audit or ()), entry),
         folder=folder,
     )
+
+
+def _begun_documents(meta: DatastoreMeta) -> int:
+    """How many have a place in the table: what is deleted has one from now on, if only by name."""
+    if meta.documents is None or meta.deleted is None:
+        return 0
+    stops = [stop for _, stop in meta.deleted.documents]
+    return max([meta.documents.starts.num_bytes // START_BYTES, *stops])
 
 
 def _is_begun(path: Path, fingerprint: str) -> bool:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from knnext.datastore.documents import DocumentTable
+from knnext.datastore.documents import DocumentTable, ids_and_names
 from knnext.datastore.errors import DatastoreError
 from knnext.datastore.files import WriterLock, replace_file
 from knnext.datastore.kept import holds, joined
@@ -55,29 +56,31 @@ def writing(path: Path) -> Iterator[DatastoreMeta]:
                 f"{path}: rows are being appended to it, and that has not ended: finish it first, "
                 "with Datastore.create(..., resume=True)"
             )
-        if "part" in (meta.origin or {}) and "parts" in (meta.origin or {}):
-            raise DatastoreError(
-                f"{path}: is a part of another datastore; delete from the whole, once it is joined"
-            )
+        check_not_a_part(path, meta)
         yield meta
     finally:
         lock.release()
+
+
+def check_not_a_part(path: Path, meta: DatastoreMeta) -> None:
+    """DatastoreError of a part of a datastore that several processes build."""
+    if "part" in (meta.origin or {}) and "parts" in (meta.origin or {}):
+        raise DatastoreError(
+            f"{path}: is a part of another datastore; change the whole, once it is joined"
+        )
 
 
 def find(
     path: Path, meta: DatastoreMeta, documents: Sequence[int | str], *, missing_ok: bool = False
 ) -> list[int]:
     """Ids of those that are there, ascending; every document of a name that is given."""
-    if isinstance(documents, str):
-        raise TypeError(f"documents must be a list of them, got the one name {documents!r}")
+    ids, names = ids_and_names("documents", documents)
     if meta.documents is None:
         raise DatastoreError(f"{path}: was built without documents, by which rows are deleted")
-    count, given = meta.documents.count, list(documents)
-    ids = {int(one) for one in given if not isinstance(one, str)}
+    count = meta.documents.count
     if ids and not 0 <= min(ids) <= max(ids) < count:
         raise ValueError(f"documents must be ids from 0 to {count - 1}, got {min(ids)}, {max(ids)}")
-    names = {one for one in given if isinstance(one, str)}
-    gone = holds(() if meta.deleted is None else meta.deleted.documents, count)
+    gone = _gone(path, meta, count)
     known = DocumentTable(path, meta).names if names else ()
     by_name = {d: one for d, one in enumerate(known) if one in names and not gone[d]}
     missing = names - set(by_name.values())
@@ -88,6 +91,16 @@ def find(
             more = f" and {len(never) - 1:,} more" if len(never) > 1 else ""
             raise ValueError(f"documents: {path} has none called {never[0]!r}{more}")
     return sorted(d for d in ids | set(by_name) if not gone[d])
+
+
+def _gone(path: Path, meta: DatastoreMeta, count: int) -> NDArray[np.bool_]:
+    """(count,) whether each document is deleted; of those that are compacted a place is left."""
+    gone = holds(() if meta.deleted is None else meta.deleted.documents, count)
+    if any(entry.get("what") == "compacted" for entry in meta.audit or ()):
+        table = DocumentTable(path, meta)
+        nameless = np.fromiter((not name for name in table.names), dtype=bool, count=count)
+        gone |= nameless & (table.offsets.diff() == 0).numpy()
+    return gone
 
 
 def without(path: Path, meta: DatastoreMeta, ids: Sequence[int]) -> tuple[DatastoreMeta, int]:
@@ -119,10 +132,3 @@ def name_digest(name: str) -> str:
     """16 hexadecimal digits by which who knows a document's name finds it in the audit."""
     content = name.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def deleted_ids(meta: DatastoreMeta) -> np.ndarray:
-    """Ids of deleted documents, ascending."""
-    if meta.deleted is None or meta.documents is None:
-        return np.empty(0, dtype=np.int64)
-    return np.flatnonzero(holds(meta.deleted.documents, meta.documents.count))

@@ -7,7 +7,8 @@ kept, because those never change once written: the table grows by appending, lik
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from knnext.datastore.meta import (
 
 # Ids that nobody used become empty documents; a hash taken for an id would make billions.
 _MAX_EMPTY = 1 << 24
-_START_BYTES = 8
+START_BYTES = 8
 
 Int64Array = NDArray[np.int64]
 DocumentRuns = Sequence[tuple[str, int]]
@@ -59,7 +60,7 @@ class DocumentTable:
         offsets = torch.full(
             (self._meta.count + 1,), self._num_entries, dtype=torch.int64, device="cpu"
         )
-        begun = self._meta.starts.num_bytes // _START_BYTES
+        begun = self._meta.starts.num_bytes // START_BYTES
         if begun:
             path = self._directory / self._meta.starts.file
             buffer = map_file(path, self._meta.starts.num_bytes)
@@ -116,7 +117,7 @@ class DocumentWriter:
     ) -> None:
         self._prefix = prefix
         directory = directory / prefix
-        self._last_deleted = deleted[-1][1] - 1 if deleted else -1
+        self._deleted = np.array([bound for run in deleted for bound in run], dtype=np.int64)
         self._starts = _reopen(directory / STARTS_FILE, None if meta is None else meta.starts)
         self._names = _reopen(directory / NAMES_FILE, None if meta is None else meta.names)
         self._hashes: AppendFile | None = None
@@ -126,11 +127,9 @@ class DocumentWriter:
         self._planned_hashes = b""
         stored = _read_names(self._names.path, self._names.length)
         self._named = len(stored)
-        self._begun = self._starts.length // _START_BYTES
+        self._begun = self._starts.length // START_BYTES
         self._last_name = stored[self._begun - 1] if self._begun else None
         self._planned: list[str] = list(stored)
-        if self._last_deleted == self._begun - 1:
-            self._last_name = None  # one of the same name begins anew
 
     @property
     def _files(self) -> list[AppendFile]:
@@ -175,10 +174,13 @@ class DocumentWriter:
                 f"documents: row {first_row} is of document {int(ids[0])}, after document {last}; "
                 "want ids from 0 that never go back"
             )
-        if len(ids) and int(ids[0]) == last == self._last_deleted:
+        gone = self._are_deleted(ids)
+        gone[:1] |= bool(len(ids)) and int(ids[0]) == last and self._is_over(first_row)
+        if gone.any():
             raise ValueError(
-                f"documents: document {last} is deleted; number those that are appended from "
-                f"{last + 1}"
+                f"documents: row {first_row + int(gone.argmax())} is of document "
+                f"{int(ids[gone.argmax()])}, which is deleted; number those that are appended "
+                f"from {max(last, int(ids[gone].max())) + 1}"
             )
         falls = np.flatnonzero(np.diff(ids) < 0)
         if len(falls):
@@ -191,8 +193,12 @@ class DocumentWriter:
 
     def append_runs(self, runs: DocumentRuns, first_row: int) -> None:
         """``(name, rows)`` pairs in row order. Neighbouring pairs of one name are one document."""
+        if self._is_over(first_row):
+            self._last_name = None  # one of the same name begins anew
         for name, rows in runs:
             if name != self._last_name:
+                while self._are_deleted(np.array([self._begun]))[0]:  # a name that had no rows
+                    self.begin_up_to(self._begun + 1, first_row)
                 if self._begun < len(self._planned) and self._planned[self._begun] != name:
                     raise ValueError(
                         f"documents: document {self._begun} is planned as "
@@ -201,6 +207,24 @@ class DocumentWriter:
                 self._planned[self._begun :] = [name, *self._planned[self._begun + 1 :]]
                 self._write(np.array([first_row], dtype=np.int64))
             first_row += rows
+
+    def _are_deleted(self, ids: Int64Array) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = np.searchsorted(self._deleted, ids, side="right") % 2 == 1
+        return found
+
+    def _is_over(self, first_row: int) -> bool:
+        """Whether the last one that has begun is deleted: compacted, it has a place and no rows."""
+        last = self._begun - 1
+        if last < 0 or self._are_deleted(np.array([last]))[0]:
+            return True
+        with self._starts.path.open("rb") as file:
+            file.seek(self._starts.length - START_BYTES)
+            return int.from_bytes(file.read(START_BYTES), "little") >= first_row
+
+    def begin_up_to(self, count: int, row: int) -> None:
+        """Of the first ``count`` documents those that have not begun do so at ``row``, empty."""
+        if count > self._begun:
+            self._write(np.full(count - self._begun, row, dtype=np.int64))
 
     def begin_anew(self) -> None:
         """The next run begins a document, whatever its name."""
@@ -256,6 +280,32 @@ class DocumentWriter:
             file.close()
 
 
+def ids_and_names(what: str, documents: Iterable[int | str]) -> tuple[set[int], set[str]]:
+    """Documents as they are given, by id or by name; TypeError for what is neither.
+
+    A float or a string of bytes would pass for some id, which is another document.
+    """
+    if isinstance(documents, str):
+        raise TypeError(f"{what} must be a list of documents, got the one name {documents!r}")
+    try:
+        given = list(documents)
+    except TypeError:
+        raise TypeError(f"{what} must be a list of ids or names, got {documents!r}") from None
+    ids: set[int] = set()
+    for one in given:
+        kind = getattr(one, "dtype", None)
+        if isinstance(one, bool | np.bool_) or kind == torch.bool:
+            raise TypeError(f"{what} must hold ids or names of documents, got {one!r}")
+        if not isinstance(one, str):
+            try:
+                ids.add(operator.index(one))
+            except TypeError:
+                raise TypeError(
+                    f"{what} must hold ids or names of documents, got {one!r}"
+                ) from None
+    return ids, {one for one in given if isinstance(one, str)}
+
+
 def hash_bytes(hashes: Any, count: int) -> bytes:
     """(count, 16) uint8 as bytes, with zeros for "not known"; ValueError for another shape."""
     array = np.asarray(hashes)
@@ -275,9 +325,9 @@ def check_runs(runs: object, num_rows: int) -> list[tuple[str, int]]:
     for run in runs:
         if not (isinstance(run, tuple | list) and len(run) == 2 and isinstance(run[0], str)):
             raise TypeError(f"documents: got {run!r}, want a (name, num_rows) pair")
-        if int(run[1]) < 1:
+        if operator.index(run[1]) < 1:
             raise ValueError(f"documents: {run[0]!r} has {run[1]} rows, want at least 1")
-        pairs.append((run[0], int(run[1])))
+        pairs.append((run[0], operator.index(run[1])))
     total = sum(rows for _, rows in pairs)
     if total != num_rows:
         raise ValueError(f"documents: the pairs cover {total} rows, want {num_rows}")
@@ -293,6 +343,19 @@ def drop_rows(runs: DocumentRuns, count: int) -> list[tuple[str, int]]:
         if rows > skipped:
             kept.append((name, rows - skipped))
     return kept
+
+
+def first_rows(runs: DocumentRuns, count: int) -> list[tuple[str, int]]:
+    """The first ``count`` rows of ``runs``; neighbours of one name are one."""
+    found: list[tuple[str, int]] = []
+    for name, rows in runs:
+        taken = min(rows, count)
+        count -= taken
+        if taken and found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1] + taken)
+        elif taken:
+            found.append((name, taken))
+    return found
 
 
 def _reopen(path: Path, meta: FileMeta | None) -> AppendFile:

@@ -59,10 +59,14 @@ def inside(directory: Path, name: str) -> Path:
 
 
 def check_file(path: Path, nbytes: int) -> None:
-    """Raise CorruptDatastoreError unless ``path`` is a regular file of at least ``nbytes``."""
+    """Raise CorruptDatastoreError unless ``path`` is a regular file of at least ``nbytes``.
+
+    Of one that compacting has removed since the datastore was opened, a DatastoreError says so.
+    """
     try:
         status = path.lstat()
     except FileNotFoundError:
+        _check_compacted(path)
         raise CorruptDatastoreError(f"{path}: the file is missing", [f"{path}: missing"]) from None
     if not stat.S_ISREG(status.st_mode):
         raise DatastoreError(
@@ -72,6 +76,21 @@ def check_file(path: Path, nbytes: int) -> None:
     if status.st_size < nbytes:
         problem = f"truncated: {status.st_size:,} bytes, want {nbytes:,}"
         raise CorruptDatastoreError(f"{path}: {problem}", [f"{path}: {problem}"])
+
+
+def _check_compacted(path: Path) -> None:
+    """DatastoreError where the datastore does not name the file ``path`` any more."""
+    for folder in path.parents[:2]:  # of a shard in a folder within, that of the whole
+        try:
+            named = (folder / "meta.json").read_bytes()
+        except OSError:
+            continue
+        if f'"{path.relative_to(folder).as_posix()}"'.encode() not in named:
+            raise DatastoreError(
+                f"{path}: the file is gone, as {folder} was compacted or written anew since it was "
+                "opened: open it again"
+            )
+        return
 
 
 def map_file(path: Path, nbytes: int) -> mmap.mmap:

@@ -6,7 +6,7 @@ from dataclasses import replace as changed_meta
 from pathlib import Path
 from typing import Any
 
-from knnext.datastore.deletion import find, without
+from knnext.datastore.deletion import check_not_a_part, find, without
 from knnext.datastore.documents import check_runs
 from knnext.datastore.errors import DatastoreError
 from knnext.datastore.files import WriterLock, sync_directory
@@ -16,13 +16,15 @@ from knnext.datastore.open_shard import remove_leftovers
 from knnext.datastore.resume import open_writer
 
 
-def replace(
-    path: Path, meta: DatastoreMeta, keys: Any, values: Any, documents: Any
-) -> tuple[DatastoreMeta, int]:
+def replace(path: Path, keys: Any, values: Any, documents: Any) -> tuple[DatastoreMeta, int]:
     """See `Datastore.replace`."""
     runs = check_runs(documents, len(values))
+    meta = read_finished(path)
     if meta.documents is None:
         raise DatastoreError(f"{path}: was built without documents, by which rows are replaced")
+    check_not_a_part(path, meta)
+    if not runs:
+        return meta, 0
     begun = (path / BUILD_FILE).exists()
     writer = open_writer(
         path,
@@ -33,7 +35,10 @@ def replace(
     )
     try:
         before = read_finished(path)  # with the lock: nobody changes it now
-        writer.begin_document()
+        if writer.num_entries == before.num_entries:
+            writer.begin_anew()
+        else:
+            writer.check_begun_with(keys, values, runs, before.num_entries)
         writer.append(keys, values, runs, start=before.num_entries)
         ids = find(path, before, [name for name, _ in runs], missing_ok=True)
         after, lost = without(path, before, ids)

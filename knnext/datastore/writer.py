@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from knnext.datastore.batch import Batch, check_batch
-from knnext.datastore.documents import DocumentWriter, hash_bytes
+from knnext.datastore.documents import DocumentTable, DocumentWriter, first_rows, hash_bytes
 from knnext.datastore.errors import (
     DatastoreFullError,
     DatastoreWriteError,
@@ -33,7 +33,7 @@ from knnext.datastore.files import (
     sync_directory,
 )
 from knnext.datastore.meta import BUILD_FILE, META_FILE, DatastoreMeta, DocumentsMeta, ShardMeta
-from knnext.datastore.meta_file import read_finished, to_json
+from knnext.datastore.meta_file import to_json
 from knnext.datastore.open_shard import OpenShard, check_content, remove_leftovers
 from knnext.datastore.rows import ShardFiles
 from knnext.errors import FULL
@@ -126,14 +126,36 @@ class DatastoreWriter:
         if self._documents is not None:
             self._documents.plan(self._planned_names, self._planned_hashes)
 
-    def begin_document(self) -> None:
-        """What comes next is of a new document, also one that has the last one's name.
+    def begin_documents(self, count: int) -> None:
+        """The first ``count`` of the named documents have a place, though no rows came of them."""
+        self._check_usable()
+        if self._documents is None:
+            self._documents = self._new_documents()
+        self._documents.begin_up_to(count, self.num_entries)
 
-        Of an extension that goes on only its first row is.
-        """
-        sealed = read_finished(self.directory).num_entries
-        if self._documents is not None and self.num_entries == sealed:
+    def begin_anew(self) -> None:
+        """What comes next is of new documents: of none that is there, if only by its name."""
+        if self._documents is not None:
+            self._documents.begin_up_to(self._documents.meta().count, self.num_entries)
             self._documents.begin_anew()
+
+    def check_begun_with(self, keys: Any, values: Any, documents: Any, first: int) -> None:
+        """IncompatibleDatastoreError unless the rows from ``first`` on are the first of these."""
+        batch = check_batch(self._base, keys, values, documents, first)
+        meta, known = replace(self.meta(), deleted=None), self.num_entries - first
+        shards = [(self.directory / shard.keys.file, shard.rows) for shard in meta.shards]
+        stored = ShardFiles(shards, (meta.dim,), meta.dtype).read(first, first + known)
+        table = DocumentTable(self.directory, meta)
+        rows = zip(
+            table.names, table.offsets[:-1].tolist(), table.offsets.diff().tolist(), strict=True
+        )
+        begun = [(name, count) for name, start, count in rows if count and start >= first]
+        same = known <= len(batch) and begun == first_rows(batch.runs or (), known)
+        if not (same and torch.equal(stored, batch.keys[:known])):
+            raise IncompatibleDatastoreError(
+                f"{self.directory}: another extension has begun, with {known:,} rows, and not "
+                "ended: go on with that one first"
+            )
 
     def set_deleted(self, meta: DatastoreMeta) -> None:
         """At its end the build deletes what ``meta`` does."""
@@ -192,13 +214,16 @@ class DatastoreWriter:
         if batch.ids is None and batch.runs is None:
             return
         if self._documents is None:
-            hashed = self._planned_hashes is not None
-            self._documents = self._open_documents(None, hashed=hashed)
-            self._documents.plan(self._planned_names, self._planned_hashes)
+            self._documents = self._new_documents()
         if batch.ids is not None:
             self._documents.append_ids(batch.ids, self.num_entries)
         elif batch.runs is not None:
             self._documents.append_runs(batch.runs, self.num_entries)
+
+    def _new_documents(self) -> DocumentWriter:
+        made = self._open_documents(None, hashed=self._planned_hashes is not None)
+        made.plan(self._planned_names, self._planned_hashes)
+        return made
 
     def _append_rows(self, batch: Batch) -> None:
         done = 0

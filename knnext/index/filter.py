@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnext.datastore.documents import ids_and_names
 from knnext.index.row_set import Masked, Range, RowSet, Runs
 from knnext.index.tensors import as_tensor
 
@@ -56,10 +57,12 @@ class Filter:
                 object.__setattr__(self, name, _row_numbers(name, getattr(self, name)))
         for name in ("documents", "exclude_documents"):
             given = getattr(self, name)
-            if isinstance(given, str):
-                raise TypeError(f"{name} must be a list of documents, got the one name {given!r}")
-            if given is not None:
-                kept = _per_query(name, given) if isinstance(given, Tensor) else tuple(given)
+            if isinstance(given, Tensor):
+                object.__setattr__(self, name, _per_query(name, given))
+            elif given is not None:
+                several = isinstance(given, Iterable) and not isinstance(given, str)
+                kept = tuple(given) if several else given
+                ids_and_names(name, kept)  # an error now, where it is no list of them
                 object.__setattr__(self, name, kept)
 
     @property
@@ -119,15 +122,16 @@ def document_runs(
 def document_ids(name: str, documents: Iterable[int | str], datastore: Datastore) -> list[int]:
     """Ids of documents, ascending: a name stands for every document that is called so."""
     count = num_documents(name, datastore)
-    given = list(documents)
-    ids = {int(one) for one in given if not isinstance(one, str)}
+    ids, wanted = ids_and_names(name, documents)
     check_documents(name, sorted(ids), count, lowest=0)
-    wanted = {one for one in given if isinstance(one, str)}
     if wanted:
         names = getattr(datastore, "document_names", None)
         if names is None:
             raise ValueError(f"{name}: tensors have no names of documents; give their ids")
         found = {d: one for d, one in enumerate(names) if one in wanted}
+        if "" in wanted:  # which deleted documents are called, too
+            bounds = datastore.document_offsets
+            found = {d: one for d, one in found.items() if one or bounds[d] < bounds[d + 1]}
         if missing := sorted(wanted - set(found.values())):
             more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise ValueError(

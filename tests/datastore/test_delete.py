@@ -150,6 +150,12 @@ def test_bad_requests_delete_nothing(tmp_path: Path) -> None:
         ([0, 8], ValueError, "ids from 0 to 7"),
         ([-1], ValueError, "ids from 0 to 7"),
         ("d1", TypeError, "a list"),
+        (3, TypeError, "a list"),
+        ([1.7], TypeError, "ids or names"),  # which is no document, and not 1
+        ([b"2"], TypeError, "ids or names"),
+        ([True], TypeError, "ids or names"),
+        ([None], TypeError, "ids or names"),
+        ([""], ValueError, "none called ''"),  # as those that are deleted are called
     ):
         with pytest.raises(error, match=words):
             store.delete(documents)
@@ -218,7 +224,7 @@ def test_rows_are_appended_behind_what_is_deleted(tmp_path: Path) -> None:
     Datastore.open(path).delete(["d7", "d1"])
     options = {"entries_per_shard": 16, "vocab_size": 99, "resume": True}
     store = Datastore.create(path, DIM, **options)
-    with pytest.raises(ValueError, match="document 7 is deleted"):
+    with pytest.raises(ValueError, match="document 7, which is deleted"):
         store.append(keys_of(torch.arange(40, 42)), torch.arange(40, 42), torch.tensor([7, 8]))
     with store:
         store.append(keys_of(torch.arange(40, 43)), torch.arange(40, 43), [("d7", 3)])

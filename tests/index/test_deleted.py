@@ -67,6 +67,15 @@ def test_exact_search_sees_at_once_what_is_left(path: Path, coded: bool, tmp_pat
         assert_same(ExactIndex(store, codes=True).search(queries, K), alone.search(queries, K))
 
 
+def test_no_filter_names_what_is_deleted(path: Path) -> None:
+    store = Datastore.open(path)
+    store.delete(["mid"])
+    for name in ("", "mid"):
+        with pytest.raises(ValueError, match=f"no document called '{name}'"):
+            ExactIndex(store).search(grid_keys(2), 3, filter=Filter(documents=[name]))
+    assert (ExactIndex(store).search(grid_keys(2), 3, filter=Filter(documents=[2]))[1] < 0).all()
+
+
 def test_codes_that_are_made_after_a_deletion_are_of_what_is_stored(path: Path) -> None:
     store = Datastore.open(path)
     store.delete(["mid"])
