@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report.rows import Row, Source, read
-from knnext.experiments.lab.figures import COLORS, INK, MARKERS, MUTED, dress, legend_below
+from knnext.experiments.lab.figures import COLORS, INK, MARKERS, MUTED, dress, legend_below, look
 from knnext.report.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,9 +46,13 @@ QUERIES = (1, 1024)
 
 
 class Change(NamedTuple):
-    """Of test perplexity against the base LM, in percent, with its 95 % interval."""
+    """Of test perplexity against the base LM, in percent, with its 95 % interval.
+
+    ``way``: the (mask, score) that the figures' looks go by.
+    """
 
     words: str
+    way: tuple[str, str]
     perplexity: float
     value: float
     low: float
@@ -70,7 +74,8 @@ def changes(result: dict[str, Any]) -> list[Change]:
         parts = re.fullmatch(rf"{number} % \[{number}, {number}\]", row["change"])
         if parts is None:
             raise ValueError(f"{words}: no change with an interval in {row['change']!r}")
-        found.append(Change(words, row["perplexity"], *map(float, parts.groups())))
+        way = ("exact" if facts["search"] == "exact" else "faiss", row["score"])
+        found.append(Change(words, way, row["perplexity"], *map(float, parts.groups())))
     return found
 
 
@@ -97,9 +102,10 @@ def draw(result: dict[str, Any], source: Source, rows: list[Row]) -> Any:
 
 def _draw_changes(axes: Any, found: list[Change]) -> None:
     places = list(range(len(found)))[::-1]
-    for number, (place, change) in enumerate(zip(places, found, strict=True)):
-        axes.plot([change.low, change.high], [place, place], color=COLORS[0], linewidth=2)
-        axes.plot(change.value, place, MARKERS[number], color=COLORS[0], markersize=8)
+    for place, change in zip(places, found, strict=True):
+        style = look(*change.way)
+        axes.plot([change.low, change.high], [place, place], color=style["color"], linewidth=2)
+        axes.plot(change.value, place, markersize=8, **style)
         text = f"{change.value:+.1f} %".replace("-", "−")
         axes.annotate(text, (change.value, place), (0, 9), textcoords="offset points", ha="center")
     axes.set_yticks(places, [change.words for change in found])
@@ -109,7 +115,7 @@ def _draw_changes(axes: Any, found: list[Change]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %".replace("-", "−"))
     dress(
         axes,
-        title="Perplexity against the LM alone",
+        title="Perplexity against the LM alone,\na small GPT-2 trained here",
         xlabel="change on test, 95 % interval",
         ylabel="",
     )
@@ -145,7 +151,7 @@ def _draw_ratios(axes: Any, source: Source, rows: list[Row]) -> None:
     axes.set_yticks(places, [words for _, _, words in RIVALS])
     axes.set_ylim(-0.5, len(RIVALS) - 0.5)
     threads = source.machine.get("threads", "?")
-    title = f"Times as fast as its rivals, {threads} CPU threads"
+    title = f"How many times as fast as its rivals,\n{threads} CPU threads"
     dress(axes, title=title, xlabel="", ylabel="", legend=False)
     axes.tick_params(axis="y", colors=INK)
     legend_below(axes)

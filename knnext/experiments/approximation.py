@@ -26,12 +26,13 @@ from knnext.experiments.lab.claims import holds, together
 from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_component
 from knnext.experiments.lab.family import Setting
 from knnext.experiments.lab.figures import (
-    COLORS,
-    MARKERS,
     MUTED,
     dress,
-    legend_below,
+    legend_of_all,
+    look,
+    note,
     percent_change,
+    plain_ticks,
 )
 from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES
 from knnext.experiments.lab.recall import recall, thin
@@ -289,33 +290,48 @@ def _words(best: dict[float, Point], scores: dict[float, Gain], points: Sequence
 
 
 _LINES = (*product(ROADS, ("real", "faiss")), (NEAREST, "real"), (LOT, "real"))
+_CONTROLS = {NEAREST: "the nearest true neighbors alone", LOT: "true neighbors, drawn by lot"}
+_STROKES: dict[str, dict[str, Any]] = {
+    LISTS: {"linestyle": "-"},
+    CODE_BYTES: {"linestyle": ":", "markerfacecolor": "white"},
+    NEAREST: {"linestyle": "--", "marker": "v"},
+    LOT: {"linestyle": "-.", "marker": "P"},
+}
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
-    """Change of perplexity against exact search, by recall, one panel a size."""
+    """Change of perplexity against exact search, by recall, one panel a size.
+
+    Most of it lies near 0 and some far off: the scale is even within a tenth of a percent and
+    logarithmic beyond. Colours are those of the ways of searching, lines those of the roads.
+    """
     figure, series = axes.figure, result["series"]
     axes.remove()
     fractions = sorted({p["fraction"] for p in series["points"]})
-    figure.set_size_inches(5.6 * len(fractions), 5.2)
-    panels = figure.subplots(1, len(fractions), squeeze=False)[0]
+    figure.set_size_inches(5.2 * len(fractions) if len(fractions) > 1 else 7.2, 5.6)
+    panels = figure.subplots(1, len(fractions), sharey=True, squeeze=False)[0]
     for panel, fraction in zip(panels, fractions, strict=True):
         here = [p for p in series["points"] if p["fraction"] == fraction]
-        for number, (road, score) in enumerate(_LINES):
+        for road, score in _LINES:
             points = [p for p in here if (p["road"], p["score"]) == (road, score)]
             distances = "FAISS's distances" if score == "faiss" else "real distances"
-            label = f"{road}, {distances}" if road in ROADS else road
-            line = "-" if road == LISTS else ":" if road == CODE_BYTES else "--"
-            style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": line}
+            label = f"FAISS, {road}, {distances}" if road in ROADS else _CONTROLS[road]
+            style = {**look("faiss" if road in ROADS else "exact", score), **_STROKES[road]}
             _line(panel, sorted(points, key=lambda p: p["recall"]), label, **style)
         panel.axhline(0, color=MUTED, linewidth=1.0, linestyle="--", label="exact search")
+        panel.set_yscale("symlog", linthresh=0.1, linscale=0.6)
+        plain_ticks(panel.yaxis)
         dress(
             panel,
             title=f"{100 * fraction:.3g} % of the datastore",
-            xlabel="recall of the true neighbors",
-            ylabel="change of perplexity against exact, %",
+            xlabel="recall: share of the true neighbors found",
+            ylabel="change of perplexity against exact search (test), %"
+            if panel is panels[0]
+            else "",
             legend=False,
         )
-        legend_below(panel)
+    legend_of_all(figure, panels[0])
+    note(figure, "Above 0 exact search is better. Log scale beyond ±0.1 %; 95 % intervals.")
 
 
 def _line(axes: Any, points: Sequence[dict[str, Any]], label: str, **style: Any) -> None:

@@ -21,7 +21,7 @@ from knnext.experiments.lab.contrast import Fitted, Gain, advantage, fit_compone
 from knnext.experiments.lab.examples import Examples
 from knnext.experiments.lab.family import Setting
 from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, seed_interval
-from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure, percent
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure
 from knnext.experiments.lab.soft_rows import TrainedRows, floored_nll
 from knnext.experiments.lab.training import Schedule, trained
 
@@ -231,20 +231,31 @@ def agreement(lead: Gain, share: float) -> Agreement:
 def plot(result: dict[str, Any], axes: Any) -> None:
     """The change of perplexity by each set of rows."""
     s = result["series"]
+    axes.figure.set_size_inches(8.6, 1.4 + 0.27 * len(s["names"]))
 
     def change(gain: float | None) -> float | None:
-        return None if gain is None else float(percent(gain).split()[0])
+        return None if gain is None else figures.percent_change(gain)
 
+    names = [_in_words(name) for name in s["names"]]
     figures.bars(
         axes,
-        s["names"],
+        names,
         [change(g["value"]) for g in s["gains"]],
         [(change(g["low"]), change(g["high"])) for g in s["gains"]],
+        standard=next((n for n in names if n.startswith("datastore")), None),
     )
-    axes.tick_params(axis="y", labelsize=7)
+    axes.tick_params(axis="y", labelsize=8)
     figures.dress(
         axes,
         title="Centroids in place of the datastore",
-        xlabel="change of perplexity on test, %",
+        xlabel=figures.CHANGE_LABEL,
         ylabel="",
     )
+
+
+def _in_words(name: str) -> str:
+    """`k-means (l2, raw)` as it is said: the metric in words, what is fine-tuned named."""
+    head, _, tail = name.rpartition(" (")
+    metric, _, state = tail.rstrip(")").partition(", ")
+    tuned = "" if state == "raw" else f", {state}"
+    return f"{head}, {figures.METRICS[metric]}{tuned}" if metric in figures.METRICS else name

@@ -229,18 +229,38 @@ def _series(mask: str, score: str, curve: Curve) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Perplexity against the number of rows, a line for each search."""
-    from knnext.experiments.lab.figures import dress, line, reference_line, searched
+    from knnext.experiments.lab.figures import (
+        dress,
+        legend_below,
+        line,
+        look,
+        note,
+        plain_ticks,
+        reference_line,
+        searched,
+    )
 
     reference_line(axes, result["series"]["base"], "the LM alone")
-    for number, one in enumerate(result["series"]["curves"]):
-        label = searched(one["mask"], one["score"])
-        line(axes, one["entries"], one["perplexity"], label, number)
-        if (one["mask"], one["score"]) == ("exact", "real"):
-            line(axes, one["entries"], one["at t = 1"], f"{label}, t = 1", 7, linestyle=":")
-    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    for one in result["series"]["curves"]:
+        way = (one["mask"], one["score"])
+        label, style = searched(*way), look(*way)
+        if way == ("exact", "real"):
+            dots = {**style, "linestyle": ":", "markerfacecolor": "white"}
+            line(axes, one["entries"], one["at t = 1"], f"{label}, t = 1", **dots)
+            # What lies on it stays visible: broad and pale below, thin above.
+            style |= {"linewidth": 5.0, "alpha": 0.4}
+        line(axes, one["entries"], one["perplexity"], label, **style)
+    plain_ticks(axes.xaxis)
     dress(
         axes,
-        title=result["title"],
+        title="Perplexity by the size of the datastore",
         xlabel="rows of the datastore",
         ylabel="perplexity per token (test)",
+        legend=False,
+    )
+    legend_below(axes)
+    note(
+        axes.figure,
+        "Temperature and λ are fitted at each size, but where t = 1. "
+        f"In figures: {result['headline'].replace('-', '−')}.",
     )

@@ -18,7 +18,7 @@ from knnext.experiments.lab import EVALUATED, Lab
 from knnext.experiments.lab.claims import negligible
 from knnext.experiments.lab.contrast import Gain, advantage
 from knnext.experiments.lab.family import Setting
-from knnext.experiments.lab.figures import bars, dress, percent_change
+from knnext.experiments.lab.figures import bars, dress, note, percent_change
 from knnext.experiments.lab.mixture import (
     DEFAULT_TEMPERATURES,
     FLOOR,
@@ -176,6 +176,7 @@ def _words(answers: dict[str, Gain]) -> str:
 def plot(result: dict[str, Any], axes: Any) -> None:
     """What each addition changes."""
     answers = result["series"]["answers"]
+    axes.figure.set_size_inches(8.4, 4.2)
     intervals = [
         (None, None)
         if gain["low"] is None
@@ -183,10 +184,11 @@ def plot(result: dict[str, Any], axes: Any) -> None:
         for gain in answers.values()
     ]
     values = [percent_change(gain["value"]) for gain in answers.values()]
-    bars(axes, list(answers), values, intervals)
+    bars(axes, [name.replace(", ", ",\n") for name in answers], values, intervals)
     dress(
         axes,
         title="What is added, and what it changes",
-        xlabel="change of perplexity, %",
+        xlabel="change of perplexity by the addition (test), %",
         ylabel="",
     )
+    note(axes.figure, "Both metrics: inner products beside squared distances.")

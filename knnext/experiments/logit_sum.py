@@ -17,7 +17,7 @@ from knnext.experiments import learned_embedding
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds
 from knnext.experiments.lab.examples import layer_examples
-from knnext.experiments.lab.figures import bars, dress
+from knnext.experiments.lab.figures import GAIN_LABEL, STATES_NOTE, bars, dress, note
 from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
@@ -140,11 +140,14 @@ def _words(
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Gains as bars, with their intervals."""
     series = result["series"]
+    axes.figure.set_size_inches(8.2, 3.6)
     spans = list(zip(series["low"], series["high"], strict=True))
-    bars(axes, series["labels"], series["gain"], spans)
+    labels = [label.replace("V x D", "trained matrix") for label in series["labels"]]
+    bars(axes, labels, series["gain"], spans, good=1, digits=2, standard=labels[0])
     dress(
         axes,
-        title="Fusing att before or after the softmax",
-        xlabel="gain in log perplexity over the base LM, test (nats per token)",
+        title="A trained matrix on the att states, before or after the softmax",
+        xlabel=GAIN_LABEL,
         ylabel="",
     )
+    note(axes.figure, f"{STATES_NOTE} The matrix has a row a word.")

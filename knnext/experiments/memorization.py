@@ -7,6 +7,7 @@ same tokens, of all rows, and of the memorizing LM's own states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -216,38 +217,41 @@ def agreement(gain: Gain, lead: Gain) -> Agreement:
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
-    """Perplexity by epoch: mixed on the left axis, alone on the right one."""
-    s = result["series"]
-    right = axes.twinx()
-    figures.line(right, s["epochs"], s["alone"], "memorizing LM alone (right)", 7, alpha=0.5)
-    right.set_yscale("log")
-    right.tick_params(colors=figures.MUTED)
-    right.spines[:].set_visible(False)
-    figures.line(axes, s["epochs"], s["mixture"], "mixed with the base LM (its nats on the text)")
-    figures.reference_line(axes, s["base"], "base LM")
+    """By epoch: the mixture on test above; below the memorizing LM, on test and on its own text."""
+    s, figure = result["series"], axes.figure
+    axes.remove()
+    figure.set_size_inches(7.2, 6.4)
+    mixed, alone = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
+    figures.line(mixed, s["epochs"], s["mixture"], "mixed with the base LM", 4)
+    figures.reference_line(mixed, s["base"], "the base LM alone")
     store = s["datastore of the same tokens"]
-    axes.axhline(
-        store, color=figures.COLORS[2], ls=":", label="base LM, datastore of the same tokens"
-    )
-    for epoch, nll, mixture in zip(s["epochs"], s["train nll"], s["mixture"], strict=True):
-        axes.annotate(
-            f"{nll:.1f}",
-            (epoch, mixture),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=figures.MUTED,
-        )
-    levels = [s["base"], store, *s["mixture"]]
-    room = max(levels) - min(levels)
-    axes.set_ylim(min(levels) - 0.15 * room, max(levels) + 0.7 * room)
+    label = "with a datastore of the same tokens"
+    color = figures.look("exact", "real")["color"]
+    mixed.axhline(store, color=color, ls=":", lw=1.8, label=label)
     figures.dress(
-        axes,
+        mixed,
         title=f"An LM that memorizes {s['tokens']:,} tokens",
-        xlabel="epochs of training on them",
-        ylabel="perplexity per token on test",
+        xlabel="",
+        ylabel="perplexity per token (test)",
         legend=False,
     )
-    lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axes.legend(handles=lines, frameon=False, fontsize=9, loc="upper left")
+    own = [math.exp(nll) for nll in s["train nll"]]
+    figures.line(alone, s["epochs"], s["alone"], "on test", 4)
+    hollow = {"linestyle": ":", "markerfacecolor": "white"}
+    figures.line(alone, s["epochs"], own, "on the text it memorizes", 4, **hollow)
+    alone.set_yscale("log")
+    figures.plain_ticks(alone.yaxis)
+    figures.dress(
+        alone,
+        title="The memorizing LM alone",
+        xlabel="epochs of training on these tokens",
+        ylabel="perplexity, log scale",
+        legend=False,
+    )
+    for panel in (mixed, alone):
+        # Between title and curves, where it covers neither.
+        panel.set_title(panel.get_title(loc="left"), loc="left", pad=18, fontsize=11)
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.0}
+        panel.legend(frameon=False, fontsize=8, labelcolor=figures.INK, ncols=3, **place)
+    change = result["headline"].replace("-", "−")
+    figures.note(figure, f"The mixture's change at the best epoch on validation: {change}.")

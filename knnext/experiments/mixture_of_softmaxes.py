@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds
 from knnext.experiments.lab.examples import layer_examples
-from knnext.experiments.lab.figures import dress, line, reference_line
+from knnext.experiments.lab.figures import (
+    STATES,
+    STATES_NOTE,
+    dress,
+    legend_below,
+    line,
+    note,
+    reference_line,
+)
 from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
@@ -229,13 +237,21 @@ def _series(found: Sequence[tuple[Variant, Replacement]], yardstick: Yardstick) 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Gain against k, a line for each layer and choice of what is trained."""
-    for number, (name, points) in enumerate(result["series"]["lines"].items()):
-        line(axes, points["k"], points["gain"], name, number)
+    for name, points in result["series"]["lines"].items():
+        whole = "W" in name
+        style: dict[str, Any] = {"color": STATES[name[:3]], "marker": "s" if whole else "o"}
+        label = name.replace("W trained too", "output matrix trained too")
+        line(axes, points["k"], points["gain"], label, linestyle="--" if whole else "-", **style)
     reference_line(axes, result["series"]["knn"], "exact kNN-LM (att)")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    gains = [gain for points in result["series"]["lines"].values() for gain in points["gain"]]
+    axes.set_ylim(bottom=0 if all(gain > 0 for gain in gains) else None)
     dress(
         axes,
-        title="Gain against the number of softmaxes",
-        xlabel="softmaxes k (1: a linear layer alone)",
-        ylabel="gain in log perplexity, test (nats per token)",
+        title="Gain by the number of softmaxes",
+        xlabel="number of softmaxes (1: a linear layer alone)",
+        ylabel="gain in log perplexity (test),\nnats per token",
+        legend=False,
     )
+    legend_below(axes)
+    note(axes.figure, STATES_NOTE)

@@ -21,7 +21,15 @@ from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds, together
 from knnext.experiments.lab.examples import train_log_p_lm
 from knnext.experiments.lab.family import Setting
-from knnext.experiments.lab.figures import COLORS, dress, line, reference_line
+from knnext.experiments.lab.figures import (
+    STATES,
+    STATES_NOTE,
+    dress,
+    legend_below,
+    line,
+    note,
+    reference_line,
+)
 from knnext.experiments.lab.recovery import (
     Replacement,
     Yardstick,
@@ -262,21 +270,23 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     for number, layer in enumerate(LAYERS):
         own = [p for p in points if p["layer"] == layer and p["by"] == "even"]
         x, y = [p["rows"] for p in own], [p["gain"] for p in own]
-        line(axes, x, y, layer, number)
+        line(axes, x, y, f"{layer}, as many for every word", number, color=STATES[layer])
         low, high = [p["low"] for p in own], [p["high"] for p in own]
         if None not in low + high:
-            axes.fill_between(x, low, high, color=COLORS[number], alpha=0.12, linewidth=0)
+            axes.fill_between(x, low, high, color=STATES[layer], alpha=0.12, linewidth=0)
     for number, by in enumerate(("by frequency", "by loss"), 2):
         own = [p for p in points if p["by"] == by]
-        style = {"linestyle": "none"}
-        line(
-            axes, [p["rows"] for p in own], [p["gain"] for p in own], f"att, {by}", number, **style
-        )
+        label = f"att, more for words {'of high frequency' if number == 2 else 'of high loss'}"
+        style = {"linestyle": "none", "color": STATES["att"], "markerfacecolor": "white"}
+        line(axes, [p["rows"] for p in own], [p["gain"] for p in own], label, number, **style)
     reference_line(axes, result["series"]["knn"], "exact kNN-LM (att)")
     axes.set_ylim(bottom=0 if all(p["gain"] > 0 for p in points) else None)
     dress(
         axes,
-        title="Gain against trained rows a word (bands: 95 %, documents)",
+        title="Gain by the number of trained rows a word",
         xlabel="rows a word, on average",
-        ylabel="gain in log perplexity, test (nats per token)",
+        ylabel="gain in log perplexity (test),\nnats per token",
+        legend=False,
     )
+    legend_below(axes)
+    note(axes.figure, f"{STATES_NOTE} Bands: 95 % intervals over documents.")

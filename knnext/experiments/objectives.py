@@ -11,6 +11,7 @@ which is excluded by its number; a sample of rows stands for all.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,15 @@ from knnext.experiments import multi_embedding
 from knnext.experiments.lab import Lab
 from knnext.experiments.lab.claims import holds
 from knnext.experiments.lab.examples import Examples, layer_examples, train_log_p_lm
-from knnext.experiments.lab.figures import MUTED, bars, dress
+from knnext.experiments.lab.figures import (
+    GAIN_LABEL,
+    MUTED,
+    STATES_NOTE,
+    bars,
+    dress,
+    legend_below,
+    note,
+)
 from knnext.experiments.lab.leave_one_out import row_neighbors
 from knnext.experiments.lab.recovery import (
     Replacement,
@@ -254,14 +263,22 @@ def _words(
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Gains as bars with their intervals, and the kNN-LM's as a line."""
     series = result["series"]
+    axes.figure.set_size_inches(8.2, 4.8)
     spans = list(zip(series["low"], series["high"], strict=True))
-    bars(axes, series["labels"], series["gain"], spans)
-    axes.axvline(series["knn"], color=MUTED, linewidth=1.0, linestyle="--")
-    place = {"xycoords": ("data", "axes fraction"), "ha": "right", "fontsize": 9}
-    axes.annotate("kNN-LM ", (series["knn"], 0.01), **place)
+    labels = [_rows_in_words(label) for label in series["labels"]]
+    bars(axes, labels, series["gain"], spans, good=1, digits=2)
+    axes.axvline(series["knn"], color=MUTED, linewidth=1.0, linestyle="--", label="exact kNN-LM")
     dress(
         axes,
-        title="Gain of $W_{ds}$ by training objective",
-        xlabel="gain in log perplexity over the base LM, test (nats per token)",
+        title="Gain of trained rows by their objective",
+        xlabel=GAIN_LABEL,
         ylabel="",
+        legend=False,
     )
+    legend_below(axes)
+    note(axes.figure, STATES_NOTE)
+
+
+def _rows_in_words(label: str) -> str:
+    """`att, n = 3` as it is said."""
+    return re.sub(r"n = (\d+)", lambda m: f"{m[1]} row{'s' * (m[1] != '1')} a word", label)

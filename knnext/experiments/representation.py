@@ -229,10 +229,10 @@ def change(figures: Mixture) -> str:
 
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Change of perplexity by member, one mark for each way of searching and of choosing t."""
-    from knnext.experiments.lab.figures import COLORS, INK, MARKERS, MUTED, dress, searched
+    from knnext.experiments.lab import figures
 
     members = result["details"]["members"]
-    labels = [f"{state}, {metric}" for state, metric in product(STATES, METRICS)]
+    pairs = list(product(STATES, METRICS))
     shown = (
         ("exact", "real", FITTED),
         ("exact", "real", ONE),
@@ -240,23 +240,36 @@ def plot(result: dict[str, Any], axes: Any) -> None:
         ("faiss", "faiss", FITTED),
     )
     for number, (mask, score, how) in enumerate(shown):
-        name = f"{searched(mask, score)}, {'t = 1' if how == ONE else 't fitted'}"
-        style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": "none"}
+        name = f"{figures.searched(mask, score)}, {'t = 1' if how == ONE else 't fitted'}"
+        style = {**figures.look(mask, score), "linestyle": "none"}
+        if how == ONE:
+            style["markerfacecolor"] = "white"
         for m in members:
             setting, interval = m["setting"], m["interval"]
             if (setting["mask"], setting["score"], m["t"]) != (mask, score, how):
                 continue
-            place = len(labels) - labels.index(f"{setting['h_ds']}, {setting['metric']}")
+            place = len(pairs) - pairs.index((setting["h_ds"], setting["metric"]))
             y = place - 0.17 * (number - 1.5)
-            axes.plot([100 * math.expm1(-m["gain"])], [y], markersize=6, label=name, **style)
-            name = "_"  # once in the legend
             if interval["low"] is not None and interval["high"] is not None:
-                ends = [100 * math.expm1(-interval[end]) for end in ("low", "high")]
-                axes.plot(ends, [y, y], color=COLORS[number], linewidth=1.2)
-    axes.axvline(0, color=MUTED, linewidth=1.0, linestyle="--")
-    xlabel = "change of perplexity in % (test), with 95 % intervals"
-    dress(axes, title=result["title"], xlabel=xlabel, ylabel="", legend=False)
-    axes.legend(
-        frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.14)
+                ends = [figures.percent_change(interval[end]) for end in ("low", "high")]
+                line = ":" if how == ONE else "-"
+                axes.plot(ends, [y, y], color=style["color"], linewidth=1.2, linestyle=line)
+            change = figures.percent_change(m["gain"])
+            axes.plot([change], [y], markersize=6, label=name, **style)
+            name = "_"  # once in the legend
+    axes.axvline(0, color=figures.MUTED, linewidth=1.0, linestyle="--")
+    figures.dress(
+        axes,
+        title="Perplexity by the state that is the key, and by the metric",
+        xlabel=figures.CHANGE_LABEL,
+        ylabel="",
+        legend=False,
     )
-    axes.set_yticks(range(len(labels), 0, -1), labels, color=INK)
+    figures.legend_below(axes)
+    labels = [f"{state},\n{figures.METRICS[metric]}" for state, metric in pairs]
+    axes.set_yticks(range(len(labels), 0, -1), labels, color=figures.INK)
+    figures.note(
+        axes.figure,
+        f"{figures.STATES_NOTE}\n95 % intervals, each against the LM alone: of two that overlap "
+        "one may still be better for sure (the text has such pairs).",
+    )

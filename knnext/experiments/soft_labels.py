@@ -23,7 +23,7 @@ from knnext.experiments.lab.family import Setting
 from knnext.experiments.lab.leave_one_out import row_neighbors
 from knnext.experiments.lab.lm_training import BlockLoss, BlockSchedule
 from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, by_name, seed_interval
-from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure, percent
+from knnext.experiments.lab.results import Agreement, Description, Findings, PaperFigure
 from knnext.ops import knn_interpolate
 from knnext.output import write_json
 
@@ -283,26 +283,27 @@ def agreement(gain: Gain, lead: Gain, behind: float) -> Agreement:
 
 
 def plot(result: dict[str, Any], axes: Any) -> None:
-    """The change of perplexity by each student's mixture, runs as ticks."""
+    """The change of perplexity by each student's mixture, runs as dots."""
     s = result["series"]
     gains = s["gains"]
+    axes.figure.set_size_inches(8.2, 3.8)
 
     def change(gain: float | None) -> float | None:
-        return None if gain is None else float(percent(gain).split()[0])
+        return None if gain is None else figures.percent_change(gain)
 
     figures.bars(
         axes,
         s["labels"],
         [change(g["value"]) for g in gains],
         [(change(g["low"]), change(g["high"])) for g in gains],
+        standard=s["labels"][-1],
     )
     for place, runs in enumerate(reversed(s["runs"])):
-        axes.plot(
-            [change(g) for g in runs], [place] * len(runs), "o", color=figures.COLORS[1], ms=4
-        )
+        dots = {"color": figures.COLORS[1], "ms": 4, "mfc": "white"}
+        axes.plot([change(g) for g in runs], [place - 0.2] * len(runs), "o", **dots)
     figures.dress(
         axes,
         title="Students mixed with the base LM, by the labels they learned",
-        xlabel="change of perplexity on test, % (dots: runs)",
+        xlabel=f"{figures.CHANGE_LABEL} (dots: single runs)",
         ylabel="",
     )

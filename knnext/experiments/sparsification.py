@@ -18,7 +18,16 @@ from knnext.experiments.lab.claims import holds, negligible, together
 from knnext.experiments.lab.contrast import Gain, advantage
 from knnext.experiments.lab.cut import Cuts, cut, target_log_p
 from knnext.experiments.lab.family import Setting
-from knnext.experiments.lab.figures import COLORS, dress, line, percent_change, reference_line
+from knnext.experiments.lab.figures import (
+    COLORS,
+    dress,
+    legend_below,
+    line,
+    note,
+    percent_change,
+    plain_ticks,
+    reference_line,
+)
 from knnext.experiments.lab.mixture import (
     DEFAULT_TEMPERATURES,
     Mixture,
@@ -195,19 +204,23 @@ def _plain(series: Series) -> dict[str, Any]:
 def plot(result: dict[str, Any], axes: Any) -> None:
     """Change of perplexity by the number of tokens kept, beside the kNN's."""
     series = result["series"]
-    for number, name in enumerate(("as it is", "calibrated")):
+    for name, number in (("as it is", 0), ("calibrated", 4)):
         s = series[name]
         label = f"LM {name}, with its own output cut"
-        line(axes, s["kept"], [percent_change(gain) for gain in s["gain"]], label, 2 * number)
+        line(axes, s["kept"], [percent_change(gain) for gain in s["gain"]], label, number)
         if s["low"][0] is not None:
             ends = [[percent_change(value) for value in s[end]] for end in ("low", "high")]
-            color = COLORS[2 * number]
-            axes.fill_between(s["kept"], *ends, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(s["kept"], *ends, color=COLORS[number], alpha=0.15, linewidth=0)
     reference_line(axes, 0.0, "LM alone")
     axes.set_xscale("log", base=2)
+    plain_ticks(axes.xaxis)
     dress(
         axes,
-        title=f"The LM mixed with its own output, cut (the kNN: {percent(series['knn'])})",
-        xlabel="tokens kept",
-        ylabel="change of perplexity on test, %",
+        title="The LM mixed with its own output, cut to its likeliest tokens",
+        xlabel="tokens kept, log scale",
+        ylabel="change of perplexity (test), %",
+        legend=False,
     )
+    legend_below(axes)
+    knn = percent(series["knn"]).replace("-", "−")
+    note(axes.figure, f"Bands: 95 % intervals. The neighbors in its place: {knn}.")

@@ -178,6 +178,6 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     figures.dress(
         axes,
         title="Words that no state can make the argmax",
-        xlabel="principal components of the output embedding that are kept",
+        xlabel="principal components of the output embedding that are kept, log scale",
         ylabel="% of the words tested",
     )

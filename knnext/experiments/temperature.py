@@ -217,15 +217,14 @@ def plot(result: dict[str, Any], axes: Any) -> None:
     """Perplexity against t, a panel for each size of the datastore.
 
     True and FAISS's neighbors often lie on one another: those are drawn broad and pale, these thin
-    above them. The colour is the score's.
+    above them.
     """
-    from knnext.experiments.lab.figures import COLORS, INK, MUTED, dress, legend_below, searched
+    from knnext.experiments.lab import figures
 
     figure, curves = axes.figure, result["series"]["curves"]
     axes.remove()
     fractions = sorted({one["fraction"] for one in curves})
     figure.set_size_inches(5.4 * len(fractions) if len(fractions) > 1 else 7.2, 5.4)
-    figure.suptitle(result["title"], x=0.01, ha="left", fontsize=12, color=INK)
     panels = figure.subplots(1, len(fractions), sharey=True, squeeze=False)[0]
     for panel, fraction in zip(panels, fractions, strict=True):
         for mask, score in sorted(PAIRS):
@@ -237,27 +236,32 @@ def plot(result: dict[str, Any], axes: Any) -> None:
                 panel.plot(
                     one["temperatures"],
                     one["perplexity"],
-                    color=COLORS[score == "faiss"],
                     linewidth=6.0 if broad else 1.6,
                     alpha=0.35 if broad else 1.0,
                     solid_capstyle="butt",
-                    marker="o" if broad else "s",
-                    markersize=9 if broad else 4.5,
+                    markersize=9 if broad else 5,
                     markevery=[best],
-                    label=searched(mask, score),
+                    label=figures.searched(mask, score),
+                    **figures.look(mask, score),
                 )
-        panel.axhline(result["series"]["base"], color=INK, linewidth=1.0, label="the LM alone")
-        panel.axvline(1.0, color=MUTED, linewidth=0.8, linestyle=":", label="t = 1")
+        base = result["series"]["base"]
+        panel.axhline(base, color=figures.INK, linewidth=1.0, label="the LM alone")
+        panel.axvline(1.0, color=figures.MUTED, linewidth=0.8, linestyle=":", label="t = 1")
         panel.set_xscale("log")
-        panel.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-        dress(
+        figures.plain_ticks(panel.xaxis)
+        figures.dress(
             panel,
-            title=f"{100 * fraction:.3g} % of the datastore (marks: best on valid)",
+            title=f"{100 * fraction:.3g} % of the datastore",
             xlabel="temperature t, log scale",
-            ylabel="perplexity per token (test), λ fitted at each t" if panel is panels[0] else "",
+            ylabel="perplexity per token (test)" if panel is panels[0] else "",
             legend=False,
         )
-        legend_below(panel)
+    figures.legend_of_all(figure, panels[0])
+    figures.note(
+        figure,
+        "λ is fitted at each t; marks: the best t on the validation split. "
+        f"In figures: {result['headline'].replace('-', '−')}.",
+    )
 
 
 def _series(fraction: float, mask: str, score: str, s: Sweep) -> dict[str, Any]:

@@ -8,6 +8,7 @@ opinion gains where the LM was wrong and loses where it was right.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,15 @@ from knnext.experiments.lab.contrast import advantage
 from knnext.experiments.lab.correlation import spearman
 from knnext.experiments.lab.cut import cut
 from knnext.experiments.lab.family import Setting
-from knnext.experiments.lab.figures import COLORS, INK, MUTED, dress, percent_change
+from knnext.experiments.lab.figures import (
+    INK,
+    MUTED,
+    PALE,
+    PALE_OVER,
+    dress,
+    note,
+    percent_change,
+)
 from knnext.experiments.lab.mixture import DEFAULT_TEMPERATURES, Split, fit
 from knnext.experiments.lab.results import Description, Findings, PaperFigure
 
@@ -249,37 +258,86 @@ def _headline(rows: list[dict[str, Any]]) -> str:
     )
 
 
+#: What a bar of a panel is, in words with their unit.
+_PANELS = {
+    FREQUENCY: "how often the token is in the training text",
+    FOLLOWS: "entropy of what follows the token, nats",
+    PRECEDES: "entropy of what precedes the token, nats",
+    UNSURE: "entropy of the LM's prediction, nats",
+    GIVEN: "the LM's probability of the target*",
+    SEEN: "the document's n-grams seen in training, %",
+}
+_NOTE = (
+    "One scale for all panels. Blue: the neighbors help, orange: they harm; lines: 95 % intervals."
+    "\n\n* Such tokens are chosen by the LM's errors: any second opinion gains where it was wrong "
+    "and loses where it was right."
+)
+
+
 def plot(result: dict[str, Any], axes: Any) -> None:
     """One panel a feature: change of perplexity by bucket, those of a few tokens left out.
 
-    All panels have one scale, so that bars may be compared across them.
+    All panels have one scale, so that bars may be compared across them; the one of most buckets
+    stands at the side of the others, so that no panel is empty in part.
     """
-    by = _large(result["series"]["rows"])
+    by = dict(sorted(_large(result["series"]["rows"]).items(), key=lambda one: len(one[1])))
     figure = axes.figure
     axes.remove()
-    counts = [len(here) for here in by.values()]
-    tallest = [max(counts[:3]), max(counts[3:], default=1)]
-    figure.set_size_inches(11.0, 2.0 + 0.27 * sum(tallest))
-    grid = figure.subplots(2, 3, sharex=True, gridspec_kw={"height_ratios": tallest})
-    figure.suptitle(result["title"], x=0.01, ha="left", fontsize=12, color=INK)
-    for number, (panel, (name, here)) in enumerate(zip(grid.flat, by.items(), strict=True)):
-        values = [percent_change(r["gain"]) for r in here]
-        # Blue where the neighbors help, orange where they harm, as in the pages.
-        panel.barh(range(len(here)), values, color=[COLORS[v > 0] for v in values], height=0.66)
-        for place, row in enumerate(here):
-            if row["low"] is not None:
-                ends = [percent_change(row["low"]), percent_change(row["high"])]
-                panel.plot(ends, [place, place], color=INK, linewidth=1.2)
-        panel.axvline(0, color=MUTED, linewidth=1.0)
-        dress(
-            panel,
-            title=name,
-            xlabel="change of perplexity, %" if number >= 3 else "",
-            ylabel="",
-            legend=False,
-        )
-        panel.set_yticks(range(len(here)), [r["bucket"] for r in here], fontsize=8)
-        # Of one height in all panels, whatever the number of buckets.
-        panel.set_ylim(max(tallest[number // 3], len(here)) - 0.5, -0.5)
-    for panel in list(grid.flat)[len(by) :]:
-        panel.remove()
+    tall = max(by, key=lambda name: len(by[name]))
+    small = [name for name in by if name != tall]
+    rows = max(1, (len(small) + 1) // 2)
+    figure.set_size_inches(11.0, 1.6 + 2.0 * rows)
+    grid = figure.add_gridspec(rows, 3)
+    places = [grid[i // 2, i % 2] for i in range(len(small))]
+    first = figure.add_subplot(grid[:, 2])
+    panels = {tall: first}
+    for name, place in zip(small, places, strict=True):
+        panels[name] = figure.add_subplot(place, sharex=first)
+    figure.suptitle("Which tokens the neighbors help", x=0.01, ha="left", fontsize=12, color=INK)
+    for name, panel in panels.items():
+        _draw(panel, name, by[name], foot=name in (tall, *small[-2:]))
+    if len(small) % 2:
+        _say(figure.add_subplot(grid[rows - 1, 1]), _NOTE)
+    else:
+        note(figure, _NOTE)
+
+
+def _say(panel: Any, text: str) -> None:
+    """Sentences in the place of a panel."""
+    panel.axis("off")
+    lines = [textwrap.fill(part, 40) for part in text.splitlines()]
+    panel.text(0, 0.75, "\n".join(lines), va="top", fontsize=9, color=MUTED)
+
+
+def _draw(panel: Any, name: str, rows: Sequence[Mapping[str, Any]], foot: bool) -> None:
+    values = [percent_change(row["gain"]) for row in rows]
+    # Blue where the neighbors help, orange where they harm, as in the pages.
+    colors = [PALE_OVER if value > 0 else PALE for value in values]
+    panel.barh(range(len(rows)), values, color=colors, height=0.66)
+    for place, row in enumerate(rows):
+        if row["low"] is not None:
+            ends = [percent_change(row["low"]), percent_change(row["high"])]
+            panel.plot(ends, [place, place], color=INK, linewidth=1.2)
+        panel.plot([values[place]], [place], "|", color=INK)
+    panel.axvline(0, color=MUTED, linewidth=1.0)
+    dress(
+        panel,
+        title="",
+        xlabel="change of perplexity (test), %" if foot else "",
+        ylabel="",
+        legend=False,
+    )
+    panel.set_title(_PANELS.get(name, name), loc="left", fontsize=9.5, color=INK)
+    panel.set_yticks(range(len(rows)), [_bucket(name, row["bucket"]) for row in rows], fontsize=8)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _bucket(name: str, bucket: str) -> str:
+    """`8.5e-07 to 0.0002` as it is read: `up to 0.0002`; `10+` as the decade it is."""
+    if name == FREQUENCY and bucket.endswith("+"):
+        least = int(bucket[:-1].replace(",", ""))
+        return f"{least:,} to {10 * least - 1:,}"
+    if name == SEEN and " to " in bucket:
+        return " to ".join(f"{100 * float(end):.0f}" for end in bucket.split(" to "))
+    low, _, high = bucket.partition(" to ")
+    return f"up to {high}" if high and float(low) < float(high) / 20 else bucket

@@ -172,8 +172,29 @@ def test_entropy_of_the_lm_is_bounded(result, tiny_lab):
 def test_the_figure_draws(result):
     figure, axes = new_figure()
     who_benefits.plot(result, axes)
-    assert len(figure.axes) == 6
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert len(panels) == 6
+    # A bar of one panel is as long as its like in another.
+    assert len({axes.get_xlim() for axes in panels}) == 1
     assert result["agreement"] == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("feature", "bucket", "words"),
+    [
+        (who_benefits.FREQUENCY, "0", "0"),
+        (who_benefits.FREQUENCY, "1+", "1 to 9"),
+        (who_benefits.FREQUENCY, "10,000+", "10,000 to 99,999"),
+        (who_benefits.GIVEN, "8.5e-07 to 0.0002", "up to 0.0002"),
+        (who_benefits.GIVEN, "0.0002 to 0.0006", "0.0002 to 0.0006"),
+        (who_benefits.UNSURE, "0.083 to 4", "up to 4"),
+        (who_benefits.FOLLOWS, "0 to 3.3", "up to 3.3"),
+        (who_benefits.SEEN, "0.08 to 0.21", "8 to 21"),
+        (who_benefits.SEEN, "0", "0"),
+    ],
+)
+def test_buckets_are_said_in_words(feature, bucket, words):
+    assert who_benefits._bucket(feature, bucket) == words
 
 
 def test_one_document_has_a_headline():
