@@ -15,7 +15,7 @@ import torch
 from benchmarks.data.search_shapes import SHAPES
 from benchmarks.report.__main__ import main
 from benchmarks.report.page import gather, render, write
-from benchmarks.report.plots import LIMIT, pictures, words
+from benchmarks.report.plots import LIMIT, _label, pictures, words
 from benchmarks.report.rows import read, short_form
 from benchmarks.report.tables import duration, number, size
 from benchmarks.report.targets import names_shape, verdicts
@@ -174,6 +174,14 @@ def test_pictures_hold_every_rival_and_the_limit(run: Path) -> None:
     assert {"knnext", "torch_chunked", "faiss_ivfpq (approximate)", LIMIT} <= set(lines)
     assert lines["knnext"].x == [64, 256, 1024, 4096] and lines["knnext"].y[-1] == 25.0
     assert lines[LIMIT].y == pytest.approx([1.0] * 4), "milliseconds, from any row's share"
+
+
+def test_a_limit_that_a_kernel_may_beat_says_what_it_is() -> None:
+    _, rows = gather(COMMITTED)
+    (picture,) = pictures(rows)
+    (limit,) = (line for line in picture.lines if line.name == LIMIT)
+    assert picture.device == "cpu" and min(limit.y) < 1 < max(limit.y)
+    assert "torch's product in float32" in _label(picture, limit)
 
 
 def test_legends_say_words_and_no_two_names_the_same() -> None:
