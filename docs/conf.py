@@ -3,7 +3,8 @@
 Sphinx and not MkDocs: it reads the API out of the package itself, checks every reference, runs the
 tutorials, and its parts have been kept for ten years by more than one person. The pages of the API
 and of the command line are generated: by docstrings and parser, and never written into the
-repository. So are those of the tutorials, which are programs in cells (jupytext's percent format).
+repository. So are those of the tutorials, which are programs in cells (jupytext's percent format),
+and those of the benchmarks, which lie beside what they tell of.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import importlib
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 GENERATED = HERE / "reference" / "generated"
 TUTORIALS = HERE / "tutorials"
+#: Pages that lie elsewhere, by the names that they have on the site.
+ELSEWHERE = {"benchmarks": "benchmarks/README.md", "benchmarks-log": "benchmarks/LOG.md"}
 sys.path.insert(0, str(HERE.parent))
 os.environ["COLUMNS"] = "90"  # by which argparse breaks its lines
 
@@ -136,6 +140,17 @@ def tutorial_page(script: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def page_from_elsewhere(source: Path) -> str:
+    """A Markdown page of another folder, with the links that it has there."""
+    names = {HERE.parent / path: f"{name}.md" for name, path in ELSEWHERE.items()}
+
+    def link(match: re.Match[str]) -> str:
+        target = (source.parent / match[1]).resolve()
+        return f"]({names.get(target) or os.path.relpath(target, GENERATED)})"
+
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", link, source.read_text(encoding="utf-8"))
+
+
 def _write(path: Path, text: str) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +165,8 @@ def generate(*_: Any) -> None:
     _write(GENERATED / "commands.rst", command_page())
     for script in sorted(TUTORIALS.glob("*.py")):
         _write(script.with_suffix(".md"), tutorial_page(script))
+    for name, path in ELSEWHERE.items():
+        _write(GENERATED / f"{name}.md", page_from_elsewhere(HERE.parent / path))
     toc = [*_heading("Reference"), ".. toctree::", ""]
     toc += [f"   {name}" for name in (*PUBLIC, "commands")]
     _write(GENERATED / "index.rst", "\n".join([*toc, ""]))

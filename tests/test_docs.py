@@ -76,6 +76,45 @@ def test_every_command_is_there() -> None:
         assert f"\n{name}\n{'-' * len(name)}\n" in page and f"usage: knnext {name}" in page
 
 
+@pytest.mark.parametrize(("name", "path"), CONF.ELSEWHERE.items())
+def test_pages_of_other_folders_keep_their_links(name: str, path: str) -> None:
+    page = CONF.page_from_elsewhere(DOCS.parent / path)
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert re.search(rf"\bgenerated/{name}>?$", index, re.MULTILINE)
+    for link in re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", page):
+        made = link.removesuffix(".md") in CONF.ELSEWHERE
+        assert made or (CONF.GENERATED / link).resolve().exists(), link
+
+
+def heading_anchors(text: str) -> set[str]:
+    """As GitHub makes them, and the site."""
+    lines = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+    words = (line.lstrip("#").strip().lower() for line in lines if line.startswith("#"))
+    return {re.sub(r"[^\w\- ]", "", word).replace(" ", "-") for word in words}
+
+
+def test_every_link_leads_somewhere() -> None:
+    """On GitHub, too, where Sphinx has not looked: to a file, and to a heading in it."""
+    root, tutorials = DOCS.parent, DOCS / "tutorials"
+    pages = [p for p in (*root.glob("*.md"), *DOCS.rglob("*.md")) if "generated" not in p.parts]
+    pages += (root / "benchmarks").glob("*.md")
+    found = 0
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.DOTALL)
+        for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if target.parent == tutorials:
+                target = target.with_suffix(".py")  # of which the page is made
+            if "results" in target.parts and not (DOCS / "results").is_dir():
+                continue  # an sdist
+            assert target.exists(), f"{page}: {link}"
+            if anchor:
+                assert anchor in heading_anchors(target.read_text("utf-8")), f"{page}: {link}"
+            found += 1
+    assert found > 90
+
+
 def test_every_page_is_reached() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     for path in DOCS.rglob("*.md"):
