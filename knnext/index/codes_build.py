@@ -144,10 +144,18 @@ def _is_finished(datastore: Datastore, folder: Path) -> bool:
     return (found.datastore, found.num_entries) == (datastore.fingerprint, datastore.num_entries)
 
 
+#: Of an encoding, finished or not; what makes the others count stands first.
+_FILES = (META_FILE, BUILD_FILE, CODES_FILE, STATS_FILE, CENTER_FILE)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is anything of an encoding, finished or not, by one process or by several."""
+    return any((folder / name).exists() for name in (*_FILES, codes_parts.PLAN_FILE))
+
+
 def discard(folder: Path) -> None:
     """Remove the files of an encoding, finished or not, and nothing else."""
-    names = (META_FILE, BUILD_FILE, CODES_FILE, STATS_FILE, CENTER_FILE)
-    for name in names:  # what makes the others count goes first
+    for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     codes_parts.discard_parts(folder)
     sync_directory(folder)

@@ -129,7 +129,7 @@ def join(datastore: Datastore, folder: Path) -> None:
         if not is_planned(folder):
             return
         plan = read_plan(folder)
-        _check_of(plan, datastore, folder)
+        _check_of(plan, datastore.undeleted(), folder)
         absent = missing(folder, plan)
         if absent:
             count = len(plan.rows)

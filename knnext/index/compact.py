@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from knnext.datastore import Datastore
 from knnext.datastore.verify import Progress
 from knnext.errors import IndexMismatchError
-from knnext.index import codes, codes_meta, faiss_build
+from knnext.index import codes, codes_build, faiss_build
 from knnext.index.codes import StoredCodes
-from knnext.index.sidecar import Recipe, read_json, read_sidecar
+from knnext.index.sidecar import Recipe, read_sidecar
 
 
 class Compacted(NamedTuple):
@@ -34,15 +36,16 @@ def compact(
     rows = store.compact(progress)
     beside = _renew_codes(store)
     own = _index_folder(store)
-    folders = [own, *sorted(own.parent.glob(f"{own.name}-*-*"))]
-    for folder in folders:
-        beside += _renew_index(store, folder, rebuild=rebuild and folder == own)
+    if faiss_build.is_begun(own):
+        beside += _renew_index(store, own, rebuild)
+    for folder in _shard_indexes(own):
+        beside += _drop_index(store, folder)
     return Compacted(rows, len(store), tuple(beside))
 
 
 def _renew_codes(store: Datastore) -> list[str]:
     folder = codes.default_path(store)
-    if not any((folder / name).exists() for name in (codes_meta.META_FILE, codes_meta.BUILD_FILE)):
+    if not codes_build.is_begun(folder):
         return []
     try:
         StoredCodes.open(store, verify=False)
@@ -52,35 +55,61 @@ def _renew_codes(store: Datastore) -> list[str]:
         return [f"{folder}: codes made anew"]
 
 
-def _renew_index(store: Datastore, folder: Path, *, rebuild: bool) -> list[str]:
+def _renew_index(store: Datastore, folder: Path, rebuild: bool) -> list[str]:
+    """Of the whole datastore; one that was begun of the rows as they are now is gone on with."""
     recipe, nprobe = _recipe(folder)
-    if recipe is None:
+    current = recipe is not None and recipe.datastore == store.fingerprint
+    if current and (nprobe is not None or not rebuild):
         return []
-    current = recipe.datastore == store.fingerprint
-    if (current and nprobe is not None) or (recipe.num_entries <= 0):
-        return []
-    if not current:
-        faiss_build.discard(folder)
-    if not rebuild or len(store) == 0:
-        return [f"{folder}: removed, as it held what was deleted; `knnext index` builds it again"]
+    if recipe is None or not rebuild or len(store) == 0:
+        return _removed(folder)
     from knnext.index.faiss import FaissIndex
 
-    factory = _fitting(recipe, len(store))
-    FaissIndex.build(store, folder, factory, seed=recipe.seed, nprobe=nprobe)
+    factory = recipe.factory if current else _fitting(recipe, len(store))
+    options: dict[str, Any] = {"seed": recipe.seed, "nprobe": nprobe, "overwrite": not current}
+    if factory is not None:
+        options["train_size"] = min(recipe.train_size, len(store))
+    if current:
+        options["segment_rows"] = recipe.segment_rows
+    FaissIndex.build(store, folder, factory, **options)
     return [f"{folder}: built again, {factory or 'by the default for what is left'}"]
 
 
+def _shard_indexes(own: Path) -> list[Path]:
+    """Folders of indexes of runs of rows, beside that of the whole."""
+    pattern = re.compile(re.escape(own.name) + r"-\d+-\d+")
+    found = (one for one in own.parent.iterdir() if pattern.fullmatch(one.name))
+    return sorted(one for one in found if faiss_build.is_begun(one))
+
+
+def _drop_index(store: Datastore, folder: Path) -> list[str]:
+    """Of a run of rows, unless it is of those that have their numbers now."""
+    first, last = (int(bound) for bound in folder.name.rsplit("-", 2)[1:])
+    recipe, _ = _recipe(folder)
+    rows = store.rows(first, last) if first <= last <= len(store) else None
+    if recipe is None or rows is None or recipe.datastore != rows.undeleted().fingerprint:
+        return _removed(folder)
+    return []
+
+
+def _removed(folder: Path) -> list[str]:
+    with faiss_build.building(folder):
+        faiss_build.check_unclaimed(folder)
+        faiss_build.discard(folder)
+    return [f"{folder}: removed, as it held what was deleted; `knnext index` builds it again"]
+
+
 def _recipe(folder: Path) -> tuple[Recipe | None, int | None]:
-    """Of the index in a folder, or of one that was begun; and the nprobe of one that is whole."""
-    try:
+    """Of the index in a folder, or of one that was begun; and the nprobe of one that is whole.
+
+    None of one that nobody can read.
+    """
+    with suppress(FileNotFoundError, IndexMismatchError):
         sidecar = read_sidecar(folder / faiss_build.SIDECAR_FILE)
         return sidecar.recipe, sidecar.nprobe
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    try:
-        return Recipe(**read_json(folder / faiss_build.RECIPE_FILE)), None
-    except (FileNotFoundError, NotADirectoryError, TypeError):
-        return None, None
+    with suppress(FileNotFoundError, IndexMismatchError):
+        return faiss_build.read_recipe(folder), None
+    return None, None
 
 
 def _fitting(recipe: Recipe, rows: int) -> str | None:

@@ -231,13 +231,24 @@ def sample_rows(num_entries: int, size: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.sort(rows).astype(np.int64))
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether there is anything of a build, finished or not."""
+    return next(_files(folder), None) is not None
+
+
 def discard(folder: Path) -> None:
     """Remove the files of a build, finished or not, and nothing else."""
-    for name in (SIDECAR_FILE, INDEX_FILE, TRAINED_FILE, RECIPE_FILE, PLAN_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for pattern in ("segment-*.faiss*", _CLAIMS):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in list(_files(folder)):  # what makes the others count goes first
+        path.unlink(missing_ok=True)
+    for path in folder.glob(_CLAIMS):
+        path.unlink()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    names = (SIDECAR_FILE, INDEX_FILE, TRAINED_FILE, RECIPE_FILE, PLAN_FILE)
+    yield from (folder / name for name in names if (folder / name).exists())
+    for pattern in ("segment-*.faiss", "*.faiss.*.part"):
+        yield from folder.glob(pattern)
 
 
 def check_unclaimed(folder: Path) -> None:

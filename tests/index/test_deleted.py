@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,76 @@ def test_compacting_takes_along_what_lies_beside(one_thread: None, path: Path) -
     store.delete(["one"])
     assert "removed" in compact(path, rebuild=False).beside[-1]
     assert not list(path.with_name("s.index").glob("*.faiss"))
+
+
+def test_compacting_leaves_what_is_of_the_rows_as_they_are(path: Path) -> None:
+    """Indexes of runs of rows, one that was begun, and those of datastores of like names."""
+    other = path.with_name("a[s].index-0-700")
+    shutil.copytree(path, path.with_name("a[s]"))
+    store = Datastore.open(path)
+    FaissIndex.build(store.rows(0, 700), path.with_name("s.index-0-700"), "Flat", gpu=False)
+    FaissIndex.build(store.rows(0, 700), path.with_name("as.index-0-700"), "Flat", gpu=False)
+    FaissIndex.build(store.rows(0, 700), path.with_name("s.index-0-700.bak"), "Flat", gpu=False)
+    assert FaissIndex.build_part(store, (1, 2), factory="Flat", train_size=99, gpu=False) is None
+    assert compact(path, rebuild=False) == (0, ROWS, ())
+    assert "built again, Flat" in compact(path).beside[0]
+    assert FaissIndex.open(None, store, gpu=False).sidecar.recipe.train_size == 99
+    assert compact(path) == (0, ROWS, ())
+    odd = Datastore.open(path.with_name("a[s]"))
+    FaissIndex.build(odd.rows(0, 700), other, "Flat", gpu=False)
+    odd.delete(["mid"])
+    assert compact(odd.path).beside == (
+        f"{other}: removed, as it held what was deleted; `knnext index` builds it again",
+    )
+    for name in ("s.index-0-700", "as.index-0-700", "s.index-0-700.bak"):
+        assert FaissIndex.open(path.with_name(name), store.rows(0, 700), gpu=False).num_bytes
+
+
+def codes_not_joined(store: Datastore) -> None:
+    """All that two processes do before the last rename."""
+    from knnext.index import codes_parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codes_parts, "join", lambda *_: None)
+        for number in (1, 2):
+            with suppress(FileNotFoundError):
+                StoredCodes.build_part(store, (number, 2))
+
+
+@pytest.mark.parametrize("left", ["parts", "killed", "unreadable"])
+def test_nothing_half_made_keeps_what_was_deleted(path: Path, left: str) -> None:
+    store = Datastore.open(path)
+    coded, index = path.with_name("s.codes"), path.with_name("s.index")
+    if left == "parts":
+        store.delete(["mid"])
+        codes_not_joined(store)
+        assert FaissIndex.build_part(store, (1, 2), factory="Flat", gpu=False) is None
+    else:
+        StoredCodes.build(store)
+        FaissIndex.build(store, factory="Flat", gpu=False)
+        store.delete(["mid"])
+    if left == "killed":  # while they were discarded
+        (coded / "codes.json").unlink()
+        (index / "index.json").rename(index / "trained.faiss.00.part")
+    if left == "unreadable":
+        (index / "index.json").write_text("{")
+        (coded / "codes.json").write_text("{")
+    before = (coded / "codes.bin").read_bytes()
+    compact(path)
+    store = Datastore.open(path)
+    assert len(StoredCodes.open(store)) == ROWS - 300
+    assert (coded / "codes.bin").read_bytes() != before
+    if left == "parts":
+        assert len(FaissIndex.open(None, store, gpu=False)) == ROWS - 300
+    else:
+        assert [file.name for file in index.iterdir()] == [".lock"]
+
+
+def test_parts_of_codes_are_joined_for_a_datastore_with_deleted_rows(path: Path) -> None:
+    from knnext.index import codes_parts
+
+    store = Datastore.open(path)
+    store.delete(["mid"])
+    codes_not_joined(store)
+    codes_parts.join(store, path.with_name("s.codes"))
+    assert len(StoredCodes.open(store)) == len(store)
