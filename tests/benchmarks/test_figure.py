@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import figure
-from benchmarks.report.rows import Row
+from benchmarks.report.rows import Row, read
 
 
 def row(implementation: str, seconds: float, queries: int = 1, dim: int = 1024) -> Row:
@@ -42,6 +43,19 @@ def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     figure.main(["--out", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out == f"{out}\n"
     assert figure.PICTURE.is_file(), "the one that the repository shows"
+
+
+def test_the_readmes_table_has_the_fastest_rivals() -> None:
+    """A rival that is slower than another of the same op says little."""
+    _, rows = read(figure.SPEED)
+    text = (figure.ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]*) \| ([\d.]*) \| ([\d.]*) \|$", text, re.M)
+    assert [op for op, *_ in table] == ["knn_search", "knn_softmax", "knn_interpolate"]
+    for op, *said in table:
+        rivals = next(names for name, names, _ in figure.RIVALS if name == op)
+        for queries, number in zip((1, 256, 1024), said, strict=True):
+            found = figure.ratio(rows, op, rivals, queries)
+            assert number == ("" if found is None else f"{found:.1f}"), (op, queries)
 
 
 def test_a_file_that_is_not_there_is_said(
