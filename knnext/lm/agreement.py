@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from knnext.lm.kept_positions import keeps_some
 from knnext.lm.key_layer import KeyModule, find_key_module
 from knnext.lm.mixing import Call, lending
-from knnext.lm.running import evaluating, trace_inputs
+from knnext.lm.running import evaluating, trace_inputs, trace_length
 
 _FINDING = threading.RLock()
 _FOUND: WeakKeyDictionary[nn.Module, dict[str, KeyModule]] = WeakKeyDictionary()
@@ -26,6 +27,15 @@ def key_module(model: nn.Module, key_layer: str) -> KeyModule:
         if key is None or dict(model.named_modules()).get(key.name) is not key.module:
             key = kept[key_layer] = find_key_module(model, key_layer)
     return key
+
+
+def check_index(index: Any) -> None:
+    """TypeError for what cannot be searched, such as a datastore or its folder."""
+    if not all(callable(getattr(index, name, None)) for name in ("search", "tokens")):
+        raise TypeError(
+            "index must have search(queries, k) and tokens(indices), as "
+            f"ExactIndex(Datastore.open(FOLDER)) has, got {type(index).__name__}"
+        )
 
 
 def checked_k(k: Any) -> int:
@@ -69,21 +79,22 @@ def agreed_layer(wanted: str | None, stored: str | None) -> str:
 
 
 def check_datastore(model: nn.Module, key: KeyModule, datastore: Any) -> int:
-    """The width of the model's logits, if the datastore fits the model."""
+    """The width of the model's logits, if the datastore fits the model.
+
+    ValueError where it does not, or where the model has no logits of each position's next token.
+    """
     if getattr(datastore, "has_values", True) is False:
         raise ValueError(
             "the index has no values, which are its rows' tokens: make it by "
             "from_tensors(keys, values)"
         )
-    widths: list[int] = []
-
-    def look(call: Call, output: Any) -> Any:
-        widths.append(states_of(call, key).shape[-1])
-        return output
-
-    with evaluating(model), lending(model, key, look):
-        vocab_size: int = model(**trace_inputs(model)).logits.shape[-1]
-    width = widths[0]
+    states, logits = _trial(model, key)
+    if logits.ndim != 3 or logits.shape[1] != trace_length(model):
+        raise ValueError(
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for "
+            f"{trace_length(model)} tokens, where a causal language model gives one row for each"
+        )
+    width, vocab_size = states.shape[-1], logits.shape[-1]
     dim = getattr(datastore, "dim", None)
     if dim is not None and dim != width:
         raise ValueError(f"the datastore's keys have dim={dim}, but {key} of this model {width}")
@@ -94,6 +105,27 @@ def check_datastore(model: nn.Module, key: KeyModule, datastore: Any) -> int:
             f"{vocab_size}: it was built with another tokenizer"
         )
     return vocab_size
+
+
+def reads_all_positions(model: nn.Module, key: KeyModule) -> bool:
+    """Whether the key module reads all positions, also where ``logits_to_keep`` leaves fewer."""
+    if not keeps_some(model):
+        return True
+    states, _ = _trial(model, key, logits_to_keep=1)
+    return states.numel() > states.shape[-1]
+
+
+def _trial(model: nn.Module, key: KeyModule, **options: Any) -> tuple[Tensor, Tensor]:
+    """States and logits of a pass of a few tokens."""
+    found: list[Tensor] = []
+
+    def look(call: Call, output: Any) -> Any:
+        found.append(states_of(call, key))
+        return output
+
+    with evaluating(model), lending(model, key, look):
+        logits: Tensor = model(**trace_inputs(model), **options).logits
+    return found[0], logits
 
 
 def states_of(call: Call, key: KeyModule) -> Tensor:

@@ -15,6 +15,8 @@ has to be seen for several changes and be larger than rounding.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,8 +46,8 @@ class NotCausalError(ModelError):
 def check_causal(model: nn.Module) -> None:
     """NotCausalError (a ValueError) where a state of the model depends on later tokens.
 
-    A model object is tried once, in the attention that it runs with. ValueError also where it has
-    not one state for each token.
+    A model object is tried once, in the attention that it runs with. ModelError (a ValueError)
+    also where it has not one state for each token, or does not run on tokens alone.
     """
     if model in _causal:
         return
@@ -53,13 +55,41 @@ def check_causal(model: nn.Module) -> None:
     length = min(context_length(model) or _TRIAL_LENGTH, _TRIAL_LENGTH)
     if length > 1:
         with evaluating(model):
-            states = _states(model, length, 0)
+            with _explained(model):
+                states = _states(model, length, 0)
             slopes = _slopes(model, length)
             if slopes is not None and bool(slopes[length // 2 :].any()):
                 raise NotCausalError(_refusal(model, length))
             if _changes(model, length, states):
                 raise NotCausalError(_refusal(model, length))
     _causal.add(model)
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """ModelError for what a model says that wants more than tokens (an image, a state)."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except Exception as error:  # models raise what they like
+        text = (
+            f"{type(model).__name__} does not run on tokens alone, which is how knnext reads a "
+            f"model: {type(error).__name__}: {error}"
+        )
+        if inside := _language_models(model):
+            text += f". Give the language model inside it: {' or '.join(inside)}"
+        raise ModelError(text) from error
+
+
+def _language_models(model: nn.Module) -> list[str]:
+    """``model.NAME (its class)`` of the parts that generate by themselves."""
+    found = []
+    for name, part in model.named_modules():
+        can_generate = getattr(part, "can_generate", None)
+        if name and callable(can_generate) and can_generate():
+            found.append(f"model.{name} ({type(part).__name__})")
+    return found
 
 
 def check_config(config: Any, name: str) -> None:

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from knnext.lm.agreement import (
     agreed_layer,
     check_datastore,
+    check_index,
     checked_k,
     checked_numbers,
     key_module,
+    reads_all_positions,
     states_of,
 )
 from knnext.lm.compiled import uncompiled
+from knnext.lm.kept_positions import Kept, kept_positions, num_positions, taken
 from knnext.lm.mixing import Call, lending
 from knnext.lm.mixture_loss import loss_trouble, mixture_loss
 from knnext.lm.not_offered import no_continuous_batching, why_not
@@ -56,7 +59,7 @@ class KNNLM(nn.Module):
         key_layer: "att", "ffn" or "module:NAME:input|output"; by default the datastore's.
 
     ValueError where an argument is out of range, or the datastore was built from another layer,
-    width or vocabulary than this model has.
+    width or vocabulary than this model has. TypeError for what is no model or no index.
     """
 
     def __init__(
@@ -70,6 +73,9 @@ class KNNLM(nn.Module):
         key_layer: str | None = None,
     ) -> None:
         super().__init__()
+        check_index(index)
+        if isinstance(model, KNNLM):
+            raise TypeError("model is a KNNLM: give its base model, which is its .model")
         datastore = getattr(index, "datastore", None)
         self.model, self.index = model, index
         self.k = checked_k(k)
@@ -81,6 +87,8 @@ class KNNLM(nn.Module):
         self._vocab_size = check_datastore(base, self._key, datastore)
         with lending(base, self._key, None):
             self._loss_trouble = loss_trouble(base)
+        #: Whether keys are read before the model drops the positions that get no logits.
+        self._keys_of_all = reads_all_positions(base, self._key)
 
     @property
     def _base(self) -> nn.Module:
@@ -129,6 +137,14 @@ class KNNLM(nn.Module):
             return bool(accepts)
         parameters = inspect.signature(self.model.forward).parameters.values()
         return any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def _get_name(self) -> str:
+        """The base model's class: by it a Trainer that smooths labels knows that they shift."""
+        return type(self._base).__name__
+
+    def __repr__(self) -> str:
+        """Torch's, under its own name."""
+        return f"KNNLM({super().__repr__().partition('(')[2]}"
 
     def can_generate(self) -> bool:
         """Whether the base model has ``generate``."""
@@ -183,7 +199,7 @@ class KNNLM(nn.Module):
         arguments go to the base model.
         """
         if searched is not None:
-            self._check_searched(searched, input_ids)
+            self._check_searched(searched, input_ids, kwargs.get("inputs_embeds"))
         if isinstance(input_ids, Tensor) and input_ids.numel() == 0:
             return self._nothing(input_ids, labels, kwargs.get("return_dict"))
         if labels is not None:
@@ -255,13 +271,15 @@ class KNNLM(nn.Module):
             )
         return any(map(said, _ASSISTED))
 
-    def _check_searched(self, searched: Tensor, input_ids: Tensor | None) -> None:
-        shape = None if input_ids is None else tuple(input_ids.shape)
-        if searched.dtype != torch.bool or (shape is not None and tuple(searched.shape) != shape):
-            raise ValueError(
-                f"searched must be bool of the ids' shape {shape}, got {searched.dtype} of "
-                f"{tuple(searched.shape)}"
-            )
+    def _check_searched(self, searched: Any, *inputs: Any) -> None:
+        shape = next((tuple(x.shape[:2]) for x in inputs if isinstance(x, Tensor)), None)
+        if not isinstance(searched, Tensor) or searched.dtype != torch.bool:
+            given = getattr(searched, "dtype", type(searched).__name__)
+        elif shape is not None and tuple(searched.shape) != shape:
+            given = f"bool of {tuple(searched.shape)}"
+        else:
+            return
+        raise ValueError(f"searched must be a bool tensor of the ids' shape {shape}, got {given}")
 
     def _nothing(self, ids: Tensor, labels: Tensor | None, return_dict: bool | None) -> Any:
         """The output of no tokens, on which the models themselves fail in reshapes."""
@@ -294,16 +312,26 @@ class KNNLM(nn.Module):
             logits = logits[:, -1:]
         if logits.numel() == 0 or (not isinstance(self.lmbda, Tensor) and self.lmbda == 0):
             return logits.float().log_softmax(dim=-1)
-        keep = call.arguments.get("logits_to_keep")
+        kept = kept_positions(self._base, call.arguments)
         # Some blocks flatten their rows before the feed-forward; they are folded back here.
         states = states_of(call, self._key)
         keys = states.reshape(len(logits), -1, states.shape[-1]).to(logits.device)
-        keys = keys[:, -1:] if last_only else _kept_positions(keys, logits, keep)
+        if last_only:
+            keys = keys[:, -1:]
+        elif self._keys_of_all:
+            keys = taken(keys, kept)
+        if keys.shape[1] != logits.shape[1]:
+            raise RuntimeError(
+                f"{self._key} has {keys.shape[1]} states for the {logits.shape[1]} positions that "
+                "have logits"
+            )
         rows, queries = logits.flatten(0, 1), keys.flatten(0, 1)
-        seen = _seen(call.arguments.get("attention_mask"), logits, keep)
+        # A step of generate is never padding, and asking would wait for the device.
+        seen = None if last_only else _seen(call.arguments, kept)
         if searched is not None:
-            wanted = _kept_positions(searched[..., None], logits, keep).flatten().to(logits.device)
-            seen = wanted if seen is None else seen & wanted
+            wanted = taken(searched, kept)
+            seen = wanted if seen is None else seen & wanted.to(seen.device)
+        seen = None if seen is None else seen.flatten().to(logits.device)
         if seen is None or bool(seen.all()):
             mixed = self._mix_rows(rows, queries)
         else:
@@ -327,22 +355,12 @@ class KNNLM(nn.Module):
         )
 
 
-def _kept_positions(keys: Tensor, logits: Tensor, keep: Any) -> Tensor:
-    """The keys of the positions that have logits; keys read early still have all positions."""
-    if keys.shape[1] == logits.shape[1]:
-        return keys
-    return keys[:, keep] if isinstance(keep, Tensor) else keys[:, -logits.shape[1] :]
-
-
-def _seen(mask: Any, logits: Tensor, keep: Any) -> Tensor | None:
-    """(B * L,) bool, False at padding; None where there is no plain mask to tell."""
-    batch, length = logits.shape[:2]
-    # A step of one token is never padding, and asking would wait for the device.
-    if length == 1 or not isinstance(mask, Tensor) or mask.ndim != 2 or isinstance(keep, Tensor):
+def _seen(arguments: dict[str, Any], kept: Kept) -> Tensor | None:
+    """(B, n) bool, False at padding; None where there is no plain mask to tell."""
+    mask, length = arguments.get("attention_mask"), num_positions(arguments)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or length is None or length > mask.shape[1]:
         return None
-    if mask.shape[0] != batch or mask.shape[1] < length:
-        return None
-    return mask[:, -length:].bool().flatten().to(logits.device)
+    return taken(mask[:, mask.shape[1] - length :].bool(), kept)
 
 
 def _with(output: Any, **changes: Any) -> Any:

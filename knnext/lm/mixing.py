@@ -101,8 +101,8 @@ def _after_model(model: nn.Module, _: Any, *rest: Any) -> Any:
     output = rest[-1]
     if not isinstance(getattr(output, "logits", None), Tensor):
         raise TypeError(
-            f"the base model gave {type(output).__name__} without logits by name, also with "
-            "return_dict=True"
+            f"{type(model).__name__} gave {type(output).__name__} without logits by name, also "
+            "with return_dict=True: it must have an output layer, as AutoModelForCausalLM loads it"
         )
     output = loan.finish(call, output)
     return output if _wants_dict(model, call.arguments) else output.to_tuple()

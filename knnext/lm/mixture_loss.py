@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knnext.lm.kept_positions import ALL, Kept, kept_positions, taken
 from knnext.lm.running import evaluating, trace_inputs
 
 IGNORED_LABEL = -100
@@ -36,8 +37,9 @@ def mixture_loss(
     named = inspect.signature(model.forward).parameters
     options = {name: value for name, value in arguments.items() if name not in named}
     options = {**options, "shift_labels": arguments.get("shift_labels")}
-    if logits.shape[1] != labels.shape[1] or options["shift_labels"] is not None:
-        options["shift_labels"] = _kept_targets(logits, labels, arguments)
+    kept = kept_positions(model, arguments)
+    if kept is not ALL or options["shift_labels"] is not None:
+        options["shift_labels"] = _kept_targets(logits, labels, options["shift_labels"], kept)
     else:
         del options["shift_labels"]
     function = getattr(model, "loss_function", None) or _mean_nll
@@ -49,15 +51,13 @@ def mixture_loss(
     return loss
 
 
-def _kept_targets(logits: Tensor, labels: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """(B, n): the label after each position that has logits."""
-    targets = arguments.get("shift_labels")
-    if targets is None:
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    keep = arguments.get("logits_to_keep")
-    if targets.shape[1] != logits.shape[1]:
-        targets = targets[:, keep] if isinstance(keep, Tensor) else targets[:, -logits.shape[1] :]
-    return targets.contiguous()
+def _kept_targets(logits: Tensor, labels: Tensor, shifted: Tensor | None, kept: Kept) -> Tensor:
+    """(B, n): the label after each position that has logits; ``shifted`` are all, or these."""
+    if shifted is None:
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    elif shifted.shape[1] != labels.shape[1] and shifted.shape[1] == logits.shape[1]:
+        return shifted
+    return taken(shifted, kept).contiguous()
 
 
 def _mean_nll(

@@ -26,12 +26,14 @@ _SAVING = (
     "a folder already"
 )
 _RESIZING = "resize the base model before the datastore is built: its tokens are of one vocabulary"
+_DRAFTING = "a KNNLM drafts for no other model: give its base model as assistant_model"
 _REASONS = {
     **dict.fromkeys(("save_pretrained", "push_to_hub", "from_pretrained"), _SAVING),
     **dict.fromkeys(
         ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"),
         _BATCHING,
     ),
+    "_supports_logits_to_keep": _DRAFTING,
     **dict.fromkeys(("resize_token_embeddings", "set_input_embeddings"), _RESIZING),
 }
 _OTHER = (

@@ -17,8 +17,13 @@ COMPILED_NAME = "_orig_mod"
 def plain_model(model: nn.Module) -> nn.Module:
     """The model of transformers inside torch.compile's and peft's wrappers, if there are any.
 
-    The adapter stays in its layers. ValueError for one of virtual tokens.
+    The adapter stays in its layers. ValueError for one of virtual tokens, TypeError for no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "model must be a loaded model of transformers, as load_lm or from_pretrained give it, "
+            f"got {type(model).__name__} {model!r:.80}"
+        )
     found: Any = model
     while True:
         if isinstance(inner := getattr(found, COMPILED_NAME, None), nn.Module):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from knnext.errors import ModelError
 from knnext.lm.causal import NotCausalError, check_causal, check_config
 from knnext.lm.hidden_states import hidden_states
 from knnext.lm.key_layer import capture_hidden_states, find_key_module
 from knnext.lm.knnlm import KNNLM
 from tests.lm.every_model import every
-from tests.lm.tiny_models import num_hooks, random_tokens, tiny
+from tests.lm.tiny_models import num_hooks, random_tokens, tiny, transformers
 
 SEEING = ["bert", "roberta", "electra", "xlnet", "xlm", "gemma4_text, both directions", "cpmant"]
 CAUSAL = ["gpt2", "llama", "mixtral", "mamba", "bloom", "mpt", "opt", "gpt_neox", "falcon"]
@@ -43,6 +44,32 @@ def test_causal_models_pass(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["bert, is_decoder", "roberta, is_decoder", "reformer", "bart"])
 def test_decoders_of_such_families_pass(name: str) -> None:
     check_causal(every(name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("Blip", r"pixel_values.*Give .* model\.text_decoder \(BlipTextLMHeadModel\)$"),
+        ("Blip2", r"pixel_values.*Give .* model\.language_model \(OPTForCausalLM\)$"),
+    ],
+)
+def test_a_model_that_wants_more_than_tokens(kind: str, message: str) -> None:
+    """It is told so, with the part of it that could be given."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "vocab_size": 97, "encoder_hidden_size": 32}
+    text = {**small, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text if kind == "Blip2" else {**small, "is_decoder": True},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+        **({"qformer_config": small} if kind == "Blip2" else {}),
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    for layer in ("att", "ffn"):
+        with pytest.raises(ModelError, match=rf"does not run on tokens alone.*{message}"):
+            find_key_module(model, layer)
+    part = model.text_decoder if kind == "Blip" else model.language_model
+    assert find_key_module(part, "att").name.endswith(("layer.1.intermediate", "layers.1.fc1"))
+    assert num_hooks(model) == 0
 
 
 class Index:

@@ -13,7 +13,8 @@ from torch import Tensor
 from knnext import reference
 from knnext.lm.hidden_states import hidden_states
 from knnext.lm.knnlm import KNNLM
-from tests.lm.tiny_models import VOCAB, num_hooks, random_tokens, tiny
+from knnext.lm.logits_processor import KNNLogitsProcessor
+from tests.lm.tiny_models import VOCAB, num_hooks, random_tokens, tiny, transformers
 
 NAMES = ["gpt2", "llama", "gpt_neox", "opt", "mistral", "gemma2"]
 
@@ -321,3 +322,44 @@ def test_a_store_of_another_model(store: Store, message: str) -> None:
     index = MemoryIndex(torch.zeros(1, 32), torch.zeros(1), store)
     with pytest.raises(ValueError, match=message):
         KNNLM(tiny("llama"), index)
+
+
+@pytest.mark.parametrize("make", [KNNLM, KNNLogitsProcessor])
+def test_what_is_no_index(make: Any) -> None:
+    for index in (Store(), "STORE", None, random_tokens(4)):
+        with pytest.raises(TypeError, match=r"index must have search.*ExactIndex\(Datastore.*got"):
+            make(tiny("llama"), index)
+
+
+@pytest.mark.parametrize("make", [KNNLM, KNNLogitsProcessor])
+def test_what_is_no_causal_lm(make: Any) -> None:
+    model = tiny("llama")
+    index = index_of(model, random_tokens(40))
+    with pytest.raises(TypeError, match="model is a KNNLM: give its base model"):
+        make(KNNLM(model, index), index)
+    for name in ("MODEL", None):
+        with pytest.raises(TypeError, match=f"model must be a loaded model .* got .*{name}"):
+            make(name, index)
+    headless = transformers.LlamaModel(model.config).eval()
+    with pytest.raises(TypeError, match=r"LlamaModel gave .* output layer.*AutoModelForCausalLM"):
+        make(headless, index)
+    classifier = transformers.LlamaForSequenceClassification(model.config).eval()
+    with pytest.raises(ValueError, match=r"logits of shape \(1, 2\) for 7 tokens"):
+        make(classifier, index)
+
+
+def test_its_name() -> None:
+    model = tiny("llama")
+    lm = KNNLM(model, index_of(model, random_tokens(40)))
+    assert repr(lm).startswith("KNNLM(\n  (model): LlamaForCausalLM(") and repr(lm).endswith(")")
+    assert type(lm).__name__ == "KNNLM"
+
+
+def test_a_knnlm_drafts_for_nobody() -> None:
+    model = tiny("llama")
+    lm, ids = KNNLM(model, index_of(model, random_tokens(40))), random_tokens(6)[None]
+    for other in (lm, model):
+        with pytest.raises(AttributeError, match="give its base model as assistant_model"):
+            greedy(other, ids, assistant_model=lm)
+    assert torch.equal(greedy(lm, ids, assistant_model=model), greedy(lm, ids))
+    assert num_hooks(model) == 0
