@@ -8,6 +8,7 @@ from typing import Any
 
 from knnext.cli.session import Settings, check_model, open_datastore, open_index, open_model
 from knnext.cli.text import text_to_score
+from knnext.launch import launched
 from knnext.say import Say, binary_size
 
 
@@ -52,6 +53,8 @@ def distill(args: argparse.Namespace, say: Say) -> dict[str, Any]:
             allow_overlap=args.allow_overlap,
             shard_tokens=args.shard_tokens,
             progress=advance,
+            full_last_window=args.full_last_window,
+            rank=launched(),
             say=say,
             **windows,
         )

@@ -17,7 +17,7 @@ from knnext.launch import launched
 
 TOGETHER = ("tune", "eval")
 LED = ("search", "generate", "experiment")
-EACH = ("build", "index")
+EACH = ("build", "index", "distill")
 
 
 def run(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from knnext.datastore.errors import CorruptDatastoreError, UnfinishedDatastoreError
-from knnext.distill.job import PLAN_FILE, read_plan, shard_name
+from knnext.distill.plan import PLAN_FILE, read_plan, shard_name
 from knnext.distill.sparse import GROUP_ROWS, pyarrow, schema
 from knnext.index.queries import check_count
 
@@ -46,7 +47,8 @@ class DistillationData(Dataset[dict[str, Tensor]]):
 
     def __init__(self, folder: str | Path, block_size: int = 512) -> None:
         pyarrow()
-        self.folder, self.plan = Path(folder), read_plan(Path(folder))
+        # Files are opened later, wherever the program has gone by then.
+        self.folder, self.plan = Path(folder).absolute(), read_plan(Path(folder))
         self.block_size = check_count("block_size", block_size)
         if block_size > GROUP_ROWS:
             raise ValueError(f"block_size must be at most {GROUP_ROWS}, got {block_size}")
@@ -110,7 +112,10 @@ class DistillationData(Dataset[dict[str, Tensor]]):
             self._held.move_to_end(number)
             return self._held[number]
         shard, group, count = self._groups[number]
-        found = self._tensors(self._file(shard).read_row_group(group), count, self._path(shard))
+        path, file = self._path(shard), self._file(shard)
+        with _whole(path):
+            table = file.read_row_group(group)
+        found = self._tensors(table, count, path)
         self._held[number] = found
         if len(self._held) > _GROUPS:
             self._held.popitem(last=False)
@@ -118,18 +123,16 @@ class DistillationData(Dataset[dict[str, Tensor]]):
 
     def _file(self, shard: int) -> Any:
         if shard not in self._files:
-            arrow, parquet = pyarrow()
-            path = self._path(shard)
-            try:
+            _, parquet = pyarrow()
+            path, rows = self._path(shard), self.plan["shards"][shard]
+            with _whole(path):
                 file = parquet.ParquetFile(path, page_checksum_verification=True)
-            except (arrow.ArrowException, OSError) as error:
-                raise CorruptDatastoreError(f"{path}: cannot be read: {error}") from error
-            if file.metadata.num_rows != self.plan["shards"][shard] or not (
-                file.schema_arrow.equals(schema())
-            ):
+            found = (file.metadata.num_rows, file.num_row_groups)
+            if found != (rows, -(-rows // GROUP_ROWS)) or not file.schema_arrow.equals(schema()):
                 raise CorruptDatastoreError(
                     f"{path}: is not the shard that {PLAN_FILE} speaks of "
-                    f"({self.plan['shards'][shard]:,} tokens, has {file.metadata.num_rows:,} rows)"
+                    f"({rows:,} tokens in groups of {GROUP_ROWS:,}; it has {found[0]:,} rows in "
+                    f"{found[1]:,} groups)"
                 )
             self._files[shard] = file
         return self._files[shard]
@@ -154,6 +157,21 @@ class DistillationData(Dataset[dict[str, Tensor]]):
         p = np.zeros((count, self.plan["top"]), dtype=np.float32)
         ids[there], p[there] = lists.flatten().to_numpy(), column("p").flatten().to_numpy()
         return {**found, "ids": torch.from_numpy(ids), "p": torch.from_numpy(p)}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Within, what Arrow says of a file that is not as it was written is a CorruptDatastoreError.
+
+    A page's checksum is an OSError there, without a number as those of the disk have.
+    """
+    arrow, _ = pyarrow()
+    try:
+        yield
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CorruptDatastoreError(f"{path}: cannot be read: {error}", [str(path)]) from error
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

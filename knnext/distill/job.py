@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,24 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from knnext.datastore.errors import DatastoreError, IncompatibleDatastoreError
-from knnext.datastore.files import WriterLock
+from knnext.datastore.claims import in_turn, take_all
+from knnext.datastore.files import LOCK_FILE, WriterLock
 from knnext.datastore.room import check_disk
 from knnext.distill.own import Own
+from knnext.distill.plan import (
+    FORMAT_VERSION,
+    GRID,
+    begin,
+    begun,
+    cuts_of,
+    describe,
+    facts_of,
+    shard_name,
+)
 from knnext.distill.sparse import ShardWriter, pyarrow, row_bytes, sparse_targets
 from knnext.evaluation.scores import check_temperature
 from knnext.evaluation.stream import Piece, Scored, built_with, common_keys, model_pieces, settled
 from knnext.index.queries import check_count, check_k
-from knnext.lm.hidden_states import batch_ends
 from knnext.ops import knn_target_log_prob
-from knnext.output import whole_file, write_json
+from knnext.output import whole_file
 
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
     from knnext.index.base import Index
 
-PLAN_FILE = "distill.json"
-FORMAT_VERSION = 1
 _MIXED_BYTES = 64 << 20  # held at once where neighbors become targets
 _NEIGHBOR_BYTES = 48  # of that, for one neighbor
 
@@ -64,10 +70,6 @@ class Distilled:
         return self.num_bytes / max(1, self.tokens)
 
 
-def shard_name(number: int) -> str:
-    return f"tokens-{number:05d}.parquet"
-
-
 def distill(
     model: nn.Module,
     index: Index,
@@ -86,21 +88,25 @@ def distill(
     query_batch: int = 16_384,
     bos: int | Literal["as built"] | None = "as built",
     separate_documents: bool | Literal["as built"] = "as built",
+    full_last_window: bool = False,
     shard_tokens: int = 1 << 18,
+    rank: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Distilled:
     """Write the sparse p_knn of every token of a text into ``folder``.
 
     A call with the same arguments goes on where one was killed, and the files end with the same
-    bytes: a shard is there whole or not at all, and is cut where a batch of windows ends. Memory
-    does not grow with the text, but for its tokens: at most ``query_batch`` states and their k
-    neighbors are held.
+    bytes: a shard is there whole or not at all, and is cut where a batch of windows ends. Several
+    processes that call it for one folder divide the shards among them, each taking what nobody has
+    taken, and all return when the last is there. Memory does not grow with the text, but for its
+    tokens: at most ``query_batch`` states and their k neighbors are held.
 
     Args:
-        model, tokenized, key_layer, block_size, stride, batch_size, bos, separate_documents: as in
-            `search_stream`; windows and batches that are not said are as the folder was begun.
-        index: that searches the datastore.
+        model, tokenized, key_layer, block_size, stride, batch_size, bos, separate_documents,
+            full_last_window: as in `search_stream`; windows and batches that are not said are as
+            the folder was begun.
+        index: that searches the datastore; not one that several processes search together.
         temperature: of p_knn, positive.
         k: neighbors a token.
         top: likeliest tokens to keep; what the others have together is kept as one number.
@@ -111,6 +117,7 @@ def distill(
             ones, which cannot be told to be a token's own; an OverlapError names them.
         query_batch: states per search.
         shard_tokens: of a file, about; what a kill can lose.
+        rank: this process's number and how many there are, so that each begins elsewhere.
         progress: is called with the tokens that are done, and all.
         say: takes a line on the room that will be needed, before the work begins.
 
@@ -119,7 +126,7 @@ def distill(
         OverlapError: see ``allow_overlap``.
         IncompatibleDatastoreError: the folder was begun with something else; names what differs.
         DatastoreFullError: the disk has not the room; before anything is written.
-        DatastoreLockedError: another process writes there.
+        DatastoreLockedError: another process has taken what is left, and hangs.
     """
     check_temperature(temperature)
     k, top = check_k(k), check_count("top", top)
@@ -128,6 +135,10 @@ def distill(
         check_count("query_batch", query_batch),
     )
     pyarrow()  # what is missing is said before the model runs
+    if getattr(index, "ranks", None) is not None:
+        raise ValueError(
+            "index: processes that distill search each for itself: give an ExactIndex or FaissIndex"
+        )
     folder = Path(folder)
     store = index.datastore
     layer, dtype = common_keys({"": index}, key_layer)
@@ -136,27 +147,15 @@ def distill(
         if separate_documents == "as built"
         else separate_documents
     )
-    begun = _begun(folder)
-    block_size, stride, batch_size = (
-        begun.get(name) if given is None else given
-        for name, given in zip(_GRID, (block_size, stride, batch_size), strict=True)
-    )
-    windows = {
-        **settled(model, block_size, stride, batch_size),
-        "bos": built_with({"": index}, "bos") if bos == "as built" else bos,
-        "separate_documents": apart,
-        "full_last_window": False,
-    }
     own = Own(store, tokenized, exclude, allow_overlap=allow_overlap)
     scored = Scored(tokenized, apart=apart)
-    cuts = _cuts(tokenized, windows, shard_tokens, scored)
-    plan = {
+    fixed = {
         "magic": "knnext-distillation",
         "format_version": FORMAT_VERSION,
         "tokens": len(scored),
-        "text": f"sha256:{hashlib.sha256(tokenized.tokens.tobytes()).hexdigest()}",
+        **facts_of(tokenized),
         "datastore": store.fingerprint,
-        "search": _describe(index),
+        "search": describe(index),
         "model": _model_of(model, store),
         "key_layer": layer,
         "vocab_size": store.vocab_size,
@@ -164,16 +163,27 @@ def distill(
         "k": k,
         "top": min(top, k),
         "exclude": exclude,
-        **windows,
-        "shards": [scored.row(b) - scored.row(a) for a, b in cuts],
     }
-    _begin(folder, plan, begun)
-    lock = WriterLock(folder)
-    try:
-        work = _Work(model, index, tokenized, own, scored, windows, layer, dtype, plan, query_batch)
-        _write_shards(work, folder, cuts, progress or (lambda done, total: None), say)
-    finally:
-        lock.release()
+    bos = built_with({"": index}, "bos") if bos == "as built" else bos
+    known: dict[str, Any] | None = begun(folder)
+    while known is not None:
+        grid = [
+            known.get(name) if given is None else given
+            for name, given in zip(GRID, (block_size, stride, batch_size), strict=True)
+        ]
+        windows = {
+            **settled(model, grid[0], grid[1], grid[2]),
+            "bos": bos,
+            "separate_documents": apart,
+            "full_last_window": full_last_window,
+        }
+        cuts = cuts_of(tokenized, windows, shard_tokens, scored)
+        shards = [scored.row(b) - scored.row(a) for a, b in cuts]
+        plan = {**fixed, **windows, "shards": shards}
+        _check_room(folder, plan, say)
+        known = begin(folder, plan, known)
+    work = _Work(model, index, tokenized, own, scored, windows, layer, dtype, plan, query_batch)
+    _write_shards(work, folder, cuts, progress or (lambda done, total: None), rank)
     files = [folder / shard_name(n) for n in range(len(cuts))]
     return Distilled(
         folder,
@@ -184,78 +194,6 @@ def distill(
         own.documents,
         own.copies,
     )
-
-
-_GRID = ("block_size", "stride", "batch_size")
-
-
-def _begun(folder: Path) -> dict[str, Any]:
-    """The plan of what is in a folder; nothing where there is none yet."""
-    place = folder / PLAN_FILE
-    if not place.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise DatastoreError(f"{folder}: is not empty, and holds no distillation data")
-        return {}
-    return read_plan(folder)
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """`distill.json` of a folder; DatastoreError where it is none."""
-    place = folder / PLAN_FILE
-    try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-        version = (found["magic"], found["format_version"])
-    except FileNotFoundError:
-        raise DatastoreError(f"{folder}: holds no distillation data (no {PLAN_FILE})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatastoreError(f"{place}: is not what `knnext distill` writes: {error}") from None
-    if version != ("knnext-distillation", FORMAT_VERSION):
-        raise DatastoreError(f"{place}: is {version}, this knnext reads version {FORMAT_VERSION}")
-    return dict(found)
-
-
-def _begin(folder: Path, plan: dict[str, Any], begun: dict[str, Any]) -> None:
-    if not begun:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN_FILE, plan)
-        return
-    differ = [
-        f"{name}: the data has {begun.get(name)!r}, asked for {value!r}"
-        for name, value in plan.items()
-        if begun.get(name) != value and name != "shards"
-    ]
-    if not differ and begun["shards"] != plan["shards"]:
-        differ = ["shard_tokens: the data was cut at other tokens"]
-    if differ:
-        raise IncompatibleDatastoreError(f"{folder}: cannot go on with it: {'; '.join(differ)}")
-
-
-def _cuts(
-    tokenized: TokenizedDocuments, windows: dict[str, Any], size: int, scored: Scored
-) -> list[tuple[int, int]]:
-    """Positions [first, last) of each shard; cut where a batch ends, each with something scored."""
-    apart = tokenized.document_offsets if windows["separate_documents"] else None
-    grid = {name: int(windows[name]) for name in _GRID}
-    ends = batch_ends(len(tokenized.tokens), **grid, separate_documents=apart).tolist()
-    cuts, first = [], 0
-    for end in ends:
-        if scored.row(end) - scored.row(first) >= size or end == ends[-1]:
-            cuts.append((first, end))
-            first = end
-    if len(cuts) > 1 and scored.row(cuts[-1][0]) == scored.row(cuts[-1][1]):
-        (begin, _), (_, end) = cuts[-2:]
-        cuts[-2:] = [(begin, end)]
-    return cuts
-
-
-def _describe(index: Index) -> str:
-    """What decides which neighbors a search finds."""
-    sidecar = getattr(index, "sidecar", None)
-    if sidecar is None:
-        return "exact"
-    facts = [sidecar.recipe.factory, f"seed {sidecar.recipe.seed}", f"crc {sidecar.crc32}"]
-    facts += [f"{name} {getattr(index, name, None)}" for name in ("nprobe", "rescore")]
-    return "faiss, " + ", ".join(facts)
 
 
 def _model_of(model: nn.Module, store: Any) -> str:
@@ -305,8 +243,8 @@ class _Work:
         else:
             distances, indices = self.index.search(piece.queries, k, filter=kept_out)
         step = max(1, _MIXED_BYTES // (_NEIGHBOR_BYTES * distances.shape[1]))
-        for begin in range(0, len(positions), step):
-            rows = slice(begin, begin + step)
+        for first in range(0, len(positions), step):
+            rows = slice(first, first + step)
             near, tokens = distances[rows].cpu(), self.index.tokens(indices[rows]).cpu()
             targets = piece.targets[rows].long()
             writer.add(
@@ -326,32 +264,67 @@ class _Work:
         }
 
 
+def _missing(folder: Path, count: int) -> list[int]:
+    return [n for n in range(count) if not (folder / shard_name(n)).is_file()]
+
+
+def _check_room(folder: Path, plan: dict[str, Any], say: Callable[[str], None] | None) -> None:
+    """Say what the missing shards may take, while nothing is written yet and less can be asked."""
+    a_token, total = row_bytes(plan["top"]), plan["tokens"]
+    left = sum(plan["shards"][n] for n in _missing(folder, len(plan["shards"])))
+    if say is not None and left:
+        say(
+            f"{left:,} of {total:,} tokens to go, at most {a_token:,} bytes each before compression"
+        )
+    check_disk(
+        folder, left * a_token, f"the targets of {left:,} tokens",
+        "keep fewer tokens (top=, --top), or choose another disk",
+    )  # fmt: skip
+
+
 def _write_shards(
     work: _Work,
     folder: Path,
     cuts: list[tuple[int, int]],
     progress: Progress,
-    say: Callable[[str], None] | None,
+    rank: tuple[int, int],
 ) -> None:
+    """Return when all shards are there, made here or by other processes."""
     counts, total = work.plan["shards"], work.plan["tokens"]
-    missing = [n for n in range(len(cuts)) if not (folder / shard_name(n)).is_file()]
-    for left in folder.glob("*.part"):  # of a shard that a kill cut off
-        left.unlink(missing_ok=True)
-    a_token = row_bytes(work.plan["top"])
-    left_tokens = sum(counts[n] for n in missing)
-    if say is not None and missing:
-        say(
-            f"{left_tokens:,} of {total:,} tokens to go, at most {a_token:,} bytes each before "
-            "compression"
-        )
-    check_disk(
-        folder, left_tokens * a_token, f"the targets of {left_tokens:,} tokens",
-        "keep fewer tokens (top=, --top), or choose another disk",
-    )  # fmt: skip
-    done = total - left_tokens
-    progress(done, total)
-    for number in missing:
-        with whole_file(folder / shard_name(number)) as part:
-            work.write(part, *cuts[number])
-        done += counts[number]
-        progress(done, total)
+
+    def done(number: int) -> bool:
+        return (folder / shard_name(number)).is_file()
+
+    def tell() -> None:
+        progress(total - sum(counts[n] for n in _missing(folder, len(cuts))), total)
+
+    def make(number: int) -> None:
+        name = shard_name(number)
+        lock = WriterLock(folder, _lock_name(number))
+        try:
+            if done(number):
+                return
+            for left in folder.glob(f"{name}.*.part"):  # of one that was killed at it
+                left.unlink(missing_ok=True)
+            with whole_file(folder / name) as part:
+                work.write(part, *cuts[number])
+        finally:
+            lock.release()
+        tell()
+
+    def state(number: int) -> object:
+        found = []
+        for part in folder.glob(f"{shard_name(number)}.*.part"):
+            with suppress(FileNotFoundError):  # in its place meanwhile
+                found.append((part.name, part.stat().st_size))
+        return sorted(found)
+
+    tell()
+    turns = [number - 1 for number in in_turn(len(cuts), *rank)]
+    take_all(turns, done, make, state, "file")
+    for number in range(len(cuts)):  # nobody takes what is done
+        (folder / _lock_name(number)).unlink(missing_ok=True)
+
+
+def _lock_name(number: int) -> str:
+    return f"{LOCK_FILE}-{number:05d}"

@@ -34,7 +34,8 @@ def sparse_kl(logits: Tensor, ids: Tensor, p: Tensor, tail: Tensor) -> Tensor:
         kept).
 
     Raises:
-        ValueError: shapes that do not belong together, or as many ids as the vocabulary has.
+        ValueError: shapes that do not belong together; tokens that the logits have not, as of a
+            student with another tokenizer (a GPU's own error, where they lie there).
     """
     size = logits.shape[-1]
     if ids.shape != p.shape or ids.shape[:-1] != logits.shape[:-1] or tail.shape != ids.shape[:-1]:
@@ -42,6 +43,8 @@ def sparse_kl(logits: Tensor, ids: Tensor, p: Tensor, tail: Tensor) -> Tensor:
             "logits, ids, p and tail must be (..., V), (..., n), (..., n) and (...), got "
             f"{tuple(logits.shape)}, {tuple(ids.shape)}, {tuple(p.shape)} and {tuple(tail.shape)}"
         )
+    if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= size:
+        raise ValueError(f"ids: got token {int(ids.max())}, and logits are of {size} tokens")
     wide = logits if logits.dtype == torch.float64 else logits.float()
     there = ids >= 0
     places = ids.long().clamp_min(0)
@@ -88,6 +91,8 @@ def mixture_kl(
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = F.log_softmax(base_logits.detach().to(wide), -1)
     log_q = F.log_softmax(logits.to(wide), -1)
-    to_base = (log_p.exp() * (log_p - log_q)).sum(-1)
+    p_lm = log_p.exp()
+    # Of tokens that the base model rules out (a logit of -inf) nothing is asked.
+    to_base = (p_lm * torch.where(p_lm > 0, log_p - log_q, 0)).sum(-1)
     weight = (ids >= 0).any(-1).to(wide) * lmbda
     return weight * sparse_kl(logits, ids, p, tail) + (1 - weight) * to_base

@@ -36,8 +36,9 @@ def sparse_targets(distances: Tensor, tokens: Tensor, temperature: float, top: i
     """p_knn of n tokens: softmax(-distance / temperature), summed by token, the `top` largest.
 
     Probabilities are summed in float64 and rounded to float16, and the tail is what these leave of
-    1; so what is stored sums to 1 (within half a unit of float16, where nothing is left). Among
-    equals the lower token comes first. A token without a neighbor keeps nothing and has tail 1.
+    1. Where they would be more than 1, they are rounded down; so what is stored sums to 1 in every
+    row. Among equals the lower token comes first. A token without a neighbor keeps nothing and has
+    tail 1.
 
     Args:
         distances: (n, k) float, smaller is nearer, +inf is padding.
@@ -58,10 +59,19 @@ def sparse_targets(distances: Tensor, tokens: Tensor, temperature: float, top: i
     )
     # Stable, and groups ascend by token.
     sums, order = sums.sort(dim=1, descending=True, stable=True)
-    ids, p = names.gather(1, order)[:, :top].contiguous(), sums[:, :top].to(torch.float16)
+    ids, wanted = names.gather(1, order)[:, :top].contiguous(), sums[:, :top]
+    p = wanted.to(torch.float16)
+    p = torch.where(p.double().sum(1, keepdim=True) > 1, _rounded_down(wanted), p)
     ids.masked_fill_(p == 0, -1)
-    tail = (1 - p.double().sum(1)).clamp_min(0).float()
-    return Sparse(ids, p, tail)
+    return Sparse(ids, p, (1 - p.double().sum(1)).clamp_min(0).float())
+
+
+def _rounded_down(p: Tensor) -> Tensor:
+    """As float16, none above what it was; p in [0, 1]."""
+    near = p.to(torch.float16)
+    # Of what is not negative, the number before is the one whose bits are one less.
+    below = (near.view(torch.int16) - 1).view(torch.float16)
+    return torch.where(near.double() > p, below, near)
 
 
 class ShardWriter:

@@ -141,6 +141,7 @@ def batch_ends(
     stride: int,
     batch_size: int,
     separate_documents: Any = None,
+    full_last_window: bool = False,
 ) -> np.ndarray:
     """(batches,) int64, ascending: the position after the last that each batch of windows gives.
 
@@ -151,7 +152,7 @@ def batch_ends(
     documents = None
     if separate_documents is not None and separate_documents is not False:
         documents = check_documents(separate_documents, length)
-    windows = Windows.over(length, block_size, stride, documents)
+    windows = Windows.over(length, block_size, stride, documents, full_last=full_last_window)
     ends = [int(windows.ends[last - 1]) for _, last in windows.shelves(batch_size)]
     return np.asarray(ends, dtype=np.int64)
 

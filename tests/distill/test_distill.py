@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from knnext.corpus import Document, TokenizedDocuments
-from knnext.datastore import Datastore, DatastoreLockedError, UnfinishedDatastoreError
+from knnext.datastore import Datastore, UnfinishedDatastoreError
 from knnext.datastore.build import build_datastore
-from knnext.datastore.files import WriterLock
 from knnext.datastore.overlap import OverlapError
 from knnext.distill import DistillationData, collate, distill, job, sparse
 from knnext.distill.sparse import row_bytes, sparse_targets
@@ -216,12 +215,6 @@ def test_what_it_was_begun_with_is_what_it_goes_on_with(made: Made, tmp_path: Pa
     ):
         with pytest.raises(IncompatibleDatastoreError, match=words):
             run(made, tmp_path / "D", **change)
-    lock = WriterLock(tmp_path / "D")
-    try:
-        with pytest.raises(DatastoreLockedError):
-            run(made, tmp_path / "D")
-    finally:
-        lock.release()
 
 
 def test_refusals_come_before_the_work(
