@@ -48,7 +48,8 @@ def knn_interpolate(
         lmbda = _numbers.parameter(name, "lmbda", lmbda, distances)
         if isinstance(temperature, Tensor) or isinstance(lmbda, Tensor):
             temperature, lmbda = _mixing.both_tensors(temperature, lmbda, distances)
-    op = _OP[isinstance(temperature, Tensor)]
+    # Not by the bool itself, which torch 2.10 does not compile.
+    op = _OP[1 if isinstance(temperature, Tensor) else 0]
     return call(op, lm_logits, distances, tokens, temperature, lmbda)
 
 

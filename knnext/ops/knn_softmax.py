@@ -41,7 +41,8 @@ def knn_softmax(
         temperature = _numbers.parameter("knn_softmax", "temperature", temperature, distances)
     if type(vocab_size) is not int:
         vocab_size = _numbers.integer("knn_softmax", "vocab_size", vocab_size)
-    op = _OP[isinstance(temperature, Tensor)]
+    # Not by the bool itself, which torch 2.10 does not compile.
+    op = _OP[1 if isinstance(temperature, Tensor) else 0]
     return call(op, distances, tokens, temperature, vocab_size)
 
 

@@ -37,7 +37,8 @@ def knn_target_log_prob(
     if type(temperature) is not float:
         name = "knn_target_log_prob"
         temperature = _numbers.parameter(name, "temperature", temperature, distances)
-    op = _OP[isinstance(temperature, Tensor)]
+    # Not by the bool itself, which torch 2.10 does not compile.
+    op = _OP[1 if isinstance(temperature, Tensor) else 0]
     return call(op, distances, tokens, targets, temperature)
 
 
