@@ -6,7 +6,6 @@ was asked.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,10 @@ from knnext.serve.errors import Refused, bad
 from knnext.serve.mixer import Mixture
 
 #: Fields without a meaning for what is answered.
-_SILENT = ("model", "user", "metadata", "store", "service_tier", "safety_identifier")
+_SILENT = (
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+)  # fmt: skip
 #: Fields that are taken where they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -25,6 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
+    "function_call": ("none",),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
@@ -70,7 +73,8 @@ class Asked:
 
     Attributes:
         prompts: ``n`` continuations are wanted of each.
-        max_tokens: new ones; 0 only reads.
+        max_tokens: new ones of each text, fewer where the context ends; 0 only reads.
+        context: tokens that a prompt and its answer can have together; None for any number.
         temperature: 0 takes the likeliest.
         top: None for no log p, else of how many tokens beside the one chosen.
         echo: the answer begins with the prompt.
@@ -79,6 +83,7 @@ class Asked:
 
     prompts: list[Prompt]
     max_tokens: int
+    context: int | None
     mixture: Mixture
     temperature: float = 1.0
     top_p: float = 1.0
@@ -104,9 +109,9 @@ def completion(body: dict[str, Any], tokenizer: Any, limits: Limits) -> Asked:
         raise bad("best_of is served only where it equals n", "best_of")
     prompts = _prompts(body, tokenizer, limits)
     longest = max(len(prompt.ids) for prompt in prompts)
-    most = _max_tokens(body, ("max_tokens",), 16, longest, limits)
+    most = _max_tokens(body, ("max_tokens",), 16, longest, limits, "prompt")
     top = _whole(body, "logprobs", None, 0, _MOST_TOP)
-    asked = Asked(prompts, most, echo=_flag(body, "echo"), top=top, **given)
+    asked = Asked(prompts, most, limits.context, echo=_flag(body, "echo"), top=top, **given)
     return _checked(asked, limits)
 
 
@@ -115,20 +120,21 @@ def chat(body: dict[str, Any], tokenizer: Any, limits: Limits) -> Asked:
     body = _known(body, (*_OWN, "messages", "max_completion_tokens", "top_logprobs"))
     given = _sampling(body, limits)
     prompt = _conversation(body, tokenizer)
-    _check_ids(prompt.ids, limits)
+    _check_ids(prompt.ids, limits, "messages")
     names = ("max_completion_tokens", "max_tokens")
-    most = _max_tokens(body, names, limits.max_tokens, len(prompt.ids), limits, least=1)
+    given_tokens = len(prompt.ids)
+    most = _max_tokens(body, names, limits.max_tokens, given_tokens, limits, "messages", 1)
     top = _whole(body, "top_logprobs", None, 0, _MOST_TOP)
     if _flag(body, "logprobs"):
         top = top or 0
     elif top is not None:
         raise bad("top_logprobs is for logprobs: true", "top_logprobs")
-    return _checked(Asked([prompt], most, top=top, chat=True, **given), limits)
+    return _checked(Asked([prompt], most, limits.context, top=top, chat=True, **given), limits)
 
 
 def _known(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The fields that say something; null is as good as left out."""
-    given = {name: value for name, value in body.items() if value is not None}
+    """The fields that say something."""
+    given = _said(body)
     for name, value in given.items():
         if name not in names:
             raise bad(f"unrecognized field {name!r:.100}", name[:100])
@@ -137,11 +143,19 @@ def _known(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return given
 
 
+def _said(given: dict[str, Any]) -> dict[str, Any]:
+    """Null is as good as left out."""
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _sampling(body: dict[str, Any], limits: Limits) -> dict[str, Any]:
     stream = _flag(body, "stream")
     options = body.get("stream_options", {})
-    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise bad('stream_options must be {"include_usage": true or false}', "stream_options")
+    options = _said(options)
+    if _flag(options, "include_obfuscation"):
+        raise bad("include_obfuscation is not served here: leave it out", "stream_options")
     if options and not stream:
         raise bad("stream_options is for stream: true", "stream_options")
     return {
@@ -161,6 +175,7 @@ def _mixture(body: dict[str, Any], own: Mixture) -> Mixture:
     knn = body.get("knn", {})
     if not isinstance(knn, dict) or set(knn) - {"lmbda", "temperature", "k"}:
         raise bad("knn must be an object with lmbda, temperature, k, or some of them", "knn")
+    knn = _said(knn)
     k = _whole(knn, "k", own.k, 1, own.k, "knn.")
     temperature = _number(knn, "temperature", own.temperature, 1e-9, 1e9, "knn.")
     return Mixture(k, temperature, _number(knn, "lmbda", own.lmbda, 0, 1, "knn."))
@@ -172,30 +187,34 @@ def _max_tokens(
     default: int,
     given: int,
     limits: Limits,
+    of: str,
     least: int = 0,
 ) -> int:
-    """As asked for; by default as many as fit, at most ``default``."""
-    for name in names:
-        if name in body:
-            asked = _whole(body, name, None, least, limits.max_tokens)
-            if limits.context is not None and given + asked > limits.context:
-                raise Refused(
-                    400,
-                    f"the model reads at most {limits.context} tokens: {given} in the prompt and "
-                    f"{asked} asked for are {given + asked}",
-                    param="prompt" if name == "max_tokens" else "messages",
-                    code="context_length_exceeded",
-                )
-            return int(asked)
+    """As asked for under the first of the names; by default ``default``, where one fits."""
+    wanted = [_whole(body, name, None, least, limits.max_tokens) for name in names if name in body]
+    if len(set(wanted)) > 1:
+        raise bad(f"{' and '.join(names)} say two things: leave one out", names[0])
+    if wanted:
+        asked = wanted[0]
+        if limits.context is not None and given + asked > limits.context:
+            raise Refused(
+                400,
+                f"the model reads at most {limits.context} tokens: {given} in the prompt and "
+                f"{asked} asked for are {given + asked}",
+                param=of,
+                code="context_length_exceeded",
+            )
+        return int(asked)
     room = default if limits.context is None else limits.context - given
     if room < 1:
         raise Refused(
             400,
             f"the model reads at most {limits.context} tokens, and the prompt has {given}: no room "
             "is left for an answer",
+            param=of,
             code="context_length_exceeded",
         )
-    return min(default, room, limits.max_tokens)
+    return min(default, limits.max_tokens)
 
 
 def _checked(asked: Asked, limits: Limits) -> Asked:
@@ -218,7 +237,7 @@ def _prompts(body: dict[str, Any], tokenizer: Any, limits: Limits) -> list[Promp
         raise bad(f"at most {limits.texts} prompts, got {len(given)}", "prompt")
     found = [_prompt(one, tokenizer) for one in given]
     for prompt in found:
-        _check_ids(prompt.ids, limits)
+        _check_ids(prompt.ids, limits, "prompt")
     return found
 
 
@@ -241,15 +260,15 @@ def _are_ids(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
 
 
-def _check_ids(ids: list[int], limits: Limits) -> None:
+def _check_ids(ids: list[int], limits: Limits, of: str) -> None:
     wrong = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
     if wrong is not None:
-        raise bad(f"token ids must lie in [0, {limits.vocab_size}), got {wrong}", "prompt")
+        raise bad(f"token ids must lie in [0, {limits.vocab_size}), got {wrong}", of)
     if limits.context is not None and len(ids) > limits.context:
         raise Refused(
             400,
             f"the model reads at most {limits.context} tokens, and the prompt has {len(ids)}",
-            param="prompt",
+            param=of,
             code="context_length_exceeded",
         )
 
@@ -279,20 +298,30 @@ def _conversation(body: dict[str, Any], tokenizer: Any) -> Prompt:
 def _message(message: Any) -> dict[str, str]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise bad("each message must be an object with a role and a content", "messages")
-    unknown = {n for n, value in message.items() if value is not None} - {"role", "content", "name"}
+    # Clients send back what they were answered, with fields that hold nothing.
+    given = {name: value for name, value in message.items() if value not in (None, [])}
+    unknown = set(given) - {"role", "content", "name"}
     if unknown:
         raise bad(f"messages with {sorted(unknown)[0]!r:.100} are not served here", "messages")
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [p.get("text") if isinstance(p, dict) else None for p in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) < len(parts):
+    given["content"] = _content(message.get("content"))
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise bad(f"the {name} of a message must be a text", "messages")
+        _check_text(value, "messages")
+    return given
+
+
+def _content(given: Any) -> Any:
+    """A text; parts of one are put together, and parts of other types refused."""
+    if not isinstance(given, list):
+        return given
+    texts = []
+    for part in given:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
             raise bad("the parts of a content must be of type text", "messages")
-        content = "".join(texts)
-    if not isinstance(content, str):
-        raise bad("the content of a message must be a text", "messages")
-    _check_text(content, "messages")
-    return {"role": message["role"], "content": content}
+        texts.append(text)
+    return "".join(texts)
 
 
 def _check_text(text: str, name: str) -> None:
@@ -323,9 +352,12 @@ def _flag(body: dict[str, Any], name: str) -> bool:
 def _number(
     body: dict[str, Any], name: str, default: float, least: float, most: float, of: str = ""
 ) -> float:
-    value = body.get(name, default)
+    if name not in body:
+        return default
+    value = body[name]
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not least <= value <= most:
+    # Compared as it is: a whole number can be too large for a float, and NaN is nowhere between.
+    if not good or not least <= value <= most:
         raise bad(
             f"{of}{name} must be a number from {least:g} to {most:g}, got {value!r:.80}", of + name
         )

@@ -216,10 +216,10 @@ class Engine:
                 self._busy = True
             try:
                 self._step()
-            except Exception as error:  # of a step, told to all who were in it
+            except BaseException as error:  # of a step, also a panic; told to all who were in it
                 self._give_up(error)
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: BaseException) -> None:
         jobs = {job for group in self._groups for job, _ in group.texts}
         self._groups = []
         _fail(jobs, error)
@@ -298,7 +298,7 @@ class Engine:
         whole = batch[0][1].reads_whole
         try:
             rows, states, logits = self.reader.begin([t.ids for _, t in batch], whole=whole)
-        except Exception as error:
+        except BaseException as error:
             _fail({job for job, _ in batch}, error)
             return []
         self._groups.append(_Group(rows, batch))
@@ -351,7 +351,11 @@ class Engine:
         tokens = []
         for line, read in zip(log_p, reads, strict=True):
             asked = read.text.asked
-            token = next_token(line, read.text.generator, asked.temperature or 1.0, asked.top_p)
+            try:
+                token = next_token(line, read.text.generator, asked.temperature or 1.0, asked.top_p)
+            except Exception as error:  # of what the model gave for this text alone
+                _fail({read.job}, error)
+                token = 0
             tokens.append(token)
         targets = torch.tensor(tokens, dtype=torch.int64, device=log_p.device)
         tops = [read.text.asked.top for read in reads]
@@ -359,7 +363,8 @@ class Engine:
         self.tokens_written += len(tokens)
         parts = zip(reads, tokens, log_ps, shares, told, strict=True)
         for read, token, own, share, top in parts:
-            read.text.add(token, own, share, top)
+            if not read.job.over:
+                read.text.add(token, own, share, top)
 
 
 def _told(
@@ -383,7 +388,7 @@ def _told(
     return mine.tolist(), shares, told
 
 
-def _fail(jobs: set[Job], error: Exception) -> None:
+def _fail(jobs: set[Job], error: BaseException) -> None:
     _log.error("%s", type(error).__name__, exc_info=error)
     words = " ".join(str(error).split())
     for job in jobs:

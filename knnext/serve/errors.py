@@ -34,8 +34,9 @@ class Refused(KnnextError):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(words)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(_whole(words))
+        self.status, self.code = status, code
+        self.param = None if param is None else _whole(param)
         self.headers = dict(headers or {})
 
     @property
@@ -50,6 +51,11 @@ class Refused(KnnextError):
                 "code": self.code,
             }
         }
+
+
+def _whole(text: str) -> str:
+    """Half a surrogate pair, which an answer cannot hold, as it is written in JSON."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def bad(words: str, param: str | None = None) -> Refused:

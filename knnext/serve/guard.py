@@ -51,7 +51,7 @@ class Guard:
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
             raise Refused(400, "this server is not known under that name")
         for origin in request.headers.getlist("origin"):
-            if urlsplit(origin).netloc.lower() != hosts[0].lower():
+            if _place(origin) != hosts[0].lower():
                 raise Refused(403, "requests from other sites are refused")
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise Refused(403, "requests from other sites are refused")
@@ -63,6 +63,14 @@ class Guard:
             return False
         # A site that has its name lead here comes with a name, and never with a number.
         return name in self._names or (self._open and _is_number(name))
+
+
+def _place(origin: str) -> str | None:
+    """Host and port, or None where it is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def same(given: str | None, secret: bytes) -> bool:
@@ -92,7 +100,7 @@ async def body_of(request: Request, most: int = MAX_BODY) -> dict[str, Any]:
     if kind != "application/json":
         raise Refused(415, "the body must be application/json")
     size = request.headers.get("content-length", "0")
-    if not size.isdigit() or int(size) > most:
+    if not size.isdecimal() or int(size) > most:
         raise Refused(413, f"the body must be at most {most} bytes")
     try:
         raw = await asyncio.wait_for(_read(request, most), _BODY_SECONDS)

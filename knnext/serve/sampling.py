@@ -19,10 +19,16 @@ def next_token(
     Args:
         temperature: above 0; log p is divided by it.
         top_p: of the likeliest tokens only as many as together have this much, at least one.
+
+    ArithmeticError where log p is NaN.
     """
+    likeliest = log_p.max()
+    if likeliest.isnan():
+        raise ArithmeticError("log p of the next token is NaN: what the model gives is no number")
     if generator is None:
         return int(log_p.argmax())
-    p = (log_p.double().cpu() / temperature).softmax(0)
+    # From the likeliest on: it stays at 0 where a small temperature drives all others to -inf.
+    p = ((log_p - likeliest).double().cpu() / temperature).softmax(0)
     if top_p < 1:
         ordered, places = p.sort(descending=True, stable=True)
         beyond = ordered.cumsum(0) - ordered >= top_p

@@ -86,6 +86,12 @@ class Text:
     def num_new(self) -> int:
         return len(self.ids) - len(self.prompt.ids)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it has as many new tokens as were asked for, or as fit."""
+        context = self.asked.context
+        return self.num_new >= self.asked.max_tokens or len(self.ids) == context
+
     def begin(self, log_ps: list[float], shares: list[float], tops: list[Any]) -> None:
         """The prompt has been read; log p, shares and likeliest tokens of all but its first."""
         if self.asked.echo:
@@ -96,7 +102,7 @@ class Text:
             self._told = self._spelled = len("".join(parts) if text is None else text)
             scored, self._scored = tuple(self._scored), []
             self.tell(Piece(self.number, "".join(parts) if text is None else text, scored))
-        if self.asked.max_tokens == 0:
+        if self.is_full:
             self._end("length")
 
     def _score_prompt(
@@ -121,7 +127,7 @@ class Text:
             found = Scored(token, name, self._spelled, log_p, share, self._named(top))
             self._scored.append(found)
         ends = token in self.ends
-        full = self.num_new >= self.asked.max_tokens
+        full = self.is_full
         new = self._speller.add(token)
         if ends or full:
             new += self._speller.rest()

@@ -210,7 +210,8 @@ def test_metrics_are_counted(app: Any) -> None:
         ({"prompt": "\ud800"}, "prompt", "surrogate"),
         ({"prompt": [5] * 33, "max_tokens": 0}, "prompt", "the prompt has 33"),
         ({"prompt": [5] * 30, "max_tokens": 3}, "prompt", "30 in the prompt and 3 .* are 33"),
-        ({"prompt": [5] * 32}, None, "no room is left"),
+        ({"prompt": [5] * 32}, "prompt", "no room is left"),
+        ({"prompt": ["a", [5] * 32]}, "prompt", "no room is left"),
         ({"prompt": ["a"] * 300}, "prompt", "at most 256"),
         ({"prompt": ["a"] * 200, "n": 2}, "n", "asks for 400"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens", "0 to 4096"),
@@ -219,6 +220,10 @@ def test_metrics_are_counted(app: Any) -> None:
         ({"prompt": "a", "temperature": 2.1}, "temperature", "0 to 2"),
         ({"prompt": "a", "temperature": "1"}, "temperature", "a number"),
         ({"prompt": "a", "top_p": -0.1}, "top_p", "0 to 1"),
+        ({"prompt": "a", "top_p": 10**400}, "top_p", "0 to 1"),
+        ({"prompt": "a", "temperature": -(10**400)}, "temperature", "0 to 2"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature", "0 to 2"),
+        ({"prompt": "a", "temperature": float("inf")}, "temperature", "0 to 2"),
         ({"prompt": "a", "n": 0}, "n", "1 to 256"),
         ({"prompt": "a", "seed": 2**64}, "seed", "whole number"),
         ({"prompt": "a", "stop": ""}, "stop", "1 to 1000"),
@@ -236,11 +241,16 @@ def test_metrics_are_counted(app: Any) -> None:
         ({"prompt": "a", "logit_bias": {"3": 5}}, "logit_bias", "not served"),
         ({"prompt": "a", "suffix": "end"}, "suffix", "not served"),
         ({"prompt": "a", "tempreature": 1}, "tempreature", "unrecognized"),
+        ({"prompt": "a", "half \ud800": 1}, "half \\ud800", "unrecognized"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}},
+         "stream_options", "include_obfuscation is not served"),
         ({"prompt": "a", "knn": 3}, "knn", "knn must be"),
         ({"prompt": "a", "knn": {"alpha": 1}}, "knn", "knn must be"),
         ({"prompt": "a", "knn": {"lmbda": 2}}, "knn.lmbda", "0 to 1"),
         ({"prompt": "a", "knn": {"temperature": 0}}, "knn.temperature", "from 1e-09"),
         ({"prompt": "a", "knn": {"k": K + 1}}, "knn.k", f"1 to {K}"),
+        ({"prompt": "a", "knn": {"lmbda": 10**400}}, "knn.lmbda", "0 to 1"),
+        ({"prompt": "a", "knn": {"temperature": 10**400}}, "knn.temperature", "from 1e-09"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_named(
@@ -261,17 +271,36 @@ def test_what_makes_no_sense_is_named(
         ({"messages": ["hello"]}, "a role and a content"),
         ({"messages": [{"role": "user"}]}, "must be a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type text"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "text": "a"}]}]}, "of type"),
+        ({"messages": [{"role": "\ud800", "content": "a"}]}, "surrogate"),
+        ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "surrogate"),
+        ({"messages": [{"role": "user", "content": "a", "name": 3}]}, "name of a message must be"),
+        ({"messages": [{"role": "user", "content": "a"}], "max_tokens": "x",
+          "max_completion_tokens": 3}, "max_tokens must be a whole number"),
+        ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 4,
+          "max_completion_tokens": 3}, "leave one out"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "tool_calls"),
         ({"messages": [{"role": "odd", "content": "a"}]}, "roles must be even"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools is not served"),
         ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 1}, "logprobs: true"),
         ({"messages": [{"role": "user", "content": "a"}], "prompt": "a"}, "unrecognized"),
         ({"messages": [{"role": "user", "content": "the " * 40}]}, "at most 32"),
+        ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 32}, "at most 32"),
     ],
-)
+)  # fmt: skip
 def test_chats_that_make_no_sense(chatting: Any, body: dict[str, Any], words: str) -> None:
     answer = post(chatting, "chat/completions", **body)
-    assert answer.status == 400 and words in answer.json["error"]["message"]
+    error = answer.json["error"]
+    assert answer.status == 400 and words in error["message"]
+    if "at most 32" in words:
+        assert error["param"] == "messages"
+
+
+def test_messages_as_clients_send_them_back(chatting: Any) -> None:
+    """With fields that hold nothing, as a client has them of an answer."""
+    empty = {"refusal": None, "tool_calls": [], "function_call": None, "annotations": []}
+    messages = [{"role": "assistant", "content": "the", "name": "me", **empty}]
+    assert post(chatting, "chat/completions", messages=messages, max_tokens=1).status == 200
 
 
 def test_without_a_template_there_is_no_chat(app: Any) -> None:
@@ -285,6 +314,31 @@ def test_neutral_fields_are_taken(app: Any) -> None:
     body = {"presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1,
             "user": "me", "suffix": None, "stop": None, "n": 1, "logprobs": None}  # fmt: skip
     assert post(app, prompt="a", max_tokens=1, **body).status == 200
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"knn": {"k": None}}, {"knn": {"lmbda": None, "temperature": None}}, {"knn": None},
+     {"prompt_cache_key": "x", "function_call": "none"}, {"temperature": -0.0}],
+)  # fmt: skip
+def test_null_within_a_field_is_as_good_as_left_out(app: Any, extra: dict[str, Any]) -> None:
+    body = {"prompt": "the", "max_tokens": 4, "temperature": 0}
+    wanted = post(app, **body).json["choices"]
+    assert post(app, **{**body, **extra}).json["choices"] == wanted
+    options = {"include_usage": None, "include_obfuscation": False}
+    parts = events(post(app, stream=True, stream_options=options, **{**body, **extra}))
+    assert all("usage" not in part for part in parts)
+
+
+def test_of_several_prompts_each_has_its_own_room(app: Any) -> None:
+    """How many tokens fit by default does not depend on the other prompts of a request."""
+    prompts: list[Any] = ["the", [5] * (CONTEXT - 3), [5] * 8]
+    found = post(app, prompt=prompts, seed=1).json
+    alone = [post(app, prompt=prompt, seed=1).json for prompt in prompts]
+    assert [c["text"] for c in found["choices"]] == [a["choices"][0]["text"] for a in alone]
+    written = [a["usage"]["completion_tokens"] for a in alone]
+    assert written[1] == 3 and max(written) <= 16
+    assert found["usage"]["completion_tokens"] == sum(written)
 
 
 def test_another_model(app: Any) -> None:
@@ -348,6 +402,9 @@ def test_other_hosts_and_sites_are_refused_without_a_key(engine: Any, host: str)
     raw = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     assert send(app, "POST", "/v1/completions", headers=JSON, body=raw, host=host).status == 400
     assert send(app, "POST", "/v1/completions", headers=headers, body=raw).status == 403
+    for origin in ("null", "http://[", "[::1"):
+        strange = {**JSON, "origin": origin}
+        assert send(app, "POST", "/v1/completions", headers=strange, body=raw).status == 403
     same = {**JSON, "origin": f"http://{HOST}"}
     assert send(app, "POST", "/v1/completions", headers=same, body=raw).status == 200
     keyed = service_of(engine, api_key=KEY).app()

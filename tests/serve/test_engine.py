@@ -263,7 +263,7 @@ def test_a_full_queue(make_engine: Any, gated: Any) -> None:
         asking.pieces()
     with pytest.raises(Refused, match="at most 3 prompts"):
         ask(engine, prompt=["fox"] * 4)
-    request = Asked([Prompt([1])] * 4, 1, Mixture(K, TEMPERATURE, LMBDA))
+    request = Asked([Prompt([1])] * 4, 1, CONTEXT, Mixture(K, TEMPERATURE, LMBDA))
     with pytest.raises(Refused, match="at most 3 texts"):
         Asking(engine, request)
 
@@ -307,6 +307,52 @@ def test_a_step_that_fails_fails_those_in_it(
     gated.index.failing = False
     assert len(ask(engine, prompt="the", max_tokens=3).ids()[0]) == 3
     assert "the disk is gone" in caplog.text
+
+
+def test_a_text_that_the_model_has_no_number_for_fails_alone(
+    make_engine: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in half precision, where one text's numbers overflow."""
+    engine = make_engine()
+    (fox,) = opened.tokenizer(" fox", add_special_tokens=False)["input_ids"][-1:]
+    wanted = ask(engine, prompt=[[7, 8], [7, 9]], max_tokens=4).ids()
+    read = engine.reader._read
+
+    def spoiled(rows: Any, new: Any, whole: bool) -> Any:
+        states, logits = read(rows, new, whole)
+        for text, line in zip(new, logits, strict=True):
+            if text[-1] == fox:
+                line.fill_(float("nan"))
+        return states, logits
+
+    monkeypatch.setattr(engine.reader, "_read", spoiled)
+    good, bad = ask(engine, prompt=[[7, 8], [7, 9]], max_tokens=4), ask(engine, prompt=[[7, fox]])
+    with pytest.raises(Refused, match="NaN"):
+        bad.pieces()
+    assert good.ids() == wanted
+
+
+def test_a_panic_is_told_and_leaves_the_thread_alive(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a library in Rust raises is no Exception."""
+
+    class Panic(BaseException):
+        pass
+
+    engine = make_engine()
+    begin, step = engine.reader.begin, engine.reader.step
+
+    def panic(*args: Any, **options: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    for name in ("begin", "step"):
+        monkeypatch.setattr(engine.reader, name, panic)
+        with pytest.raises(Refused, match="Panic: index out of bounds"):
+            ask(engine, prompt="the", max_tokens=3).pieces()
+        monkeypatch.setattr(engine.reader, "begin", begin)
+        monkeypatch.setattr(engine.reader, "step", step)
+    assert len(ask(engine, prompt="the", max_tokens=3).ids()[0]) == 3
 
 
 def test_a_prompt_that_cannot_be_read_fails_alone(

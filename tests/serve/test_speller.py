@@ -73,6 +73,15 @@ def test_drawing_follows_p() -> None:
     assert torch.allclose(shares, log_p.exp(), atol=0.05) and shares[3] == 0
     cold = [next_token(log_p, generator, temperature=0.01) for _ in range(50)]
     assert set(cold) == {0}
+    for temperature in (1e-30, 1e-310, 5e-324):  # by which all log p would be -inf
+        assert {next_token(log_p, generator, temperature) for _ in range(5)} == {0}
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_what_is_no_number_is_no_token(drawn: bool) -> None:
+    log_p = torch.tensor([-0.5, float("nan"), -1.0])
+    with pytest.raises(ArithmeticError, match="NaN"):
+        next_token(log_p, generator_of(0, 0) if drawn else None)
 
 
 @pytest.mark.parametrize(
