@@ -163,12 +163,13 @@ class DistillationData(Dataset[dict[str, Tensor]]):
 def _whole(path: Path) -> Iterator[None]:
     """Within, what Arrow says of a file that is not as it was written is a CorruptDatastoreError.
 
-    A page's checksum is an OSError there, without a number as those of the disk have.
+    A page's checksum is an OSError there, without a number as those of the disk have; what stands
+    in the foot of a file, which has none, can be any other.
     """
     arrow, _ = pyarrow()
     try:
         yield
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise CorruptDatastoreError(f"{path}: cannot be read: {error}", [str(path)]) from error

@@ -57,9 +57,9 @@ def sparse_kl(logits: Tensor, ids: Tensor, p: Tensor, tail: Tensor) -> Tensor:
     marks = torch.zeros(*wide.shape[:-1], size + 1, dtype=torch.bool, device=wide.device)
     marks.scatter_(-1, torch.where(there, places, size), True)
     others = wide.masked_fill(marks[..., :size], -torch.inf)
-    some = ~marks[..., :size].all(-1)
-    others = torch.where(some[..., None], others, 0)  # no logarithm of nothing, nor a gradient
-    log_rest = torch.where(some & (tail > 0), others.logsumexp(-1) - log_z, 0)
+    asked = (tail > 0) & ~marks[..., :size].all(-1)
+    others = torch.where(asked[..., None], others, 0)  # no logarithm of nothing, nor a gradient
+    log_rest = torch.where(asked, others.logsumexp(-1) - log_z, 0)
     return kept + torch.xlogy(tail, tail) - tail * log_rest
 
 

@@ -13,6 +13,7 @@ from knnext.corpus import load_corpus
 from knnext.distill import DistillationData
 from knnext.lm.load import save_lm
 from knnext.lm.train import train_tokenizer
+from tests.launch import ended, on_processes
 
 pytest.importorskip("pyarrow")
 transformers = pytest.importorskip("transformers")
@@ -64,3 +65,32 @@ def test_from_a_datastore_to_data(folder: Path, capsys: pytest.CaptureFixture[st
     assert 0 < test["tokens"] < done["tokens"] and test["excluded_documents"] == 0
     row = run("--out", str(folder / "R"), "--temperature", "4", "--exclude", "row")
     assert row["tokens"] == done["tokens"]
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_divide_it(folder: Path) -> None:
+    """Each takes files, one speaks, and the files are those of one process."""
+
+    def words(out: str) -> list[str]:
+        line = ["distill", str(folder / "S"), "--model", str(folder / "model"), "--out", out]
+        more = ["--device", "cpu", "--k", "8", "--temperature", "4", "--shard-tokens", "40"]
+        return [*line, *more, "--batch-size", "2", "--json"]
+
+    assert main(words(str(folder / "alone"))) == 0
+    with on_processes(["knnext", *words(str(folder / "both"))]) as ranks:
+        results = [ended(rank) for rank in ranks]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert json.loads(results[0][1])["shards"] > 3 and results[1][1] == ""
+    one, two = (
+        {file.name: file.read_bytes() for file in (folder / name).iterdir()}
+        for name in ("alone", "both")
+    )
+    assert one == two
+
+
+def test_windows_are_as_they_are_asked_for(folder: Path) -> None:
+    line = ["distill", str(folder / "S"), "--model", str(folder / "model"), "--device", "cpu"]
+    line += ["--k", "8", "--temperature", "4", "--out", str(folder / "W"), "--stride", "8"]
+    assert main([*line, "--full-last-window"]) == 0
+    plan = json.loads((folder / "W" / "distill.json").read_text())
+    assert (plan["full_last_window"], plan["stride"]) == (True, 8)

@@ -109,6 +109,11 @@ def test_shapes_that_do_not_belong_together() -> None:
             sparse_kl(*wrong)
     with pytest.raises(ValueError, match="base_logits must be of the shape"):
         mixture_kl(logits, ids, p, tail, logits[:2], 0.5)
+    beyond = ids.clone()
+    beyond[0, 0] = V
+    for loss in (sparse_kl, lambda *of: mixture_kl(*of, logits, 0.5)):
+        with pytest.raises(ValueError, match=f"got token {V}, and logits are of {V} tokens"):
+            loss(logits, beyond, p, tail)
     with pytest.raises(ValueError, match="lmbda must lie in"):
         mixture_kl(logits, ids, p, tail, logits, 1.5)
 
@@ -126,6 +131,24 @@ def test_the_mixture_is_where_its_loss_is_least() -> None:
     nothing = (torch.full((1, 2), -1), torch.zeros(1, 2).double(), torch.ones(1).double())
     alone = mixture_kl(base + 3, *nothing, base, 0.3)
     assert abs(float(alone)) < 1e-12, "without a neighbor the base model is all there is"
+
+
+def test_tokens_that_both_models_rule_out() -> None:
+    """Logits of -inf, as of a vocabulary that was filled up: no part of the loss is nan."""
+    logits, ids, p, tail = targets()
+    base = torch.randn(5, V, generator=torch.Generator().manual_seed(2)).double()
+    more = torch.full((5, 3), -torch.inf).double()
+    wide, wider = torch.cat([logits, more], 1).requires_grad_(), torch.cat([base, more], 1)
+    found = mixture_kl(wide, ids, p, tail, wider, 0.3)
+    torch.testing.assert_close(found, mixture_kl(logits, ids, p, tail, base, 0.3))
+    found.sum().backward()
+    assert wide.grad is not None and wide.grad.isfinite().all()
+    # And only the base model does: what the student gives there costs it, as it should.
+    open_ = torch.cat([logits, torch.zeros(5, 3).double()], 1).requires_grad_()
+    spread = mixture_kl(open_, ids, p, tail, wider, 0.3)
+    spread.sum().backward()
+    assert torch.all(spread > found.detach()) and open_.grad is not None
+    assert open_.grad.isfinite().all()
 
 
 # A student
