@@ -221,13 +221,6 @@ def _write_report(
     explorer: Any,
     continued: Sequence[Shown],
 ) -> None:
-    base, exact = rows[0], rows[1]
-    assert exact.change is not None
-    helped = exact.change < 0
-    title = (
-        f"Neighbors {'take' if helped else 'bring'} test perplexity "
-        f"from {base.perplexity:.0f} to {exact.perplexity:.0f}"
-    )
     lead = (
         f"A language model, mixed with the {facts['neighbors per token']} nearest of "
         f"{facts['datastore'].split(' of ')[0]} stored states. Nothing was trained for the mixture "
@@ -236,7 +229,7 @@ def _write_report(
     write_report(
         out / "report.html",
         Report(
-            title,
+            title(rows[0], rows[1]),
             lead,
             rows,
             _NOTE.replace("\n", " "),
@@ -245,6 +238,23 @@ def _write_report(
             explorer,
             continued,
         ),
+    )
+
+
+def title(base: Row, mixed: Row) -> str:
+    """The finding in one line, no stronger than its interval."""
+    change, interval = mixed.change, mixed.change_interval
+    assert change is not None
+    for digits in (0 if base.perplexity >= 100 else 1, 2, 3):
+        before, after = (f"{row.perplexity:,.{digits}f}" for row in (base, mixed))
+        if before != after:
+            break
+    if interval is not None and (interval[1] < 0 or interval[0] > 0):
+        verb = "take" if change < 0 else "bring"
+        return f"Neighbors {verb} test perplexity from {before} to {after}"
+    return (
+        "Whether neighbors change test perplexity is not certain here: "
+        f"{before} without them, {after} with them"
     )
 
 
@@ -310,7 +320,8 @@ def _facts(
     index: FaissIndex,
     test: Evaluation,
 ) -> dict[str, str]:
-    where = f"{torch.get_num_threads()} threads of {os.cpu_count()}, {platform.machine()}"
+    threads = torch.get_num_threads()
+    where = f"{threads} thread{'s' * (threads != 1)} of {os.cpu_count()}, {platform.machine()}"
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
     return {

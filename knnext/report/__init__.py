@@ -71,6 +71,7 @@ def render(report: Report) -> str:
             "lead": html.escape(report.lead),
             "table": results_table(report.rows),
             "note": html.escape(report.note),
+            "contents": _contents(report),
             "continuations": continuations_section(report.continuations),
             "surface": surface,
             "facts": _facts(report.facts),
@@ -108,6 +109,17 @@ def part(package: str, name: str) -> str:
 def fill(page: str, parts: Mapping[str, str]) -> str:
     """Put the parts in place in one pass: what is put in is never read as a placeholder."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], page)
+
+
+def _contents(report: Report) -> str:
+    """Links to what lies below the explorer, where it is there."""
+    there = {
+        "surface-title": ("Temperature and λ", report.surface),
+        "facts-title": ("What was run", report.facts),
+        "continued-title": ("Test documents, continued", report.continuations),
+    }
+    links = [f'<a href="#{name}">{words}</a>' for name, (words, found) in there.items() if found]
+    return f'<nav aria-label="On this page">{" ".join(links)}</nav>' if links else ""
 
 
 def _facts(facts: Mapping[str, str]) -> str:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 #: Tokens of a prompt that are shown, from its end.
 _SHOWN = 60
+#: Lines of it.
+_LINES = 8
+#: What cannot be seen, as the explorer shows it.
+_SIGNS = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
 _SECTION = """<section aria-labelledby="continued-title">
 <h2 id="continued-title">Test documents, continued</h2>
 <p>{lead}</p>
@@ -130,7 +134,7 @@ def _article(one: Shown) -> str:
     lines = [
         '<article class="continued">',
         f"<h3>{html.escape(one.document)}</h3>",
-        f'<p class="written muted">{"…" if one.cut else ""}{html.escape(one.prompt)}</p>',
+        f'<p class="written muted">{html.escape(_tail(one))}</p>',
         '<div class="pair">',
         f'<div><h4>base LM</h4><p class="written">{base}</p></div>',
         f'<div><h4>kNN-LM</h4><p class="written">{mixed}</p></div>',
@@ -148,11 +152,28 @@ def _article(one: Shown) -> str:
     return "\n".join([*lines, "</article>"])
 
 
+def _tail(one: Shown) -> str:
+    """The end of a prompt, no longer than a glance: a page has no place for a second scroll bar."""
+    lines = one.prompt.split("\n")
+    cut = one.cut or len(lines) > _LINES
+    return ("…" if cut else "") + "\n".join(lines[-_LINES:])
+
+
+def _chance(p: float) -> str:
+    """`0.21`, `1.2·10⁻⁵`: as the explorer says it."""
+    if p >= 0.001 or p <= 0:
+        return f"{p:.2g}"
+    digits, power = f"{p:.1e}".split("e-")
+    return f"{digits}·10⁻{str(int(power)).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
 def _move(move: Move) -> str:
-    chosen, instead = (html.escape(repr(text)) for text in (move.text, move.instead))
+    chosen, instead = (
+        f"<code>{html.escape(text.translate(_SIGNS))}</code>" for text in (move.text, move.instead)
+    )
     line = (
         f"<li><mark>{chosen}</mark>, where the base LM has {instead}: "
-        f"<i>p</i> {move.p_lm:.2g} → {move.p:.2g}"
+        f"<i>p</i> {_chance(move.p_lm)} → {_chance(move.p)}"
     )
     if move.neighbor is not None:
         before, token, after, document = map(html.escape, move.neighbor)

@@ -50,7 +50,8 @@ const knnextExplorer = (() => {
   const percent = (x) => (x >= 0.0995 ? (100 * x).toFixed(0) : (100 * x).toFixed(x >= 0.01 ? 1 : 2)) + " %";
   const superscript = (n) => String(n).replace(/[-0-9]/g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]);
   const factor = (x) => (x >= 100 ? Math.round(x).toLocaleString("en") : x.toPrecision(3));
-  const figure = (x) => (!Number.isFinite(x) ? "∞" : x >= 100 ? x.toFixed(1) : x.toPrecision(4));
+  const figure = (x) => (!Number.isFinite(x) ? "∞" : x < 100 ? x.toPrecision(4) :
+    x.toLocaleString("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 }));
   function chance(x) {
     if (!(x > 0)) return "0";
     if (x >= 0.001) return x.toFixed(3);
@@ -111,16 +112,18 @@ const knnextExplorer = (() => {
     const copied = of.copied.filter((run) => run > 0).length;
     sums.replaceChildren(`Perplexity of these ${gains.length} tokens: ${names[0]} `, make("strong", {}, figure(base)),
       `, ${names[1]} `, make("strong", { class: "value" }, figure(mix)),
-      Number.isFinite(change) ? ` (${change < 0 ? "−" : "+"}${Math.abs(100 * change).toFixed(1)} %)` : "",
+      Number.isFinite(change) ? ` (${change < 0 ? "−" : "+"}${Math.abs(100 * change).toFixed(1)}\u00a0%)` : "",
       copied ? `. ${copied} of them stand in the datastore to the letter, in runs of 16 or more.` : ".");
   }
 
   function drawLegend() {
     const { lmbda } = p(), against = state.against < 0;
     const most = against ? -Math.log1p(-lmbda) : Infinity; // that a token can lose
-    const all = [["≤ −2", -4], ["−0.8", -3], ["−0.3", -2], ["−0.1", -1], ["0", 0], ["+0.1", 1], ["+0.3", 2], ["+0.8", 3], ["≥ +2", 4]];
-    const can = ([, at]) => at === 0 || (at < 0 ? most >= LIMITS[-at - 1] : !against || lmbda > 0);
-    const steps = all.filter(can).map(([name, at]) => make("span", { class: "step" }, make("span", { class: `swatch d${at}` }), name));
+    const all = [-4, -3, -2, -1, 0, 1, 2, 3, 4].filter((at) => at === 0 || (at < 0 ? most >= LIMITS[-at - 1] : !against || lmbda > 0));
+    // A number stands where one colour ends and the next begins.
+    const edge = (at) => (at > 0 ? `+${LIMITS[at - 1]}` : `−${LIMITS[-at]}`);
+    const steps = all.map((at, i) => make("span", { class: "step" }, make("span", { class: `swatch d${at}` }),
+      i ? make("span", { class: "edge" }, edge(at)) : ""));
     const names = [state.against, state.system].map(shortName);
     byId("legend").setAttribute("aria-label", `Colours: orange where ${names[1]} gives the token less than ${names[0]}, ` +
       "blue where it gives more, in steps at 0.1, 0.3, 0.8 and 2 nats");
@@ -269,11 +272,13 @@ const knnextExplorer = (() => {
     drawPanel();
     if (!quiet) writeAddress();
     if (focus) span.focus({ preventScroll: true });
+    if (open && NARROW.matches) reveal("nearest"); // the sheet may have come up over it
   }
 
-  function reveal() {
+  // Into what the sheet leaves free of the window, by style.css.
+  function reveal(block = "center") {
     const span = blocks[state.side].spans[state.i];
-    if (span) span.scrollIntoView({ block: "center" });
+    if (span) span.scrollIntoView({ block });
   }
 
   // The next token in order of gain (direction 1) or loss (-1), starting over after the last.
@@ -317,7 +322,7 @@ const knnextExplorer = (() => {
     event.preventDefault();
     const move = MOVES[event.key];
     choose(at.side, move ? move() : at.i, { focus: true });
-    blocks[state.side].spans[state.i].scrollIntoView({ block: "nearest" });
+    reveal("nearest");
   });
   texts.addEventListener("click", (event) => {
     const at = tokenOf(event);
@@ -436,6 +441,7 @@ const knnextExplorer = (() => {
       against: state.against >= 0 ? state.against + 1 : null,
       temperature: moved("temperature"), lmbda: moved("lmbda"), k: moved("k"), ...extra,
     };
+    for (const [name, one] of [...address]) if (one === "") address.delete(name); // of a heading
     for (const [name, one] of Object.entries(found)) one === null ? address.delete(name) : address.set(name, one);
     if (address.toString() !== readAddress().toString()) history.replaceState(null, "", `#${address}`);
   }
@@ -521,9 +527,11 @@ const knnextExplorer = (() => {
     color(block);
     if (state.i < 0) choose(side, 0, { open: !NARROW.matches, quiet: true });
   }
+  const NAMES = ["excerpt", "side", "token", "system", "against", ...Object.keys(SLIDERS)];
   addEventListener("hashchange", () => {
-    if (!state.leaves.length) return;
     const address = readAddress();
+    // A link to a heading moves the page and nothing else.
+    if (!state.leaves.length || !NAMES.some((name) => address.has(name))) return;
     settings = tuned.map((one) => ({ ...one }));
     readSettings(address);
     showSettings();

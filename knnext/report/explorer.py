@@ -12,6 +12,7 @@ from torch import Tensor
 
 from knnext.evaluation.prompt import pieces
 from knnext.evaluation.spans import decode_all, neighbor_spans
+from knnext.report import script_json
 from knnext.report.copies import copied_runs
 from knnext.report.excerpts import (
     Excerpt,
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from knnext.evaluation.scores import StreamScores
 
 _VOTES = 5
+#: Of the data in a page: a page of 2 MB opens at once from a disk and goes into a mail.
+MAX_BYTES = 1_500_000
+_SHORT = 96  # tokens of an excerpt: with fewer a reader loses the thread
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def explorer_data(
     num_excerpts: int = 12,
     excerpt_tokens: int = 256,
     num_neighbors: int = 6,
+    max_bytes: int = MAX_BYTES,
 ) -> dict[str, Any]:
     """Excerpts as plain values for the page's script.
 
@@ -72,11 +77,36 @@ def explorer_data(
         datastore: the one that was searched.
         tokenizer: the one it was built with.
         num_excerpts, excerpt_tokens, num_neighbors: at most so many of each.
+        max_bytes: at most about so much JSON; first excerpts become shorter, then fewer.
     """
     if not systems:
         raise ValueError("systems must name at least one")
     if any(system.scores.indices is None for system in systems):
         raise ValueError("scores must hold indices: run search_stream with keep_indices=True")
+    while True:
+        data = _data(systems, datastore, tokenizer, num_excerpts, excerpt_tokens, num_neighbors)
+        share = max_bytes / len(script_json(data).encode())
+        if share >= 1:
+            return data
+        # A little less than by proportion: what excerpts share does not shrink with them.
+        if excerpt_tokens > _SHORT:
+            excerpt_tokens = max(_SHORT, int(0.95 * share * excerpt_tokens))
+        elif num_excerpts > 1:
+            num_excerpts = max(1, int(share * min(num_excerpts, len(data["excerpts"]))))
+        elif excerpt_tokens > 1:
+            excerpt_tokens = max(1, int(0.95 * share * excerpt_tokens))
+        else:
+            return data
+
+
+def _data(
+    systems: Sequence[System],
+    datastore: Datastore,
+    tokenizer: Any,
+    num_excerpts: int,
+    excerpt_tokens: int,
+    num_neighbors: int,
+) -> dict[str, Any]:
     vocabulary, documents, rows = Numbering(), Numbering(), Numbering()
     excerpts = [
         _plain(excerpt, systems, tokenizer, num_neighbors, vocabulary, rows)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _BANDS = 10
-_LEFT, _TOP, _WIDTH, _HEIGHT = 64, 18, 560, 320
+_LEFT, _TOP, _WIDTH, _HEIGHT, _RIGHT = 64, 18, 560, 320, 30
 _MAX_CELLS = 64  # a side; finer grids are thinned, which no eye sees at this size
 
 
@@ -48,13 +48,13 @@ def surface_figure(surface: Surface) -> str:
     y = _TOP + (1 - _place(surface.lmbdas, rows, surface.best[1])) * _HEIGHT
     best = f"temperature {surface.best[0]:.3g}, λ {surface.best[1]:.3g}"
     words = (
-        f"{surface.name + ': ' if surface.name else ''}perplexity {surface.best[2]:.1f} at {best}; "
-        f"the base model alone has {surface.base:.1f} on the same text."
+        f"{surface.name + ': ' if surface.name else ''}perplexity {surface.best[2]:,.1f} at "
+        f"{best}; the base model alone has {surface.base:,.1f} on the same text."
     )
     return "\n".join(
         [
             "<figure>",
-            f'<svg viewBox="0 0 {_LEFT + _WIDTH + 16} {_TOP + _HEIGHT + 108}" role="img" '
+            f'<svg viewBox="0 0 {_LEFT + _WIDTH + _RIGHT} {_TOP + _HEIGHT + 108}" role="img" '
             f'aria-label="{html.escape(words)}">',
             *cells,
             *_axis(surface.temperatures, columns, horizontal=True),
@@ -122,15 +122,15 @@ def _axis(values: Sequence[float], chosen: list[int], *, horizontal: bool) -> li
     for tick in ticks(values[0], values[-1]):
         along = _place(values, chosen, tick)
         if horizontal:
-            x, y, anchor = _LEFT + along * _WIDTH, _TOP + _HEIGHT + 18, "middle"
+            x, y, anchor = _LEFT + along * _WIDTH, _TOP + _HEIGHT + 17, "middle"
         else:
             x, y, anchor = _LEFT - 8, _TOP + (1 - along) * _HEIGHT + 4, "end"
-        lines.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{tick:.6g}</text>')
+        lines.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{tick:,.12g}</text>')
     if horizontal:
-        x, y = _LEFT + _WIDTH / 2, _TOP + _HEIGHT + 40
+        x, y = _LEFT + _WIDTH / 2, _TOP + _HEIGHT + 42
         lines.append(f'<text class="label" x="{x}" y="{y}" text-anchor="middle">temperature</text>')
     else:
-        lines.append(f'<text class="label" x="14" y="{_TOP + _HEIGHT / 2}">λ</text>')
+        lines.append(f'<text class="label" x="6" y="{_TOP + _HEIGHT / 2}">λ</text>')
     return lines
 
 
@@ -157,7 +157,8 @@ def _legend(surface: Surface, over: bool) -> list[str]:
         for i in range(bands)
     ]
     for i in (0, 5, 10) if bands else ():
-        text = f"{surface.best[2] * ratio ** (i / _BANDS):.3g}"
+        value = surface.best[2] * ratio ** (i / _BANDS)
+        text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         anchor = ("start", "middle", "end")[i // 5]
         lines.append(
             f'<text x="{_LEFT + i * width}" y="{y + 30}" text-anchor="{anchor}">{text}</text>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -17,8 +18,10 @@ from knnext.corpus import TokenizedDocuments, take_documents
 from knnext.datastore import Datastore
 from knnext.demo import Demo, run_demo
 from knnext.demo.config import EXACT, FAISS, RESCORED, DemoConfig, DemoError
+from knnext.demo.results import title
 from knnext.index import ExactIndex, StoredCodes
 from knnext.index.faiss_build import faiss_recipe
+from knnext.report import Row
 
 TINY = {"train_seconds": 4.0, "entries": 20_000, "valid_tokens": 400, "test_tokens": 600, "k": 64}
 
@@ -98,6 +101,27 @@ def test_a_fit_at_the_edge_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(notes) == 1 and notes[0].startswith(EXACT) and "highest temperature" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("base", "mixed", "interval", "words"),
+    [
+        (1976.8, 778.1, (-0.65, -0.56), "Neighbors take test perplexity from 1,977 to 778"),
+        (14.49, 13.22, (-0.13, -0.05), "Neighbors take test perplexity from 14.5 to 13.2"),
+        (14.49, 15.0, (0.01, 0.05), "Neighbors bring test perplexity from 14.5 to 15.0"),
+        (120.2, 119.9, (-0.004, -0.001), "Neighbors take test perplexity from 120.20 to 119.90"),
+        (14.49, 14.3, (-0.03, 0.01), "not certain here: 14.5 without them, 14.3 with them"),
+        (14.49, 14.3, (math.nan, math.nan), "not certain here"),
+        (14.49, 14.3, None, "not certain here"),
+        (9.0, 9.0, (0.0, 0.0), "not certain here: 9.000 without them, 9.000 with them"),
+    ],
+)
+def test_the_title_says_no_more_than_its_interval(
+    base: float, mixed: float, interval: tuple[float, float] | None, words: str
+) -> None:
+    change = mixed / base - 1
+    found = title(Row("a", base, (1.0, 2.0)), Row("b", mixed, (1.0, 2.0), change, interval))
+    assert words in found
+
+
 class Killed(Exception):
     pass
 
@@ -133,7 +157,7 @@ def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert row["tokens_per_second"] > 0 and row["num_bytes"] > 0
     for name in results["files"]:
         assert (out / name).stat().st_size > 1000
-    assert (out / "report.html").stat().st_size < 5_000_000
+    assert (out / "report.html").stat().st_size < 2_000_000
     shown = "\n".join(lines)
     assert "95 %" in shown and "Where the neighbors helped most" in shown and "report.html" in shown
 

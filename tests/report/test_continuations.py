@@ -15,7 +15,7 @@ from knnext.evaluation.continuation import Continuation, continuations
 from knnext.evaluation.influence import Influence
 from knnext.index import ExactIndex
 from knnext.lm.knnlm import KNNLM
-from knnext.report.continuations import Shown, continuations_section, in_words
+from knnext.report.continuations import Move, Shown, continuations_section, in_words
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
@@ -130,6 +130,18 @@ def test_words_mark_what_moved_and_escape_it(found: Any, store: Any, tokenizer: 
     pairs = re.findall(r'<div class="pair">.*?\n</div>', page, re.S)
     marks = sum(pair.count("<mark>") for pair in pairs)
     assert len(pairs) == 2 and marks == sum(len(one.moves) for one in shown) > 0
+
+
+def test_long_prompts_and_small_chances_are_short() -> None:
+    long = Shown("d", "\n".join(map(str, range(30))), False, "x", ["x"], [])
+    page = continuations_section([long])
+    assert "…22\n23" in page and "\n29</p>" in page and "21" not in page
+    short = Shown("d", "one\ntwo", False, "x", ["x"], [])
+    assert ">one\ntwo</p>" in continuations_section([short])
+    move = Move(0, "\n\t<b>", " a", 1.23e-5, 0.25, None)
+    page = continuations_section([Shown("d", "p", False, "x", ["y"], [move])])
+    assert "<code>⏎⇥&lt;b&gt;</code>" in page and "<code>␣a</code>" in page
+    assert "1.2·10⁻⁵ → 0.25" in page
 
 
 def test_nothing_and_no_neighbor(store: Any, tokenizer: Any) -> None:

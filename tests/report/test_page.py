@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -275,6 +276,119 @@ def test_a_phone_reaches_everything(browser: Any) -> None:
     assert panel.is_displayed()
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert not panel.is_displayed()
+
+
+def test_the_sheet_leaves_the_token_in_sight(browser: Any, driver: Any) -> None:
+    """On a phone a token that an address names, or a finger, stays above what explains it."""
+    resize(browser, 400, 800)
+    clear = (
+        "const token = document.querySelector('.t[aria-pressed=true]').getBoundingClientRect();"
+        "return token.top >= 0 && token.bottom <= "
+        "document.getElementById('panel').getBoundingClientRect().top"
+    )
+    for token in (1, 40, 115):
+        browser.get("about:blank")
+        browser.get(f"{driver.address}#token={token}")
+        settled(browser)
+        assert one(browser, "#panel").is_displayed() and browser.execute_script(clear), token
+    one(browser, "#close").click()
+    last = css(browser, ".t")[60]
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'end' })", last)
+    last.click()
+    settled(browser)
+    assert chosen(browser) == 60 and browser.execute_script(clear)
+
+
+def test_a_link_to_a_heading_leaves_the_explorer_as_it_is(browser: Any) -> None:
+    css(browser, "#excerpt option")[1].click()
+    css(browser, ".t")[7].click()
+    css(browser, "nav a")[-1].click()
+    wait_for(browser, "location.hash === '#facts-title'")
+    settled(browser)
+    assert one(browser, "#excerpt").get_attribute("value") == "1" and chosen(browser) == 7
+    css(browser, ".t")[9].click()
+    assert browser.current_url.endswith("#excerpt=2&token=10")
+
+
+def test_the_legends_numbers_stand_between_two_colours(browser: Any) -> None:
+    swatches = [s.rect for s in css(browser, "#legend .swatch")]
+    edges = css(browser, "#legend .edge")
+    said = ["−0.3", "−0.1", "+0.1", "+0.3", "+0.8", "+2"]
+    assert [edge.text for edge in edges] == said
+    for edge, swatch in zip(edges, swatches[1:], strict=True):
+        middle = edge.rect["x"] + edge.rect["width"] / 2
+        assert abs(middle - swatch["x"]) < 2
+    for left, right in pairwise(edges):
+        assert left.rect["x"] + left.rect["width"] < right.rect["x"]
+
+
+#: Words whose contrast is under WCAG's 4.5 (3 where they are large), with it; also shades of tokens
+#: that this text has not. `everything` returns the others too.
+CONTRAST = """
+const everything = arguments[0];
+const parse = (c) => { const m = c.match(/[\\d.]+/g).map(Number);
+  return [m[0], m[1], m[2], m.length > 3 ? m[3] : 1]; };
+const over = (a, b) => [0, 1, 2].map((i) => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+const light = (c) => { const f = c.slice(0, 3).map((x) => x / 255).map((x) =>
+  x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
+function ground(e) {
+  const layers = [];
+  for (let at = e; at; at = at.parentElement) {
+    layers.push(parse(getComputedStyle(at).backgroundColor));
+    if (layers.at(-1)[3] === 1) break;
+  }
+  return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255, 1]);
+}
+for (let d = -4; d <= 4; d++) {
+  const token = document.createElement('span');
+  token.className = `t d${d}`;
+  token.textContent = 'word';
+  document.querySelector('.text').append(token);
+}
+const found = [];
+for (const e of document.querySelectorAll('body *')) {
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  if (!own || !e.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+  if (e.closest('script, style, noscript, [aria-hidden=true], :disabled, .sr, .skip')) continue;
+  const style = getComputedStyle(e), back = ground(e);
+  const fore = over(parse(e instanceof SVGElement ? style.fill : style.color), back);
+  const [high, low] = [light(fore), light(back)].sort((a, b) => b - a);
+  const ratio = (high + 0.05) / (low + 0.05), size = parseFloat(style.fontSize);
+  const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+  if (everything || ratio < (large ? 3 : 4.5)) found.push(`${ratio.toFixed(2)} ${e.outerHTML}`);
+}
+return found"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_words_stand_out(browser: Any, width: int, dark: bool) -> None:
+    resize(browser, width, 900, dark=dark)
+    css(browser, ".t")[5].click()
+    settled(browser)
+    assert browser.execute_script(CONTRAST, False) == []
+    assert len(browser.execute_script(CONTRAST, True)) > 100
+    browser.execute_script("document.body.style.setProperty('--muted', 'rgb(128 128 128)')")
+    assert browser.execute_script(CONTRAST, False) != []  # it sees what is faint
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_surfaces_words_can_be_read(browser: Any, width: int) -> None:
+    """Not smaller than nine pixels, none on another, none cut."""
+    resize(browser, width)
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg text')].map((t) => "
+        "[t.textContent, ...['x', 'y', 'right', 'bottom', 'height'].map((n) => "
+        "t.getBoundingClientRect()[n])])"
+    )
+    frame = one(browser, "figure svg").rect
+    assert len(boxes) > 8
+    for i, (text, x, y, right, bottom, height) in enumerate(boxes):
+        assert height >= 9, text
+        assert frame["x"] <= x and right <= frame["x"] + frame["width"], text
+        for other, x2, y2, right2, bottom2, _ in boxes[:i]:
+            assert right <= x2 or right2 <= x or bottom <= y2 or bottom2 <= y, (text, other)
 
 
 def test_everything_has_a_name(browser: Any) -> None:

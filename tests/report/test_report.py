@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from knnext.evaluation.scores import StreamScores
 from knnext.evaluation.spans import neighbor_spans
 from knnext.report import Report, Row, Surface, render, script_json, write_report
 from knnext.report.excerpts import choose_excerpts
-from knnext.report.explorer import System, explorer_data
+from knnext.report.explorer import MAX_BYTES, System, explorer_data
 from knnext.report.table import format_bytes, text_table
 
 pytest.importorskip("tokenizers")
@@ -167,6 +168,33 @@ def test_explorer_data_agrees_with_the_scores(
     assert [data["vocab"][t] for t in excerpt["targets"]] == [
         tokenizer.decode([t]) for t in scores.targets[at].tolist()
     ]
+
+
+@pytest.mark.parametrize("most", [60_000, 20_000, 9_000, 1])
+def test_the_data_keeps_to_its_size(
+    scores: StreamScores, store: Datastore, tokenizer: Any, most: int
+) -> None:
+    """Excerpts become shorter, then fewer; of no page is nothing left."""
+    whole = explorer_data(systems(scores), store, tokenizer)
+    data = explorer_data(systems(scores), store, tokenizer, max_bytes=most)
+    assert len(script_json(whole).encode()) > 60_000
+    lengths = [len(excerpt["texts"]) for excerpt in data["excerpts"]]
+    assert len(script_json(data).encode()) <= most or lengths == [1]
+    assert lengths and max(lengths) < max(len(e["texts"]) for e in whole["excerpts"])
+
+
+def test_a_page_is_small_enough_to_be_sent(report: Report) -> None:
+    empty = len(render(replace(report, explorer=None)).encode())
+    assert MAX_BYTES + empty < 1_900_000  # and some room for continuations
+
+
+def test_the_page_leads_to_its_parts(report: Report) -> None:
+    page = render(report)
+    links = re.findall(r'<nav aria-label="On this page">(.*?)</nav>', page)
+    named = re.findall(r'href="#([\w-]+)"', links[0])
+    assert named == ["surface-title", "facts-title"]
+    assert all(f'id="{name}"' in page for name in named)
+    assert "<nav" not in render(Report("t", "l", report.rows))
 
 
 def test_a_character_of_several_tokens_is_whole(tokenizer: Any, tmp_path: Path) -> None:
