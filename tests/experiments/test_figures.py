@@ -179,3 +179,26 @@ def test_bars_say_their_numbers_and_what_harms_has_its_colour() -> None:
     figures.bars(axes, list("ab"), [0.25, -0.5], good=1, digits=2)
     assert [text.get_text() for text in axes.texts] == ["0.25", "−0.50"]
     assert [to_hex(b.get_facecolor()) for b in axes.patches] == [figures.PALE, figures.PALE_OVER]
+
+
+def test_a_picture_is_small_and_a_page_of_them_too(tmp_path: Path) -> None:
+    """Plain fills and lines need no more than 256 colours: a third of the size."""
+    from PIL import Image
+
+    from knnext.experiments.report import write_report
+    from knnext.report.plots import save_figure
+
+    figure, axes = figures.new_figure()
+    figures.line(axes, [0, 1, 2], [1.0, 3.0, 2.0], "a")
+    for name in ("a.png", "B.PNG", "a.svg"):
+        save_figure(figure, tmp_path / name)
+    for name in ("a.png", "B.PNG"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG" and picture.mode == "P"
+            assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert all(path.stat().st_size < 200_000 for path in RESULTS.glob("*/*.png"))
+    for path in (RESULTS / "small-stdlib").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    page, _ = write_report(tmp_path, say=lambda line: None)
+    assert page.stat().st_size < 2_000_000
