@@ -61,6 +61,7 @@ myst_heading_anchors = 4
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "knnext"
+html_show_copyright = False
 default_role = "code"  # docstrings speak Markdown's single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -177,6 +178,21 @@ def plain_bars(app: Any, what: str, name: str, thing: Any, options: Any, lines: 
     lines[:] = [line.replace("|", "\\|") if "`" not in line else line for line in lines]
 
 
+_SAID: dict[str, list[str]] = {}
+
+
+def keep(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    _SAID[name] = list(lines)
+
+
+def as_said(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Of an attribute: napoleon takes what stands before its first colon for a type."""
+    if what in ("attribute", "property"):
+        lines[:] = _SAID[name]
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", keep, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", as_said, priority=600)
     app.connect("autodoc-process-docstring", plain_bars)
     app.connect("builder-inited", generate)

@@ -103,9 +103,9 @@ def distill(
     tokens: at most ``query_batch`` states and their k neighbors are held.
 
     Args:
-        model, tokenized, key_layer, block_size, stride, batch_size, bos, separate_documents,
-            full_last_window: as in `search_stream`; windows and batches that are not said are as
-            the folder was begun.
+        model, tokenized: as in `search_stream`.
+        key_layer, block_size, stride, batch_size, bos, separate_documents, full_last_window: as
+            there; windows and batches that are not said are as the folder was begun.
         index: that searches the datastore; not one that several processes search together.
         temperature: of p_knn, positive.
         k: neighbors a token.
