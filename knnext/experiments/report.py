@@ -31,6 +31,7 @@ SOURCES = {
 }
 _SHORT = {"code": "", "digest": " (digest)", "recalled": " (recalled, unverified)"}
 _PLURAL = {"agrees": "agree", "agrees in part": "agree in part", "disagrees": "disagree"}
+_HEADINGS = ("experiment", "claim", "paper", "ours", "agreement")
 _MOST_FIGURES = 2  # of the paper in the first table
 _CLASSES = {"agrees": "yes", "agrees in part": "part", "disagrees": "no", "undecided": "open"}
 
@@ -60,10 +61,7 @@ def write_report(
 
 def markdown_table(results: Mapping[str, Result]) -> str:
     """The table of claims: experiment, claim, paper, ours, agreement."""
-    lines = [
-        "| experiment | claim | paper | ours | agreement |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
     for name, result in results.items():
         cells = (
             name,
@@ -117,17 +115,24 @@ def render(results: Mapping[str, Result], folder: Path, missing: Sequence[str] =
 
 
 def _summary(results: Mapping[str, Result]) -> str:
-    rows = [
-        f"<tr><th scope=row><a href='#{n}'>{html.escape(r['title'])}</a></th>"
-        f"<td>{html.escape(r['claim'])}</td><td>{html.escape(_paper_text(r))}</td>"
-        f"<td>{html.escape(r['headline'])}</td><td>{_badge(r['agreement'])}</td></tr>"
-        for n, r in results.items()
-    ]
-    heads = "".join(
-        f"<th scope=col>{h}</th>" for h in ("experiment", "claim", "paper", "ours", "agreement")
-    )
+    """As cards on a narrow page; the roles keep it a table for those who hear it."""
+    rows = []
+    for name, r in results.items():
+        cells = (
+            html.escape(r["claim"]),
+            html.escape(_paper_text(r)),
+            html.escape(r["headline"]),
+            _badge(r["agreement"]),
+        )
+        row = f"<th scope=row role=rowheader><a href='#{name}'>{html.escape(r['title'])}</a></th>"
+        for heading, cell in zip(_HEADINGS[1:], cells, strict=True):
+            row += f"<td role=cell data-label='{heading}'>{cell}</td>"
+        rows.append(f"<tr role=row>{row}</tr>")
+    heads = "".join(f"<th scope=col role=columnheader>{h}</th>" for h in _HEADINGS)
     return (
-        f"<table class=claims><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        "<table class='claims cards' role=table>"
+        f"<thead role=rowgroup><tr role=row>{heads}</tr></thead>"
+        f"<tbody role=rowgroup>{''.join(rows)}</tbody></table>"
     )
 
 
@@ -176,7 +181,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     )
     return (
-        f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead>"
+        "<div class=scroll tabindex=0 role=region aria-label='Figures in numbers'>"
+        f"<table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 

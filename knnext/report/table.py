@@ -69,7 +69,7 @@ def results_table(rows: Sequence[Row]) -> str:
     roles keep it a table for those who hear it.
     """
     best = min(rows, key=lambda row: row.perplexity) if rows else None
-    lines = ['<table class="results" role="table">', '<thead role="rowgroup"><tr role="row">']
+    lines = ['<table class="results cards" role="table">', '<thead role="rowgroup"><tr role="row">']
     lines += [f'<th scope="col" role="columnheader">{html.escape(h)}</th>' for h in _HEADINGS]
     lines += ["</tr></thead>", '<tbody role="rowgroup">']
     for row in rows:

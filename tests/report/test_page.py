@@ -344,7 +344,7 @@ for (let d = -4; d <= 4; d++) {
   const token = document.createElement('span');
   token.className = `t d${d}`;
   token.textContent = 'word';
-  document.querySelector('.text').append(token);
+  document.querySelector('.text')?.append(token);
 }
 const found = [];
 for (const e of document.querySelectorAll('body *')) {
