@@ -17,6 +17,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from knnext.datastore.errors import (
@@ -232,6 +233,12 @@ class WriterLock:
             # Some network file systems have no locks; a build there is still worth having.
             text = f"{directory}: no lock against a second writer ({error})"
             warnings.warn(text, KnnextWarning, stacklevel=4)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the locked file is the one there, and its folder was not moved meanwhile."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), path.lstat())
+        return False
 
     def release(self) -> None:
         # The file stays: removing it would let two writers lock two different files.

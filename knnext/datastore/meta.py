@@ -27,6 +27,8 @@ PARTS_VERSION = 2
 DELETED_VERSION = 3
 META_FILE = "meta.json"
 BUILD_FILE = "build.json"
+#: In place of meta.json, in a folder that holds some files of a datastore (knnext/hub).
+PARTIAL_FILE = "partial.json"
 
 KEY_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in KEY_DTYPES.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +21,22 @@ class HubError(DatastoreError):
 def open_api(token: str | bool | None) -> Any:
     """`HfApi` of HF_ENDPOINT, or of the Hub; MissingPackageError that says what to install."""
     try:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_token
     except ImportError as error:
         raise missing_package("the Hub needs", "huggingface_hub", "hub") from error
+    found = token if token not in (None, True) else get_token()
+    if isinstance(found, str) and not (
+        found.isascii() and found.isprintable() and " " not in found
+    ):
+        raise HubError("token: holds signs that no token of the Hub has; it is not shown here")
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+
+
+def is_offline() -> bool:
+    """HF_HUB_OFFLINE, as the client has read it."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 @contextmanager
@@ -99,6 +112,15 @@ def _reason(error: Any) -> str:
     return _line(error)
 
 
+#: A token, whatever stands before it, and the password in an address.
+_SECRET = re.compile(r"\bhf_\w{16,}|(?<=earer )[^\s'\"]+|(?<=//)[^/@\s]+@")
+
+
+def without_secrets(text: str) -> str:
+    """What may be shown and logged."""
+    return _SECRET.sub("…", text)
+
+
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = without_secrets(" ".join(str(error).split()))
     return text[:200] or type(error).__name__

@@ -6,11 +6,9 @@ opened; what is there is kept for the next attempt.
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +16,12 @@ import numpy as np
 
 from knnext.datastore.files import (
     LOCK_FILE,
-    WriterLock,
     file_checksum,
     parse_checksum,
     replace_file,
     sync_directory,
 )
-from knnext.datastore.meta import INT32_MAX, META_FILE, DatastoreMeta
+from knnext.datastore.meta import INT32_MAX, META_FILE, PARTIAL_FILE, DatastoreMeta, Origin
 from knnext.datastore.meta_file import from_json, read_meta, to_json
 from knnext.datastore.room import check_disk
 from knnext.datastore.verify import Progress
@@ -43,14 +40,12 @@ from knnext.hub.layout import (
 )
 from knnext.hub.remote import Remote
 from knnext.hub.shards import cut
+from knnext.hub.stage import check_place, staged, take_in
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
 
-#: In place of meta.json, in a folder that holds some files of a datastore.
-PARTIAL_FILE = "partial.json"
 _THREADS = 4
-_OF_ONE_ATTEMPT = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 _VALUES = 1 << 22  # compared at once
 
 
@@ -62,17 +57,25 @@ class Fetch:
     ) -> None:
         self.remote, self.path, self.meta, self.content = remote, path, meta, content
         self.progress = progress
+        if not path.name:
+            raise DatastoreError(f"{path}: want a folder that can be made, or filled")
         self.fingerprint = _fingerprint(path, meta)
         self.stage = path.with_name(f"{path.name}.pull")
 
     def whole(self, groups: tuple[str, ...], *, exactly: bool) -> Datastore:
         """What is asked for of all rows; the datastore, or what there is of it."""
         groups = self._there(groups, exactly)
-        finished, begun = self._look()
         rows = row_items(self.meta)
-        wanted = [] if finished else [item for item in rows if item.group in groups]
-        heads, extras = self._extras(groups)
-        with _staged(self.stage, self.path if begun else None):
+        self._look()  # what stands in the way is said before another process is waited for
+        with staged(self.stage):
+            finished, begun = self._look()
+            heads, extras = self._extras(groups)
+            wanted = [] if finished else [item for item in rows if item.group in groups]
+            if begun and all(_size(self.path / item.path) == item.num_bytes for item in wanted):
+                finished = True  # as far as it was asked for, and was compared then
+                wanted = []
+            elif begun:
+                take_in(self.path, self.stage)
             self._download([*wanted, *extras])
             for name, data in heads.items():
                 (self.stage / name).parent.mkdir(exist_ok=True)
@@ -90,6 +93,22 @@ class Fetch:
         origin = {
             **(self.meta.origin or {}), "shards_of": self.fingerprint, "shards": numbers
         }  # fmt: skip
+        if (store := self._has(origin)) is not None:
+            return store
+        items = row_items(self.meta)
+        wanted = [item for item in items if item.shard is None or item.shard in picked]
+        with staged(self.stage):
+            if (store := self._has(origin)) is not None:
+                return store
+            self._download(wanted)
+            _check_values(self.stage, self.meta, wanted)
+            self._sort_out(wanted, wanted)
+            meta = cut(self.stage, self.meta, picked, origin)
+            self._finish(META_FILE, to_json(meta))
+        return open_partial(self.path)
+
+    def _has(self, origin: Origin) -> Datastore | None:
+        """The shards, where they are in their place; an error where something else is."""
         if _held(self.path) is not None:
             store = open_partial(self.path)
             if store.meta.origin == origin:
@@ -98,27 +117,23 @@ class Fetch:
             raise DatastoreError(
                 f"{self.path}: holds something else than these shards; give another folder"
             )
-        items = row_items(self.meta)
-        wanted = [item for item in items if item.shard is None or item.shard in picked]
-        with _staged(self.stage, None):
-            self._download(wanted)
-            _check_values(self.stage, self.meta, wanted)
-            self._sort_out(wanted, wanted)
-            meta = cut(self.stage, self.meta, picked, origin)
-            self._finish(META_FILE, to_json(meta))
-        return open_partial(self.path)
+        check_place(self.path)
+        return None
 
     def _look(self) -> tuple[bool, bool]:
         """Whether the datastore is in its place already, and whether a part of its files is."""
         held = _held(self.path)
         if held is None and _occupied(self.path):
-            raise DatastoreError(f"{self.path}: is not empty, and holds no datastore")
+            what = "is not empty, and holds no datastore" if self.path.is_dir() else "is a file"
+            raise DatastoreError(f"{self.path}: {what}; give another folder")
         if held is not None and held != self.meta:
             raise DatastoreError(
                 f"{self.path}: holds another datastore than {self.remote.repo_id} at "
                 f"{self.remote.commit[:12]}; give another folder"
             )
         finished = (self.path / META_FILE).is_file()
+        if not finished:
+            check_place(self.path)
         return finished, held is not None and not finished
 
     def _there(self, groups: tuple[str, ...], exactly: bool) -> tuple[str, ...]:
@@ -219,32 +234,6 @@ class Fetch:
             self.path.rmdir()  # empty, as was seen
         self.stage.rename(self.path)
         sync_directory(self.path.absolute().parent)
-
-
-@contextmanager
-def _staged(stage: Path, begun: Path | None) -> Iterator[None]:
-    """Within, files arrive in ``stage``, of one process alone; an error leaves them for later.
-
-    ``begun``: a folder with some files of the datastore, which are gone on with.
-    """
-    stage.parent.mkdir(parents=True, exist_ok=True)
-    if stage.is_symlink():
-        raise DatastoreError(f"{stage}: is a link, nothing is fetched through it; remove it")
-    if begun is not None and not stage.exists():
-        begun.rename(stage)
-    stage.mkdir(exist_ok=True)
-    lock = WriterLock(stage)
-    try:
-        for name in (META_FILE, PARTIAL_FILE):
-            (stage / name).unlink(missing_ok=True)
-        for left in stage.glob(".cache/**/*.incomplete"):
-            if _OF_ONE_ATTEMPT.search(left.name):  # which was killed; nobody goes on with it
-                left.unlink(missing_ok=True)
-        yield
-        if stage.exists():  # what came went elsewhere
-            shutil.rmtree(stage, ignore_errors=True)
-    finally:
-        lock.release()
 
 
 def _described(group: str, content: bytes, fingerprint: str) -> list[Item]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from knnext.datastore.meta import META_FILE
 from knnext.datastore.verify import Progress
-from knnext.hub.client import asking, open_api
+from knnext.hub.cache import Cache
+from knnext.hub.client import asking, is_offline, open_api
 from knnext.hub.fetch import Fetch
 from knnext.hub.layout import GROUPS, ROWS, check_groups
 from knnext.hub.remote import Remote, trusted_meta
@@ -50,7 +51,8 @@ def pull(
         shards: numbers, from 0, of shards to take: what comes is a datastore of their rows alone.
             Codes, index and fit are of all rows, and do not come with it.
         parts: numbers, from 1, of the parts of a datastore that was joined from parts.
-        cache_dir: by default the folder ``knnext`` in HF_HOME.
+        cache_dir: by default the folder ``knnext`` in HF_HOME. With HF_HUB_OFFLINE what was fetched
+            there before is opened, without a look at the Hub.
         token: of the Hub; by default the one that is logged in.
         progress: is called with the bytes that are done, and all.
 
@@ -70,32 +72,24 @@ def pull(
             "shards, parts: come with keys, values and documents, and nothing else; leave out only "
             "(codes and an index are of all rows: make them anew)"
         )
+    if revision == "":
+        raise ValueError("revision: got '', want a branch, a tag or a commit")
     api = open_api(token)
+    cache = None if folder is not None else Cache(repo_id, cache_dir)
+    if cache is not None and is_offline():
+        return cache.offline(revision, chosen, shards, parts)
     with asking(repo_id, revision):
         remote = Remote(api, repo_id, revision)
         content = remote.read(META_FILE)
     meta = trusted_meta(content, repo_id)
     picked = choose(meta, shards, parts)
-    path = _place(folder, cache_dir, repo_id, remote.commit, picked)
+    path = Path(folder or "") if cache is None else cache.place(remote.commit, picked)
     groups = chosen or DEFAULT_GROUPS
-    fetch = Fetch(remote, path, meta, content, progress or (lambda done, total: None))
+    fetch = Fetch(remote, path.resolve(), meta, content, progress or (lambda done, total: None))
     if picked is not None:
-        return fetch.some(picked)
-    return fetch.whole(groups, exactly=chosen is not None and chosen != GROUPS)
-
-
-def _place(
-    folder: str | Path | None,
-    cache_dir: str | Path | None,
-    repo_id: str,
-    commit: str,
-    picked: tuple[int, ...] | None,
-) -> Path:
-    if folder is not None:
-        return Path(folder).resolve()
-    if cache_dir is None:
-        from huggingface_hub import constants
-
-        cache_dir = Path(constants.HF_HOME) / "knnext"
-    some = "" if picked is None else "-shards-" + "-".join(map(str, picked))
-    return Path(cache_dir) / repo_id.replace("/", "--") / f"{commit[:16]}{some[:100]}"
+        store = fetch.some(picked)
+    else:
+        store = fetch.whole(groups, exactly=chosen is not None and chosen != GROUPS)
+    if cache is not None:
+        cache.note(revision, remote.commit)
+    return store

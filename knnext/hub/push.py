@@ -14,7 +14,7 @@ from knnext.datastore.meta import META_FILE
 from knnext.datastore.meta_file import read_meta
 from knnext.errors import CorruptDatastoreError, DatastoreError
 from knnext.hub.card import is_path, licence_of, make_card, renew
-from knnext.hub.client import HubError, asking, open_api
+from knnext.hub.client import HubError, asking, open_api, without_secrets
 from knnext.hub.layout import (
     CARD_FILE,
     EXTRAS,
@@ -92,6 +92,8 @@ def push(
         HubError: the Hub refused or did not answer, or the repository is public; one sentence.
         DatastoreError: the datastore is a view, is unfinished, or is damaged.
     """
+    if revision == "":
+        raise ValueError("revision: got '', want a branch")
     _check_whole(store)
     files, items, groups, notes = _collect(store, include)
     if verify:
@@ -122,7 +124,7 @@ def push(
                 parent_commit=head.sha,
                 commit_message=commit_message or f"Datastore of {store.num_entries:,} rows",
             )
-    url = f"{api.endpoint}/datasets/{repo_id}"
+    url = without_secrets(f"{api.endpoint}/datasets/{repo_id}")
     return Pushed(url, str(done.oid), len(files), size, groups, tuple(notes))
 
 
