@@ -246,12 +246,13 @@ def _bound(job: Job, rates: Rates) -> str:
 # The figure
 
 _INK, _MUTED = "#1f2933", "#52606d"
-_COLORS = {
-    "arithmetic": "#1f2933",
-    "GPU memory": "#2a9d8f",
-    "PCIe": "#e9a13b",
-    "disk": "#f25c54",
-    "network": "#3d7bd9",
+#: Colour and stroke of each resource: told apart also where colours are not.
+_LOOKS = {
+    "arithmetic": ("#1f2933", "-"),
+    "GPU memory": ("#1a9c7e", "--"),
+    "PCIe": ("#c99700", "-."),
+    "disk": ("#d9710f", (0, (6, 1, 1, 1, 1, 1))),
+    "network": ("#1f5fa8", ":"),
 }
 
 
@@ -273,10 +274,13 @@ def draw() -> Any:
         seen = [_simulated(job, rates) / _BATCHES * 1000 / job.batch_queries for job in jobs]
         label = "simulated"
         axes.plot([j.tokens for j in jobs], seen, "o", ms=7, mfc="none", mec=_INK, label=label)
-    left.set_ylabel("seconds of 1,000 queries", color=_MUTED)
-    left.legend(frameon=False, fontsize=9, loc="upper left")
+    left.set_ylabel("predicted seconds of 1,000 queries, log scale", color=_MUTED)
+    # Beside the panels, where it covers no line.
+    figure.legend(
+        *left.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=7
+    )
     for axes in (left, right):
-        axes.set_xlabel(f"keys (D = {DIM:,}, float16, k = {K:,})", color=_MUTED)
+        axes.set_xlabel(f"keys, log scale (D = {DIM:,}, float16, k = {K:,})", color=_MUTED)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_MUTED)
         axes.grid(alpha=0.2)
@@ -284,7 +288,7 @@ def draw() -> Any:
 
 
 def _draw_lines(axes: Any, keys: list[int], jobs: list[Job], rates: Rates) -> None:
-    lines: dict[str, list[float]] = {name: [] for name in _COLORS}
+    lines: dict[str, list[float]] = {name: [] for name in _LOOKS}
     total = []
     for job in jobs:
         time = batch_time(job, place(job, rates.machine), rates)
@@ -302,5 +306,6 @@ def _draw_lines(axes: Any, keys: list[int], jobs: list[Job], rates: Rates) -> No
     whole = jobs[0].nodes != jobs[-1].nodes
     for name, seconds in lines.items():
         if not (whole and name in ("PCIe", "disk")):
-            axes.loglog(keys, seconds, color=_COLORS[name], lw=1.4, label=name)
+            color, stroke = _LOOKS[name]
+            axes.loglog(keys, seconds, color=color, ls=stroke, lw=1.6, label=name)
     axes.loglog(keys, total, color=_INK, lw=4, alpha=0.18, label="all together")

@@ -23,6 +23,20 @@ def test_the_page_says_what_the_arithmetic_says():
     assert (DOCS / scale.FIGURE).stat().st_size > 10_000 and f"({scale.FIGURE})" in page
 
 
+def test_the_figure_tells_its_lines_apart_and_what_they_are():
+    pytest.importorskip("matplotlib")
+    figure = scale.draw()
+    figure.canvas.draw()
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if line.get_label() in scale._LOOKS]
+        strokes = {str(line._unscaled_dash_pattern) for line in lines}
+        assert len(lines) == len(strokes) >= 3  # also where colours are not seen
+        assert "log scale" in axes.get_xlabel()
+        legend = figure.legends[0].get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+    assert "predicted" in figure.axes[0].get_ylabel()
+
+
 def test_a_page_without_a_place_is_refused():
     with pytest.raises(ValueError, match="0 places for the table 'stores'"):
         scale.with_tables("no tables")
