@@ -32,6 +32,9 @@ const knnextExplorer = (() => {
     const code = character.codePointAt(0);
     return code < 0x20 ? String.fromCodePoint(0x2400 + code) : `⟨${code.toString(16)}⟩`;
   }
+  // For those who hear it: a sign such as ␣ would be read by its name.
+  const NAMED = { "\n": " line end ", "\t": " tab " };
+  const spoken = (string) => string.replace(/[\n\t]/g, (c) => NAMED[c]).replace(/ +/g, " ").trim() || (string ? "space" : "empty");
   const label = (string) => string.replace(SIGNS, sign).replace(/ /g, "␣") || "⟨empty⟩";
 
   function append(element, string) {
@@ -100,7 +103,7 @@ const knnextExplorer = (() => {
     const gains = spans.map((span, i) => {
       const change = gain(of, i);
       span.className = `t d${step(change)}${of.texts[i].length < 2 ? " one" : ""}`;
-      span.setAttribute("aria-label", `${label(of.texts[i])}, ${signed(change)} nats`);
+      span.setAttribute("aria-label", `${spoken(of.texts[i])}, ${signed(change)} nats`);
       return change;
     });
     if (!gains.length) return sums.replaceChildren();
@@ -238,7 +241,7 @@ const knnextExplorer = (() => {
     }
     token.replaceChildren(...parts);
     place();
-    byId("status").textContent = `${label(of.texts[i])}: base ${chance(Math.exp(of.lm(i)))}, neighbors ` +
+    byId("status").textContent = `${spoken(of.texts[i])}: base ${chance(Math.exp(of.lm(i)))}, neighbors ` +
       `${chance(Math.exp(of.knn(i, state.system, p())))}, mixture ${chance(Math.exp(of.mix(i, state.system, p())))}, ${signed(change)} nats`;
   }
 
@@ -486,6 +489,7 @@ const knnextExplorer = (() => {
   byId("excerpt").addEventListener("change", (event) => {
     showLeaf(Number(event.target.value));
     openAt(new URLSearchParams());
+    writeAddress();
   });
   for (const name of ["system", "against"]) byId(name).addEventListener("change", (event) => {
     state[name] = Number(event.target.value);

@@ -132,6 +132,9 @@ def test_the_address_leads_to_a_token(browser: Any, driver: Any) -> None:
     assert (chosen(browser), shown(browser)) == (21, figure)
     assert one(browser, "#excerpt").get_attribute("value") == "1"
     assert one(browser, "#system").get_attribute("value") == "1"
+    # Another excerpt is in the address at once: it leads there too.
+    css(browser, "#excerpt option")[0].click()
+    assert "excerpt=1" in browser.current_url
     # An address that is changed by hand is followed, and nonsense is passed over.
     browser.execute_script("location.hash = '#excerpt=1&token=3'")
     wait_for(browser, "document.querySelector('.t[aria-pressed=true]')?.dataset.i === '2'")
@@ -400,5 +403,7 @@ def test_everything_has_a_name(browser: Any) -> None:
     assert unnamed == []
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map((e) => e.id)")
     assert len(ids) == len(set(ids))
-    labels = [t.get_attribute("aria-label") for t in css(browser, ".t")[:20]]
+    labels = [t.get_attribute("aria-label") for t in css(browser, ".t")]
     assert all("nats" in label for label in labels)
+    # Signs for the eye are not read out by their names.
+    assert not set("␣⏎⇥") & set("".join(labels)) and any("line end" in label for label in labels)
