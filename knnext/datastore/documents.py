@@ -371,7 +371,9 @@ def _read_names(path: Path, num_bytes: int) -> tuple[str, ...]:
     with path.open("rb") as file:
         lines = file.read(num_bytes).splitlines()
     try:
-        names = tuple(json.loads(line) for line in lines)
+        names = tuple(json.loads(b"[" + b",".join(lines) + b"]"))  # all at once is much faster
+        if len(names) != len(lines):
+            raise ValueError(f"{len(names):,} values in {len(lines):,} lines")
     except ValueError as error:
         problem = f"{path}: not one JSON string a line ({error})"
         raise CorruptDatastoreError(problem, [problem]) from None

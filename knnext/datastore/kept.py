@@ -47,6 +47,11 @@ class KeptRows:
         inside = torch.minimum(stored, stops[run]) - starts[run]
         return torch.from_numpy(self.firsts)[run] + inside.clamp_min(0)
 
+    def num_runs(self, first: int, last: int) -> int:
+        """In how many runs the rows [first, last) lie, of which there are some."""
+        places = np.searchsorted(self.firsts, [first, last - 1], side="right")
+        return int(places[1] - places[0]) + 1
+
     def runs(self, first: int, last: int) -> Iterator[Range]:
         """The stored runs that rows [first, last) lie in."""
         run = int(np.searchsorted(self.firsts, first, side="right")) - 1

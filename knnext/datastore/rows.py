@@ -23,6 +23,8 @@ from knnext.datastore.kept import KeptRows
 _MAPPED_SHARDS = 128
 # Rows between deleted ones that are worth a search of their own.
 _LEAST_ON_END = 4096
+# And so few that they are gathered row by row.
+_FEW_ON_END = 64
 
 Place: TypeAlias = tuple[int, int, Tensor | None]
 RowIndex: TypeAlias = int | slice | Tensor | NDArray[np.int64] | Sequence[int]
@@ -121,6 +123,10 @@ class ShardFiles:
     def read(self, first: int, last: int) -> Tensor:
         """Rows [first, last): a view of the file where they lie in one shard, else a copy."""
         runs = [(first, last)] if self.kept is None else self.kept.runs(first, last)
+        if self.kept is not None:
+            count = self.kept.num_runs(first, last)
+            if count > 1 and _FEW_ON_END * count > last - first:
+                return self.gather(torch.arange(first, last, device="cpu"))
         parts = [part for run in runs for part in self._parts(*run)]
         if not parts:
             return torch.empty((0, *self.row_shape), dtype=self.dtype, device="cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from weakref import ref
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from knnext.datastore.documents import ids_and_names
-from knnext.index.row_set import Masked, Range, RowSet, Runs
+from knnext.index.row_set import Masked, RowSet, Runs
 from knnext.index.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -85,9 +84,11 @@ class Filter:
 
     def left_out(self, datastore: Datastore) -> list[int]:
         """Ids of the documents of which it leaves no row to any query."""
-        kept, bounds = self.shared(datastore), datastore.document_offsets.tolist()
-        runs = enumerate(pairwise(bounds))
-        return [d for d, run in runs if run[0] < run[1] and kept.window(*run) is False]
+        kept, bounds = self.shared(datastore), datastore.document_offsets.numpy()
+        gone = bounds[:-1] < bounds[1:]
+        for rows in kept.numbers(datastore.num_entries):
+            gone[np.searchsorted(bounds, rows, side="right") - 1] = False
+        return [int(d) for d in np.flatnonzero(gone)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": []}
@@ -113,10 +114,9 @@ def document_runs(
     name: str, documents: Iterable[int | str], datastore: Datastore, *, keep: bool
 ) -> Runs:
     """The rows of documents, by id or name; ValueError for those that are not there."""
-    ids = document_ids(name, documents, datastore)
+    ids = torch.tensor(document_ids(name, documents, datastore), dtype=torch.int64, device="cpu")
     bounds = datastore.document_offsets
-    ranges: list[Range] = [(int(bounds[d]), int(bounds[d + 1])) for d in ids]
-    return Runs.of(ranges, keep=keep)
+    return Runs.of(torch.stack([bounds[ids], bounds[ids + 1]], dim=1).numpy(), keep=keep)
 
 
 def document_ids(name: str, documents: Iterable[int | str], datastore: Datastore) -> list[int]:

@@ -24,6 +24,7 @@ Answer: TypeAlias = "bool | Mask"
 #: each search of its own goes through the results so far once more.
 LONG_RUN = 4096
 _COUNTED_ROWS = 1 << 22
+_FEW_RUNS = 64  # which are written one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,10 @@ class Runs:
     keep: bool = True
 
     @classmethod
-    def of(cls, ranges: Iterable[Range], *, keep: bool = True) -> Runs:
-        """Of ranges in any order, which may be empty, touch and overlap."""
-        found = np.array([r for r in ranges if r[0] < r[1]], dtype=np.int64).reshape(-1, 2)
+    def of(cls, ranges: Sequence[Range] | Rows, *, keep: bool = True) -> Runs:
+        """Of ranges in any order, also as (n, 2), which may be empty, touch and overlap."""
+        found = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+        found = found[found[:, 0] < found[:, 1]]
         found = found[found[:, 0].argsort(kind="stable")]
         reach = np.maximum.accumulate(found[:, 1])
         first = np.ones(len(found), dtype=bool)
@@ -48,7 +50,7 @@ class Runs:
     @classmethod
     def of_rows(cls, rows: Rows, *, keep: bool = True) -> Runs:
         """Of row numbers in any order, which may come twice."""
-        rows = np.unique(rows)
+        rows = np.sort(rows)
         breaks = np.flatnonzero(np.diff(rows) > 1) + 1
         firsts, lasts = np.append(0, breaks), np.append(breaks, len(rows))
         if not len(rows):
@@ -62,9 +64,16 @@ class Runs:
             return not self.keep
         if self.starts[first] <= start and self.stops[first] >= stop:
             return self.keep
+        starts = np.maximum(self.starts[first:last], start) - start
+        stops = np.minimum(self.stops[first:last], stop) - start
+        if last - first <= _FEW_RUNS:
+            found = np.full(stop - start, not self.keep)
+            for begin, end in zip(starts.tolist(), stops.tolist(), strict=True):
+                found[begin:end] = self.keep
+            return found
         steps = np.zeros(stop - start + 1, dtype=np.int8)
-        steps[np.maximum(self.starts[first:last], start) - start] += 1
-        steps[np.minimum(self.stops[first:last], stop) - start] -= 1
+        steps[starts] += 1
+        steps[stops] -= 1
         inside = steps[:-1].cumsum(dtype=np.int8) > 0
         return inside if self.keep else ~inside
 
@@ -130,6 +139,14 @@ class RowSet:
             found[start:stop] = self.window(start, stop)
         return found
 
+    def numbers(self, num_rows: int) -> Iterator[Rows]:
+        """Those of the rows [0, num_rows), ascending, some at a time."""
+        for start, stop in _windows(num_rows):
+            answer = self.window(start, stop)
+            if answer is not False:
+                some = np.arange(stop - start) if answer is True else np.flatnonzero(answer)
+                yield some + start
+
     def runs(self, start: int, stop: int) -> Runs:
         """What it has of the rows [start, stop), counted from ``start``."""
         answer = self.window(start, stop)
@@ -163,7 +180,7 @@ class AnyOf:
     """The rows that at least one of several sets has, as far as a search asks for it."""
 
     def __init__(self, sets: Sequence[RowSet]) -> None:
-        self.sets = list(sets)
+        self.sets = _united(sets)
         self.everything = any(one.everything for one in sets)
 
     def window(self, start: int, stop: int) -> Answer:
@@ -174,10 +191,29 @@ class AnyOf:
                 return True
             if answer is not False:
                 found = answer if found is False else found | answer
+                if found.all():
+                    return True
         return _settled(found)
 
     def count(self, num_rows: int) -> int:
         return _count(self, num_rows)
+
+
+def _united(sets: Sequence[RowSet]) -> list[RowSet]:
+    """The same rows in fewer sets: of those that differ in their last runs alone one is made."""
+    found: list[RowSet] = []
+    same: dict[tuple[int, ...], list[RowSet]] = {}
+    for one in sets:
+        last = one.parts[-1] if one.parts else None
+        if isinstance(last, Runs) and last.keep:
+            same.setdefault(tuple(id(part) for part in one.parts[:-1]), []).append(one)
+        else:
+            found.append(one)
+    for several in same.values():
+        runs = [part for one in several if isinstance(part := one.parts[-1], Runs)]
+        bounds = [np.stack([part.starts, part.stops], axis=1) for part in runs]
+        found.append(RowSet([*several[0].parts[:-1], Runs.of(np.concatenate(bounds))]))
+    return found
 
 
 def split(mask: Mask, start: int) -> tuple[list[Range], Rows]:

@@ -103,10 +103,10 @@ class DocumentBounds:
         last = next((int(block[-1]) for block in reversed(self._blocks) if len(block)), -1)
         return last + 2
 
-    def __getitem__(self, document: int) -> int:
+    def __getitem__(self, document: int | Tensor) -> Tensor:
         if self._documents is None:
             self._documents = torch.cat(self._blocks)
-        return int(torch.searchsorted(self._documents, document))
+        return torch.searchsorted(self._documents, document)
 
 
 class TensorStore:

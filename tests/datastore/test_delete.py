@@ -86,6 +86,19 @@ def test_readers_see_what_is_left(tmp_path: Path, deleted: list[int]) -> None:
     assert len(json.loads((path / "meta.json").read_bytes())["audit"]) == 1
 
 
+@pytest.mark.parametrize("few", [0, 64])
+def test_runs_are_read_one_by_one_or_gathered(tmp_path: Path, monkeypatch, few: int) -> None:
+    monkeypatch.setattr("knnext.datastore.rows._FEW_ON_END", few)
+    store = Datastore.open(make(tmp_path / "s"))
+    for gone in ([1, 5], [1, 3, 5, 6], range(8)):
+        store.delete(gone)
+        check(store, *gone)
+        rows = left(*gone)
+        for first in range(len(rows) + 1):
+            for last in range(first, len(rows) + 1):
+                assert torch.equal(store.values[first:last].long(), rows[first:last])
+
+
 def test_one_deletion_after_another_and_parts_of_what_is_left(tmp_path: Path) -> None:
     path = make(tmp_path / "s")
     store, gone = Datastore.open(path), []

@@ -50,12 +50,14 @@ def members(answer: row_set.Answer, start: int, stop: int) -> set[int]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_question_is_answered_as_by_a_set(seed: int) -> None:
+def test_every_question_is_answered_as_by_a_set(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
+    monkeypatch.setattr(row_set, "_FEW_RUNS", rng.choice([0, 64]))
     rows, held = a_set(rng)
     start, stop = sorted(rng.choices(range(ROWS + 1), k=2))
     if start < stop:
         assert members(rows.window(start, stop), start, stop) == held & set(range(start, stop))
+    assert {int(row) for some in rows.numbers(ROWS) for row in some} == held
     some = np.array(sorted(rng.choices(range(ROWS), k=20)), dtype=np.int64)
     answer = rows.among(some)
     mask = np.full(20, answer) if isinstance(answer, bool) else answer
@@ -72,6 +74,22 @@ def test_every_question_is_answered_as_by_a_set(seed: int) -> None:
     if (run := rows.one_run()) is not None:
         inside = set(range(*run[:2]))
         assert held == (inside if run[2] else set(range(ROWS)) - inside)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_union_of_many_that_share_what_they_begin_with(seed: int) -> None:
+    rng = random.Random(seed)
+    first = [[], [a_part(rng)], [a_part(rng), a_part(rng)]]
+    made = [[*rng.choice(first), *(a_part(rng) for _ in range(rng.choice([0, 1, 1])))]]
+    made += [[*rng.choice(first), a_part(rng)] for _ in range(rng.choice([1, 4, 9]))]
+    either = AnyOf([RowSet([part for part, _ in parts]) for parts in made])
+    everything = set(range(ROWS))
+    held = set().union(*(everything.intersection(*(h for _, h in parts)) for parts in made))
+    assert len(either.sets) <= len(made) and either.count(ROWS) == len(held)
+    for start, stop in ((0, ROWS), (17, 100), (250, 251)):
+        window = either.window(start, stop)
+        assert members(window, start, stop) == held & set(range(start, stop))
+    assert len(AnyOf([RowSet([Runs.of([(d, d + 1)])]) for d in range(50)]).sets) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
