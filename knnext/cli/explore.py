@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from typing import Any
@@ -48,6 +49,8 @@ def explore(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+    # Else the interpreter's end looks through all that torch and a model hold, for seconds.
+    gc.freeze()
     return {"host": server.host, "port": server.port}
 
 

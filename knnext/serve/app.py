@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from starlette.applications import Starlette
@@ -111,6 +112,10 @@ class Service(Draining):
             if time.monotonic() > end:
                 return False
             time.sleep(0.02)
+        try:  # the thread that reads texts as tokens would be waited for, too
+            self._tokenizing.submit(int).result(max(0.0, end - time.monotonic()))
+        except FutureTimeout:
+            return False
         return True
 
     # Routes

@@ -48,11 +48,13 @@ class Limits:
         context: tokens that the model reads, prompt and answer together; None for any number.
         vocab_size: ids are below it.
         max_tokens: new ones for each text.
+        characters: of a text that can still fit into the context; None for any number.
         texts: prompts times ``n``.
         mixture: of the server; a request may have a smaller k.
     """
 
     context: int | None
+    characters: int | None
     vocab_size: int
     max_tokens: int
     texts: int
@@ -119,7 +121,7 @@ def chat(body: dict[str, Any], tokenizer: Any, limits: Limits) -> Asked:
     """Of /v1/chat/completions; its prompt is the conversation in the tokenizer's chat template."""
     body = _known(body, (*_OWN, "messages", "max_completion_tokens", "top_logprobs"))
     given = _sampling(body, limits)
-    prompt = _conversation(body, tokenizer)
+    prompt = _conversation(body, tokenizer, limits)
     _check_ids(prompt.ids, limits, "messages")
     names = ("max_completion_tokens", "max_tokens")
     given_tokens = len(prompt.ids)
@@ -235,18 +237,19 @@ def _prompts(body: dict[str, Any], tokenizer: Any, limits: Limits) -> list[Promp
         raise bad(_WANTED, "prompt")
     if len(given) > limits.texts:
         raise bad(f"at most {limits.texts} prompts, got {len(given)}", "prompt")
-    found = [_prompt(one, tokenizer) for one in given]
+    found = [_prompt(one, tokenizer, limits) for one in given]
     for prompt in found:
         _check_ids(prompt.ids, limits, "prompt")
     return found
 
 
-def _prompt(given: Any, tokenizer: Any) -> Prompt:
+def _prompt(given: Any, tokenizer: Any, limits: Limits) -> Prompt:
     """Token ids as they are; a text led by the mark that led every document of the datastore."""
     from knnext.corpus import separator_token
 
     if isinstance(given, str):
         _check_text(given, "prompt")
+        _check_length(given, limits, "prompt")
         # Special tokens spelled out in the text are text, as they are in a corpus.
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         ids = tokenizer(given, **options)["input_ids"]
@@ -258,6 +261,18 @@ def _prompt(given: Any, tokenizer: Any) -> Prompt:
 
 def _are_ids(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
+
+
+def _check_length(text: str, limits: Limits, of: str) -> None:
+    """Before it is read as tokens, for which the others would wait."""
+    if limits.characters is not None and len(text) > limits.characters:
+        raise Refused(
+            400,
+            f"the model reads at most {limits.context} tokens, which are at most "
+            f"{limits.characters} characters, and the prompt has {len(text)}",
+            param=of,
+            code="context_length_exceeded",
+        )
 
 
 def _check_ids(ids: list[int], limits: Limits, of: str) -> None:
@@ -273,7 +288,7 @@ def _check_ids(ids: list[int], limits: Limits, of: str) -> None:
         )
 
 
-def _conversation(body: dict[str, Any], tokenizer: Any) -> Prompt:
+def _conversation(body: dict[str, Any], tokenizer: Any, limits: Limits) -> Prompt:
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
             400,
@@ -289,6 +304,7 @@ def _conversation(body: dict[str, Any], tokenizer: Any) -> Prompt:
     except Exception as error:  # templates raise what they like, as jinja2's TemplateError
         words = " ".join(str(error).split())
         raise bad(f"the chat template refuses these messages: {words:.300}", "messages") from None
+    _check_length(text, limits, "messages")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise bad("the chat template makes nothing of these messages", "messages")

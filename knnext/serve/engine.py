@@ -130,7 +130,10 @@ class Engine:
         model = self.reader.model
         own = Mixture(mixed.k, float(mixed.temperature), float(mixed.lmbda))
         vocab_size = num_known_tokens(model)
-        self.limits = Limits(context_length(model), vocab_size, max_tokens, queue, own)
+        context = context_length(model)
+        longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        characters = None if context is None else context * longest
+        self.limits = Limits(context, characters, vocab_size, max_tokens, queue, own)
         self._names = Names(tokenizer)
         eos = getattr(tokenizer, "eos_token_id", None)
         self._ends = self.reader.ends or frozenset([] if eos is None else [eos])

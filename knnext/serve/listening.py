@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-_BACKLOG = 32
+_BACKLOG = 512
 #: Seconds in which those who were cut short are told so.
 _FAREWELL = 5
 
@@ -65,7 +65,8 @@ class Listener:
             proxy_headers=False,
             limit_concurrency=connections,
             backlog=_BACKLOG,
-            timeout_keep_alive=5,
+            # Many clients keep idle ones for 5 seconds: a request must not meet the closing.
+            timeout_keep_alive=5 if draining is None else 75,
             timeout_graceful_shutdown=0 if draining is None else _FAREWELL,
             h11_max_incomplete_event_size=32 << 10,
         )

@@ -10,8 +10,13 @@ HOST = "127.0.0.1:8000"
 
 
 class Answer:
-    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    """``parts_left``: of the request's body, which nobody read."""
+
+    def __init__(
+        self, status: int, headers: dict[str, str], body: bytes, parts_left: int = 0
+    ) -> None:
         self.status, self.headers, self.body = status, headers, body
+        self.parts_left = parts_left
 
     @property
     def json(self) -> Any:
@@ -59,6 +64,7 @@ async def _send(
         sent.append(message)
 
     await app(scope, receive, give)
+    left = len(coming)
     gone.set()
     found = {n.decode(): v.decode() for n, v in sent[0]["headers"]}
-    return Answer(sent[0]["status"], found, b"".join(m.get("body", b"") for m in sent[1:]))
+    return Answer(sent[0]["status"], found, b"".join(m.get("body", b"") for m in sent[1:]), left)

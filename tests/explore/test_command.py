@@ -63,3 +63,22 @@ def test_a_place_where_nothing_can_listen(folder: Path, capsys: pytest.CaptureFi
     assert "cannot listen at 192.0.2.1" in said
     said = refused(folder, capsys, *mixture, "--host", "no such host")
     assert "cannot listen at no such host" in said
+
+
+def test_the_end_does_not_look_through_all_that_torch_holds(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes the interpreter seconds, after a Ctrl-C that ends the page within one."""
+    pytest.importorskip("starlette", reason="the extra explore is not installed")
+    pytest.importorskip("uvicorn", reason="the extra explore is not installed")
+    from knnext.explore.server import Server
+
+    def interrupted(self: Server) -> None:
+        self._listener.close()
+        raise KeyboardInterrupt
+
+    frozen: list[bool] = []
+    monkeypatch.setattr(Server, "run", interrupted)
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    mixture = ["--temperature", "1", "--lmbda", "0.5", "--k", "4"]
+    assert refused(folder, capsys, *mixture, code=0) == "" and frozen == [True]

@@ -367,11 +367,52 @@ def test_bodies_of_another_kind(app: Any, raw: bytes, kind: str, status: int) ->
     assert answer.status == status and answer.json["error"]["message"]
 
 
-def test_a_large_body_is_refused(app: Any) -> None:
-    head = {**JSON, "content-length": str(MAX_BODY + 1)}
-    assert send(app, "POST", "/v1/completions", headers=head, body=b"{}").status == 413
+@pytest.mark.parametrize("head", [{}, {"content-length": str(MAX_BODY + 1)}])
+def test_a_large_body_is_read_to_its_end_and_refused(app: Any, head: dict[str, str]) -> None:
+    """Who still sends when the connection is closed is told of a broken one, and not why."""
     parts = [b" " * (1 << 20)] * 9
-    assert send(app, "POST", "/v1/completions", headers=JSON, body=parts).status == 413
+    given = {"headers": {**JSON, **head}, "body": parts}
+    answer = send(app, "POST", "/v1/completions", **given)
+    assert answer.status == 413 and answer.parts_left == 0
+    expects = {**given["headers"], "content-length": str(9 << 20), "expect": "100-continue"}
+    answer = send(app, "POST", "/v1/completions", headers=expects, body=parts)
+    assert answer.status == 413 and answer.parts_left == 9  # which is told before it sends
+    endless = send(app, "POST", "/v1/completions", headers=given["headers"], body=parts[:1] * 70)
+    assert endless.status == 413 and endless.parts_left > 0
+
+
+def test_a_text_that_cannot_fit_is_not_read_as_tokens(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch, chatting: Any
+) -> None:
+    """Megabytes of it would hold up everybody's."""
+    service = service_of(make_engine())
+
+    def read(*args: Any, **options: Any) -> Any:
+        raise AssertionError("read as tokens")
+
+    assert service._engine is not None
+    most = service._engine.limits.characters
+    assert most is not None and most >= 2 * CONTEXT
+    answer = post(service.app(), prompt="a" * most, max_tokens=1)
+    assert "and the prompt has" in answer.json["error"]["message"]
+    monkeypatch.setattr(service, "_tokenizer", read)
+    for prompt in ("a" * (most + 1), ["a" * (most + 1)]):
+        error = post(service.app(), prompt=prompt, max_tokens=1).json["error"]
+        assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
+        assert f"{most} characters" in error["message"]
+    messages = [{"role": "user", "content": "a" * most}]
+    error = post(chatting, "chat/completions", messages=messages).json["error"]
+    assert error["param"] == "messages" and "characters" in error["message"]
+
+
+def test_the_end_does_not_wait_for_a_text_that_is_read_as_tokens(make_engine: Any) -> None:
+    service, gate = service_of(make_engine()), threading.Event()
+    service.begin()
+    assert service.ended(600)
+    service._tokenizing.submit(gate.wait, 600)
+    assert not service.ended(0.05)
+    gate.set()
+    assert service.ended(600)
 
 
 # Who is let in

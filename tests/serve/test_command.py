@@ -136,6 +136,27 @@ def test_a_load_that_fails_is_the_commands_error(
     assert "these weights are not whole" in refused(folder, capsys, *MIXTURE)
 
 
+def test_the_end_does_not_look_through_all_that_torch_holds(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes the interpreter seconds."""
+    pytest.importorskip("starlette", reason="the extra serve is not installed")
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    from knnext.serve.listening import Listener
+
+    def interrupted(self: Listener, app: Any, service: Any, **options: Any) -> None:
+        for thread in threading.enumerate():
+            if thread.name == "knnext-load":
+                thread.join(300)
+        service.begin()
+        raise KeyboardInterrupt
+
+    frozen: list[bool] = []
+    monkeypatch.setattr(Listener, "run", interrupted)
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    assert refused(folder, capsys, *MIXTURE, code=0) == "" and frozen == [True]
+
+
 @pytest.mark.parametrize(("host", "key"), [("0.0.0.0", "secret"), ("0.0.0.0", None), ("::", None)])
 def test_an_open_address_is_warned_of(
     folder: Path,
