@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/build/test_build.py", "tests/test_rooms.py", "tests/ops/test_merge_topk.py")
+#: Files of tests that are run, of all that are collected.
+TESTS = ("test_rooms", "test_gather_tokens")
 
 
 def main() -> None:
@@ -37,12 +38,9 @@ def main() -> None:
         else:
             build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
             subprocess.run(build, cwd=tree, env={**os.environ, "KNNEXT_CUDA": "0"}, check=True)
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        collect = [*pytest, "--collect-only", "-qq"]
-        done = subprocess.run(collect, cwd=tree, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"not every test of the sdist could be collected:\n{done.stdout[-4000:]}")
-        subprocess.run([*pytest, "-m", "not slow", *TESTS], cwd=tree, check=True)
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        if subprocess.run([*pytest, "-k", " or ".join(TESTS)], cwd=tree).returncode:
+            sys.exit("the tests of the sdist could not all be collected, or failed: see above")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             shutil.copy2(sdist, args.out)
