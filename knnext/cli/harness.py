@@ -53,6 +53,7 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
     """
 
     _model: Any
+    tokenizer: Any
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
             "lmbda": lmbda,
             "k": k,
             "index": index,
-            "index_path": index_path,
+            "index_path": None if index_path is None else str(_whole(index_path)),
             "nprobe": nprobe,
             "rescore": rescore,
             "query_batch": query_batch,
@@ -87,7 +88,8 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
         _check(given, datastore, pretrained)
         store = None
         if datastore is not None:
-            store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
+            opened = isinstance(datastore, Datastore)
+            store = datastore if opened else Datastore.open(_whole(datastore))
         if dtype is None:
             built = "auto" if store is None else dtype_as_built(store)
             dtype = "auto" if built == "checkpoint" else built
@@ -97,7 +99,7 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
         self._facts: dict[str, Any] = {}
         if store is not None:
             self._note_gguf(pretrained, options)
-            check_model(store, self._model, self.tokenizer)
+            check_model(store, self._model, self._tokenizer_as_built(pretrained, options))
             self._mix(store, given)
 
     def _note_gguf(self, pretrained: Any, options: dict[str, Any]) -> None:
@@ -108,6 +110,24 @@ class KNNHarnessLM(HFLM):  # type: ignore[misc]
 
             file = cached_file(pretrained, options["gguf_file"], revision=options.get("revision"))
             note_origin(self._model, {"quantization": gguf_type(Path(file))})
+
+    def _tokenizer_as_built(self, pretrained: Any, options: dict[str, Any]) -> Any:
+        """The tokenizer without ``add_bos_token``, by which no datastore is built.
+
+        A bos before a text is the harness's affair, as are windows; tokens stay what they are.
+        """
+        if options.get("add_bos_token") is None:
+            return self.tokenizer
+        names = ("tokenizer", "revision", "trust_remote_code", "use_fast_tokenizer")
+        given = {
+            name: options[name] for name in (*names, "gguf_file", "subfolder") if name in options
+        }
+        used = self.tokenizer
+        try:
+            self._create_tokenizer(pretrained, **{"tokenizer": None, **given})
+            return self.tokenizer
+        finally:
+            self.tokenizer = used
 
     def _mix(self, store: Datastore, given: dict[str, Any]) -> None:
         place = str(self.device) if self.device.type == "cuda" else "cpu"
@@ -194,6 +214,11 @@ def asked_positions(requests: Iterable[TokenRequest], max_length: int) -> dict[b
 def _key(ids: Any) -> bytes:
     digest = hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=16).digest()
     return len(ids).to_bytes(4, "little") + digest
+
+
+def _whole(path: Any) -> Path:
+    """One that a shell left as it was (a ~ behind a =), and that stays when the folder changes."""
+    return Path(path).expanduser().absolute()
 
 
 def _size(name: str, given: int | str | None) -> int | None:

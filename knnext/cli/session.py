@@ -51,8 +51,8 @@ class Settings:
         found["k"] = found["k"] or DEFAULT_K
         found["index"] = found["index"] or "exact"
         if found["index"] == "exact":
-            if args.rescore or args.nprobe:
-                raise ValueError("--rescore and --nprobe are for --index faiss")
+            if args.rescore or args.nprobe or getattr(args, "index_path", None):
+                raise ValueError("--rescore, --nprobe and --index-path are for --index faiss")
             found["nprobe"] = None
         else:
             given = [name for name in _MEMORY if getattr(args, name, None) is not None]
@@ -164,7 +164,7 @@ def check_model(store: Datastore, model: Any, tokenizer: Any) -> None:
     store.check_compatible(
         model_revision=revision,
         model=model_parts(model),
-        tokenizer_hash=tokenizer_hash(tokenizer),
+        tokenizer_hash=tokenizer_hash(tokenizer, store.meta.tokenizer_hash),
     )
 
 

@@ -10,6 +10,7 @@ long as reading the weights once: a second for 135 million in float32 on one CPU
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -95,12 +96,29 @@ def note_origin(model: nn.Module, facts: dict[str, str]) -> None:
     object.__setattr__(plain_model(model), _NOTE, dict(facts))
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """``sha256:...`` of a fast tokenizer's whole definition: vocabulary, merges, normalization."""
+def tokenizer_hash(tokenizer: Any, recorded: str | None = None) -> str:
+    """``sha256:...`` of a fast tokenizer's whole definition: vocabulary, merges, normalization.
+
+    That is without what the latest call of it padded or cut, which it keeps in the definition.
+    ``recorded``: the hash in a datastore; one that an older knnext took with these is answered so.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise TypeError(f"tokenizer must be a fast one, got {type(tokenizer).__name__}")
-    return sha256(backend.to_str().encode())
+    text = backend.to_str()
+    whole = sha256(text.encode())
+    return whole if whole == recorded else sha256(_without_calls(text).encode())
+
+
+def _without_calls(definition: str) -> str:
+    """The JSON with null for what a call sets; both stand at its head, before any token."""
+    for name in ("truncation", "padding"):
+        head = f'"{name}":'
+        start = definition.find(head) + len(head)
+        if start >= len(head):
+            _, end = json.JSONDecoder().raw_decode(definition, start)
+            definition = f"{definition[:start]}null{definition[end:]}"
+    return definition
 
 
 def sha256(content: bytes) -> str:

@@ -331,9 +331,9 @@ def test_faiss_index(built: Run) -> None:
     assert all_lists["mixture"]["nll"] == pytest.approx(exact["mixture"]["nll"], abs=2e-3)
     near = run("search", store, "a row of", *cpu(run), "--index", "faiss", "--k", "3")
     assert len(near["neighbors"]) == 3
-    assert "faiss" in run(
-        "eval", store, *cpu(run), *mixture, "--rescore", "--index", "exact", code=1
-    )
+    for of_faiss in (["--rescore"], ["--index-path", f"{store}.index"]):
+        words = ("eval", store, *cpu(run), *mixture, *of_faiss, "--index", "exact")
+        assert "are for --index faiss" in run(*words, code=1)
     assert "built from something else" in run("index", store, "--factory", "SQ8", code=1)
 
 

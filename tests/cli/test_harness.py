@@ -285,6 +285,7 @@ def test_settings_are_those_that_tune_left(place: Path, tmp_path: Path) -> None:
         ({"datastore": "store", **MIX, "temperature": 0}, "temperature must be above 0"),
         ({"datastore": "store", **MIX, "index": "hnsw"}, "index must be exact or faiss"),
         ({"datastore": "store", **MIX, "nprobe": 4}, "nprobe .*for --index faiss"),
+        ({"datastore": "store", **MIX, "index_path": "x"}, "index-path are for --index faiss"),
         ({"datastore": "store", **MIX, "chunk_bytes": "x"}, "chunk_bytes: wanted is a size"),
         ({"datastore": "store", **MIX, "dtype": "bfloat16"}, "dtype"),
         ({"datastore": "store", **MIX, "pretrained": "other"}, "model_revision"),
@@ -302,6 +303,52 @@ def test_what_is_refused(place: Path, given: dict[str, Any], message: str) -> No
             given[name] = str(place / given[name])
     with pytest.raises((ValueError, OSError), match=message):
         KNNHarnessLM(device="cpu", **given)
+
+
+def answer(lm: KNNHarnessLM) -> float:
+    from lm_eval.api.instance import Instance
+
+    pair = ("the quick brown fox", " jumps over")
+    asked = Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
+    return float(lm.loglikelihood([asked], disable_tqdm=True)[0][0])
+
+
+def test_a_path_with_a_tilde_and_one_from_a_folder_that_is_left(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.chdir(place)
+    given: dict[str, Any] = {"device": "cpu", **MIX}
+    lms = [KNNHarnessLM("model", folder, **given) for folder in ("store", "~/store")]
+    monkeypatch.chdir(tmp_path)
+    found = {answer(lm) for lm in lms}
+    assert found == {answer(KNNHarnessLM(str(place / "model"), place / "store", **given))}
+    assert {lm.get_model_info()["datastore"] for lm in lms} == {str(place / "store")}
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_a_bos_before_each_text(place: Path, lm: tuple[KNNLM, Any], add: bool) -> None:
+    """The tokenizer that puts it there is another, but no other tokens are meant by its ids."""
+    model, words = lm
+    given = {"device": "cpu", "add_bos_token": add, **MIX}
+    found = answer(KNNHarnessLM(str(place / "model"), str(place / "store"), **given))
+    context, rest = words.encode("the quick brown fox"), words.encode(" jumps over")
+    ids = [words.bos_token_id] * add + context + rest
+    with torch.no_grad():
+        rows = model(torch.tensor([ids])).logits[0]
+    wanted = sum(rows[i - 1, ids[i]].item() for i in range(len(ids) - len(rest), len(ids)))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_tokenizer_that_was_used(place: Path, lm: tuple[KNNLM, Any]) -> None:
+    """It keeps how the latest batch was padded and cut; it is the same for all that."""
+    model, words = lm
+    words(["the", "a lazy dog"], padding=True, truncation=True, max_length=2)
+    try:
+        found = KNNHarnessLM(model.model, place / "store", tokenizer=words, **MIX)
+    finally:
+        words("the")  # takes both back
+    assert answer(found) == answer(KNNHarnessLM(model, tokenizer=words))
 
 
 def test_a_knnlm_or_a_model_of_ones_own(place: Path, lm: tuple[KNNLM, Any]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from knnext.lm.identity import model_identity
+from knnext.corpus import Document
+from knnext.lm.identity import model_identity, sha256, tokenizer_hash
+from knnext.lm.train import train_tokenizer
 from tests.lm.tiny_models import tiny
 
 pytest.importorskip("transformers")
@@ -62,3 +65,30 @@ def test_old_forms_of_identity_are_still_read() -> None:
     model.config._commit_hash = "a" * 40
     assert model_identity(model, "b" * 40)[1] == "a" * 40
     assert model_identity(model, "tensors:0")[1] == model_identity(model)[1]
+
+
+CALLS: list[dict[str, Any]] = [
+    {"padding": True},
+    {"padding": "max_length", "max_length": 9},
+    {"truncation": True, "max_length": 2},
+    {"truncation": True, "max_length": 3, "padding": True, "return_overflowing_tokens": True},
+]
+
+
+@pytest.mark.parametrize("options", CALLS, ids=str)
+def test_a_call_makes_no_other_tokenizer(options: dict[str, Any]) -> None:
+    """How the latest batch was padded and cut stands in the definition that is hashed."""
+    words = train_tokenizer([Document("a", "the quick brown fox " * 40)], 258)
+    was, text = tokenizer_hash(words), words.backend_tokenizer.to_str()
+    assert was == sha256(text.encode())  # as stores that were built before have it
+    words(["a", "the quick brown fox"], **options)
+    assert words.backend_tokenizer.to_str() != text and tokenizer_hash(words) == was
+    old = sha256(words.backend_tokenizer.to_str().encode())
+    assert tokenizer_hash(words, old) == old and tokenizer_hash(words, was) == was
+
+
+def test_other_tokens_are_another_tokenizer() -> None:
+    words = train_tokenizer([Document("a", "the quick brown fox " * 40)], 258)
+    was = tokenizer_hash(words)
+    words.add_tokens(['"padding":null,"truncation":{'])
+    assert tokenizer_hash(words) != was and tokenizer_hash(words, was) != was

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from knnext.lm.knnlm import KNNLM
+from tests.lm.every_model import every
 from tests.lm.test_knnlm import greedy, index_of
 from tests.lm.tiny_models import CONFIGS, num_hooks, random_tokens, tiny, transformers
 
@@ -162,6 +163,16 @@ def test_a_loss_of_the_models_own_making_is_not_guessed() -> None:
     assert mixed(input_ids=IDS).logits.shape == (2, 15, 97)
     with mixed.attached(), pytest.raises(RuntimeError, match="loss in a way of its own"):
         model(input_ids=IDS, labels=IDS)
+
+
+@torch.no_grad()
+def test_a_model_that_fails_on_labels_of_text_alone() -> None:
+    """GIT takes the first labels for those of an image. Its logits are mixed all the same."""
+    model = every("git")
+    mixed = KNNLM(model, index_of(model, random_tokens(60)), 8, 2.0, 0.4)
+    assert mixed(input_ids=IDS).logits.shape == (2, 15, 97)
+    with pytest.raises(RuntimeError, match=r"GitForCausalLM fails on labels.*from its logits"):
+        mixed(input_ids=IDS, labels=IDS)
 
 
 @torch.no_grad()
