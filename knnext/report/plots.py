@@ -25,7 +25,7 @@ def plot_surface(
     Args:
         result: from `tune`, with at least two temperatures and two weights.
         path: where to save; the ending chooses the format (`.png`, `.svg`, `.pdf`).
-        title: over the picture; by default the base and the best perplexity.
+        title: over the picture; by default the best perplexity and the LM's own.
 
     Returns:
         The matplotlib `Figure`.
@@ -141,7 +141,9 @@ def _dress(axes: Any, result: TuneResult, title: str | None) -> None:
     axes.set_xlabel("temperature", color=MUTED)
     axes.set_ylabel("λ, weight of $p_{kNN}$", color=MUTED)
     axes.set_title(
-        title or f"base {_label(result.base_perplexity)}, best {_label(result.perplexity)}",
+        title
+        or f"The mixture: perplexity {_label(result.perplexity)} at best; "
+        f"the LM alone: {_label(result.base_perplexity)}",
         loc="left",
         fontsize=11,
         color=INK,

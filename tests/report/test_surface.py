@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from importlib.resources import files
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,18 @@ def test_the_picture_has_the_surfaces_bands(grid: list[list[float]], colors: lis
     words = [text.get_text() for axes in figure.axes for text in axes.findobj(_text())]
     assert any("λ" in text for text in words) and not any("lmbda" in text for text in words)
     assert any("worse than" in text for text in words) == (OVER in colors)
+    assert "the LM alone: 100" in figure.axes[0].get_title(loc="left")
     figure.canvas.draw()
+    said = [t for axes in figure.axes for t in axes.findobj(_text()) if t.get_text().strip()]
+    for one, other in combinations([t for t in said if t.get_visible() and inside(t)], 2):
+        a, b = (text.get_window_extent().padded(-1) for text in (one, other))
+        assert not a.overlaps(b), (one.get_text(), other.get_text())
+
+
+def inside(text: Any) -> bool:
+    """What lies beyond an axis, such as the tick after its last, is not drawn."""
+    x, y = text.get_window_extent().get_points().mean(axis=0)
+    return bool(text.figure.bbox.padded(2).contains(x, y))
 
 
 def _text() -> Any:
