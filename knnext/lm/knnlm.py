@@ -194,9 +194,9 @@ class KNNLM(nn.Module):
         Positions that ``attention_mask`` (B, L) marks 0 are not searched and keep the LM's own
         log p; so do those that ``searched`` (B, L) bool, where given, marks False. ``labels``
         (B, L), -100 where ignored, give ``loss``: the mean nll of the mixture, shifted by one, or
-        what the base model's ``loss_function`` makes of the mixture. ``logits_to_keep=n``, for
-        models that know it, gives the last n positions only, and only these are searched. Other
-        arguments go to the base model.
+        what the base model's ``loss_function`` makes of the mixture. ``logits_to_keep``, for
+        models that know it (n for the last n, or positions), gives these only, and only they are
+        searched. Other arguments go to the base model.
         """
         if searched is not None:
             self._check_searched(searched, input_ids, kwargs.get("inputs_embeds"))

@@ -1,0 +1,100 @@
+"""What a KNNLM offers of its base model, and what it refuses; and searching some positions only."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from knnext import KNNLM
+from tests.lm.test_knnlm import index_of
+from tests.lm.tiny_models import VOCAB, tiny, transformers
+from tests.lm.ways import FAMILIES, OPTIONS, PLAIN, PROMPTS, TEXT
+
+
+@pytest.fixture(scope="module")
+def lm() -> KNNLM:
+    model = tiny("gpt2")
+    return KNNLM(model, index_of(model, TEXT), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("save_pretrained", "save the base model"),
+        ("push_to_hub", "save the base model"),
+        ("generate_batch", "continuous batching.*call generate with a batch"),
+        ("resize_token_embeddings", "before the datastore is built"),
+        ("prepare_inputs_for_generation", r"no neighbors.*lm\.attached\(\)"),
+        ("num_parameters", r"lm\.model"),
+        ("no_such_thing", "no attribute 'no_such_thing'$"),
+    ],
+)
+def test_what_is_not_offered(lm: KNNLM, name: str, message: str) -> None:
+    with pytest.raises(AttributeError, match=message):
+        getattr(lm, name)
+    assert not hasattr(lm, name)
+
+
+def test_continuous_batching_is_refused_while_attached(lm: KNNLM) -> None:
+    """It runs in a thread of its own, where the base model would answer for the mixture."""
+    config = transformers.GenerationConfig(**PLAIN)
+    with lm.attached() as model:
+        with lm.attached():
+            pass
+        with pytest.raises(RuntimeError, match="attached to this model: continuous batching"):
+            model.generate_batch([[1, 2, 3]], generation_config=config)
+        with pytest.raises(RuntimeError, match="continuous batching"):
+            model.init_continuous_batching(config)
+    assert "init_continuous_batching" not in vars(lm.model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_of_an_attached_model_refuses_nothing(copied: Any) -> None:
+    model = tiny("gpt2")
+    lm = KNNLM(model, index_of(model, TEXT), **OPTIONS)
+    with lm.attached():
+        other = copied(lm)
+    method = other.model.init_continuous_batching
+    assert (
+        method.__self__ is other.model and method.__func__ is type(model).init_continuous_batching
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_is_asked_for_is_searched(name: str) -> None:
+    model = tiny(name)
+    lm = KNNLM(model, index_of(model, TEXT), **OPTIONS)
+    wanted = torch.zeros(3, 8, dtype=torch.bool)
+    wanted[0, 5:], wanted[2, 3] = True, True
+    with torch.no_grad():
+        whole, base = lm(PROMPTS).logits, model(PROMPTS).logits.float().log_softmax(-1)
+        lm.index.searched.clear()
+        found = lm(PROMPTS, searched=wanted).logits
+    assert lm.index.searched == [4]
+    torch.testing.assert_close(found[wanted], whole[wanted])
+    assert torch.equal(found[~wanted], base[~wanted])
+    mask = torch.ones(3, 8, dtype=torch.int64)
+    mask[0, :6] = 0
+    with torch.no_grad():
+        lm(PROMPTS, attention_mask=mask, searched=wanted)
+    assert lm.index.searched == [4, 3]
+    for bad in (wanted[:2], wanted.long()):
+        with pytest.raises(ValueError, match=r"searched must be a bool .* shape \(3, 8\)"):
+            lm(PROMPTS, searched=bad)
+
+
+def test_searched_with_logits_to_keep() -> None:
+    model = tiny("llama")
+    lm = KNNLM(model, index_of(model, TEXT), **OPTIONS)
+    wanted = torch.arange(8).expand(3, 8) % 2 == 1
+    with torch.no_grad():
+        whole = lm(PROMPTS, searched=wanted).logits
+        for keep in (3, torch.tensor([1, 4])):
+            part = lm(PROMPTS, searched=wanted, logits_to_keep=keep).logits
+            rows = slice(-keep, None) if isinstance(keep, int) else keep
+            torch.testing.assert_close(part, whole[:, rows])
+    assert part.shape[-1] == VOCAB
