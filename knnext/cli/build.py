@@ -245,10 +245,21 @@ def import_legacy(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from knnext.datastore import Datastore
-    from knnext.datastore.meta_file import not_joined
+    from knnext.datastore.describe import lacking
+    from knnext.datastore.meta_file import is_partial, not_joined
+    from knnext.hub import open_partial
     from knnext.progress import Progress
 
-    store = Datastore.open(args.datastore, allow_unfinished=True)
+    partial = is_partial(Path(args.datastore))
+    if partial:
+        store = open_partial(args.datastore)
+    else:
+        store = Datastore.open(args.datastore, allow_unfinished=True)
+    if args.verify and partial:
+        raise ValueError(
+            f"--verify reads a whole datastore, and {args.datastore} holds some of its files, each "
+            "of which was compared when it was fetched"
+        )
     if args.verify and store.unfinished and store.meta.parts:
         lacks = not_joined(store.path, store.meta)
         raise ValueError(f"--verify reads what is joined, or the folder of one part; {lacks}")
@@ -257,6 +268,9 @@ def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     for name in ("index", "tuning"):
         if name in facts:
             say(f"{name:<12}{facts[name]['path']}")
+    facts["lacking"] = lacking(store.path, store.meta) if partial else []
+    if "keys" in facts["lacking"]:
+        return facts
     codes, facts["search"] = _search_way(store, say)
     if codes is not None:
         facts["codes"] = _code_facts(codes)
@@ -300,6 +314,10 @@ def _beside(datastore: str) -> dict[str, Any]:
     for name, path in (("index", sidecar), ("tuning", tuning_path(datastore))):
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(
+                    f"{path} is not what `knnext {name.replace('tuning', 'tune')}` writes"
+                )
             content.pop("nll", None)  # the surface
             found[name] = {"path": str(path), **content}
     return found

@@ -59,7 +59,7 @@ def pull(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if not whole:
         say(
             "note: these are some of its files and no datastore yet; `knnext pull` without --only "
-            "fetches the rest"
+            "fetches the rest, `knnext info` tells what is there"
         )
     return {
         "path": str(store.path),

@@ -150,9 +150,29 @@ def is_first(args: argparse.Namespace) -> bool:
 
 
 def open_datastore(args: argparse.Namespace) -> Datastore:
-    from knnext.datastore import Datastore
+    """The datastore; or what there is of its files, where the search that was asked for is content.
 
-    return Datastore.open(args.datastore)
+    FAISS without rescoring needs no keys: values and documents tell what it has found.
+    """
+    from knnext.datastore import Datastore
+    from knnext.datastore.describe import lacking
+    from knnext.datastore.meta_file import is_partial
+    from knnext.hub import open_partial
+
+    path = Path(args.datastore)
+    if not is_partial(path):
+        return Datastore.open(path)
+    store = open_partial(path)
+    settings = Settings.of(args) if hasattr(args, "rescore") else None
+    by_faiss = settings is not None and settings.index == "faiss" and not settings.rescore
+    lacks = lacking(path, store.meta)
+    if lacks != ["keys"] or not by_faiss:
+        raise ValueError(
+            f"{path}: holds some files of a datastore, without {', '.join(lacks)}: `knnext pull` "
+            "without --only fetches the rest into it. With values, documents and a FAISS index "
+            "searches go by --index faiss without --rescore"
+        )
+    return store
 
 
 def check_model(store: Datastore, model: Any, tokenizer: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta, DeletedMeta
-from knnext.datastore.meta_file import missing_parts, ranges
+from knnext.datastore.meta_file import is_partial, missing_parts, ranges
 from knnext.datastore.open_shard import has_old_files
 from knnext.say import binary_size, shown
 
@@ -34,11 +34,32 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
         "split": _split(meta),
         "origin": _origin(meta),
         "created": f"{meta.created} by knnext {meta.knnext_version}",
-        "state": "unfinished build, last commit shown" if unfinished else "finished",
+        "state": "unfinished build, last commit shown" if unfinished else _state(path, meta),
     }
     width = max(map(len, lines)) + 2
     # What stands in a file may be anybody's: no line more than there are, and no escapes.
     return "\n".join(f"{name:<{width}}{shown(text or 'unknown')}" for name, text in lines.items())
+
+
+def lacking(path: Path, meta: DatastoreMeta) -> list[str]:
+    """Of keys, values and documents, those of which files are missing in the folder."""
+    groups = {
+        "keys": [shard.keys for shard in meta.shards],
+        "values": [shard.values for shard in meta.shards],
+        "documents": [] if meta.documents is None else meta.documents.files(),
+    }
+    return [
+        name
+        for name, files in groups.items()
+        if not all((path / file.file).is_file() for file in files)
+    ]
+
+
+def _state(path: Path, meta: DatastoreMeta) -> str:
+    lacks = lacking(path, meta) if is_partial(path) else []
+    if not lacks:
+        return "finished"
+    return f"some of its files, without {', '.join(lacks)}: `knnext pull` fetches the rest"
 
 
 def size(num_bytes: int) -> str:

@@ -31,6 +31,7 @@ from knnext.datastore.meta import (
     MAGIC,
     META_FILE,
     NAMES_FILE,
+    PARTIAL_FILE,
     PARTS_VERSION,
     STARTS_FILE,
     VALUE_BYTES,
@@ -267,8 +268,19 @@ def read_finished(directory: Path) -> DatastoreMeta:
             if meta.parts is None
             else not_joined(directory, meta)
         )
+    if is_partial(directory):
+        raise UnfinishedDatastoreError(
+            f"{directory}: holds some files of a datastore, as `knnext pull --only` fetches them: "
+            "`knnext pull` without --only fetches the rest; knnext.hub.open_partial opens what is "
+            "there"
+        )
     what = "has no meta.json" if directory.is_dir() else "does not exist"
     raise DatastoreError(f"{directory}: not a datastore: the folder {what}")
+
+
+def is_partial(directory: Path) -> bool:
+    """Whether a folder holds some files of a datastore, and is none."""
+    return (directory / PARTIAL_FILE).is_file() and not (directory / META_FILE).is_file()
 
 
 def missing_parts(directory: Path, meta: DatastoreMeta) -> list[int]:

@@ -11,6 +11,7 @@ from knnext.datastore import (
     CorruptDatastoreError,
     Datastore,
     DatastoreError,
+    UnfinishedDatastoreError,
 )
 from knnext.hub import open_partial
 from knnext.index import ExactIndex, FaissIndex, StoredCodes
@@ -34,7 +35,7 @@ def test_some_files_now_and_the_rest_later(
     ), "without a key"
     with pytest.raises(CorruptDatastoreError, match="missing"):
         part.keys[0:1]
-    with pytest.raises(DatastoreError, match=r"no meta\.json"):
+    with pytest.raises(UnfinishedDatastoreError, match="holds some files of a datastore, as `knn"):
         Datastore.open(tmp_path / "T")
     with pytest.raises(CorruptDatastoreError, match="missing"):
         part.verify()
