@@ -134,6 +134,24 @@ def test_a_way_of_searching_has_one_look_everywhere(figure: Any) -> None:
                 assert found == looks[words], label
 
 
+@pytest.mark.parametrize(
+    ("name", "series"),
+    [("temperature", "curves"), ("approximation", "points"), ("padding", "origins")],
+)
+def test_one_size_of_the_datastore_is_drawn_as_well(name: str, series: str) -> None:
+    """As a preset of one size has it: a narrow figure, in which all still has its place."""
+    path = RESULTS / "small-stdlib" / f"{name}.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    whole = result["series"][series]
+    result["series"][series] = [part for part in whole if part["fraction"] == 1.0]
+    assert 0 < len(result["series"][series]) < len(whole)
+    drawn, axes = figures.new_figure()
+    load(name).plot(result, axes)
+    FigureCanvasAgg(drawn).draw()
+    test_no_word_lies_on_another_or_is_cut(drawn)
+    test_no_legend_covers_a_curve(drawn)
+
+
 WAYS = [(mask, score) for mask in ("exact", "faiss") for score in ("real", "faiss")]
 #: Machado, Oliveira and Fernandes (2009), at full strength.
 BLINDNESS = {

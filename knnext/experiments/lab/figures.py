@@ -117,7 +117,7 @@ def legend_below(axes: Any, columns: int = 2) -> None:
     )
 
 
-def legend_of_all(figure: Any, axes: Any, columns: int = 3) -> None:
+def legend_of_all(figure: Any, axes: Any) -> None:
     """One legend for all panels, above them, from the series of one of them."""
     figure.legend(
         *axes.get_legend_handles_labels(),
@@ -125,7 +125,7 @@ def legend_of_all(figure: Any, axes: Any, columns: int = 3) -> None:
         frameon=False,
         fontsize=9,
         labelcolor=INK,
-        ncols=columns,
+        ncols=3 if figure.get_figwidth() > 9 else 2,
     )
 
 
