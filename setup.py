@@ -458,4 +458,7 @@ if __name__ == "__main__":  # also how build backends run this file; tests impor
         version=VERSION + local_version(os.environ.get("KNNEXT_LOCAL_VERSION")),
         ext_modules=[Extension("knnext._host", sources=[])],
         cmdclass={"build_ext": Build},
+        # A path in place of an import hook, which type checkers could not follow. From here and not
+        # from pyproject.toml, of which setuptools warns at every build that this is experimental.
+        options={"editable_wheel": {"mode": "compat"}},
     )
