@@ -13,6 +13,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 
 from knnext.datastore.copy import chunk_rows
+from knnext.datastore.files import sync_directory
 from knnext.datastore.meta import DTYPE_NAMES, VALUE_BYTES
 from knnext.datastore.reader import DatastoreReader
 from knnext.datastore.room import check_disk
 from knnext.datastore.verify import Progress
 from knnext.errors import missing_package
+from knnext.output import whole_file, write_text
 
 FACTS_FILE = "datastore.json"
 #: Of keys in one file of safetensors, which is held in memory while it is written.
@@ -64,7 +67,7 @@ def export_rows(
     if file_format not in _WRITERS:
         names = ", ".join(_WRITERS)
         raise ValueError(f"file_format must be one of {names}, got {file_format!r}")
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists; an export wants a new folder")
     width = store.dim * _dtype(store, file_format).itemsize
     if file_bytes < width:
@@ -77,9 +80,10 @@ def export_rows(
     part.mkdir(parents=True)
     try:
         _WRITERS[file_format](store, part, file_bytes, progress or (lambda done, total: None))
-        (part / FACTS_FILE).write_text(json.dumps(_facts(store), indent=1) + "\n", encoding="utf-8")
+        write_text(part / FACTS_FILE, json.dumps(_facts(store), indent=1) + "\n")
         try:
             part.rename(path)
+            sync_directory(path.absolute().parent)
         except OSError as error:
             if path.exists():
                 raise FileExistsError(
@@ -132,13 +136,13 @@ def _npy(store: DatastoreReader, folder: Path, _: int, progress: Progress) -> No
     }
     if store.num_documents:
         shapes["documents"] = (np.dtype(np.int32), (len(store),))
-    with_rows = {}
-    for name, (kind, shape) in shapes.items():
-        file = (folder / f"{name}.npy").open("wb")
-        header = {"descr": kind.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        with_rows[name] = file
-    try:
+    with ExitStack() as stack:
+        with_rows = {}
+        for name, (kind, shape) in shapes.items():
+            place = stack.enter_context(whole_file(folder / f"{name}.npy"))
+            file = with_rows[name] = stack.enter_context(place.open("wb"))
+            header = {"descr": kind.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
         for start, (keys, values, documents) in _rows(store, chunk_rows(store.dim * 4)):
             found = {"keys": keys.to(dtype), "values": values, "documents": documents}
             for name, file in with_rows.items():
@@ -146,9 +150,6 @@ def _npy(store: DatastoreReader, folder: Path, _: int, progress: Progress) -> No
                 assert tensor is not None
                 file.write(tensor.contiguous().numpy().tobytes())
             progress(start + len(values), len(store))
-    finally:
-        for file in with_rows.values():
-            file.close()
 
 
 def _safetensors(store: DatastoreReader, folder: Path, file_bytes: int, progress: Progress) -> None:
@@ -157,12 +158,18 @@ def _safetensors(store: DatastoreReader, folder: Path, file_bytes: int, progress
     except ImportError as error:
         raise missing_package("this format needs", "safetensors", "lm") from error
     count = max(1, file_bytes // (store.dim * store.dtype.itemsize))
-    for number, (start, (keys, values, documents)) in enumerate(_rows(store, count)):
+    nothing = store.keys[0:0], store.values[0:0], torch.empty(0, dtype=torch.int32, device="cpu")
+    none = nothing if store.num_documents else (*nothing[:2], None)
+    # Without a row there is one file, as in the other formats.
+    for number, (start, (keys, values, documents)) in enumerate(
+        _rows(store, count) if len(store) else [(0, none)]
+    ):
         tensors = {"keys": keys.contiguous(), "values": values.contiguous()}
         if documents is not None:
             tensors["documents"] = documents
         facts = {"format": "pt", "first_row": str(start)}
-        save_file(tensors, folder / f"rows-{number:05d}.safetensors", facts)
+        with whole_file(folder / f"rows-{number:05d}.safetensors") as place:
+            save_file(tensors, place, facts)
         progress(start + len(values), len(store))
 
 
@@ -180,7 +187,10 @@ def _parquet(store: DatastoreReader, folder: Path, _: int, progress: Progress) -
     schema = arrow.schema(fields)
     # Hidden states do not compress, and an encoding by dictionary would only try.
     options = {"compression": "zstd", "use_dictionary": ["value", "document"][: len(fields) - 1]}
-    with parquet.ParquetWriter(folder / "rows.parquet", schema, **options) as writer:
+    with (
+        whole_file(folder / "rows.parquet") as place,
+        parquet.ParquetWriter(place, schema, **options) as writer,
+    ):
         for start, (keys, values, documents) in _rows(store, chunk_rows(store.dim * 4)):
             flat = arrow.array(keys.to(dtype).contiguous().numpy().reshape(-1))
             columns = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +106,46 @@ def test_an_empty_store_and_a_view(file_format: str, tmp_path: Path) -> None:
     found = read_back(tmp_path / "view", file_format)
     assert torch.equal(found["keys"].half(), store.keys[7:31])
     assert found["documents"].tolist() == store.document_of(torch.arange(7, 31)).tolist()
-    if file_format != "safetensors":  # which has no file without a row
-        empty = write(tmp_path / "empty", torch.float16, documents=False, rows=0)
-        export_rows(empty, tmp_path / "none", file_format)
-        assert len(read_back(tmp_path / "none", file_format)["values"]) == 0
+    empty = write(tmp_path / "empty", torch.float16, documents=False, rows=0)
+    for number, nothing in enumerate((empty, store.rows(3, 3))):
+        export_rows(nothing, tmp_path / f"none{number}", file_format)
+        found = read_back(tmp_path / f"none{number}", file_format)
+        assert {len(column) for column in found.values() if column is not None} == {0}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_deleted_rows_are_not_there(file_format: str, tmp_path: Path) -> None:
+    store = write(tmp_path / "store", torch.float16)
+    keys, values = store.keys[0:ROWS].clone(), store.values[0:ROWS].clone()
+    owners, gone = store.document_of(torch.arange(ROWS)), store.document_names[1]
+    Datastore.open(tmp_path / "store").delete([gone])
+    left = Datastore.open(tmp_path / "store")
+    export_rows(left, tmp_path / "out", file_format)
+    found = read_back(tmp_path / "out", file_format)
+    assert torch.equal(found["keys"].half(), keys[owners != 1])
+    assert torch.equal(found["values"], values[owners != 1])
+    assert found["documents"].tolist() == owners[owners != 1].tolist()
+    assert gone not in (tmp_path / "out" / "datastore.json").read_text()
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_disk_that_fills_up_is_named(
+    file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each library has words of its own for it, or none; the file is named and nothing stays."""
+    resource = pytest.importorskip("resource")
+    store = write(tmp_path / "store", torch.float16)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(OSError, match=r"out\..*\.part/") as caught:
+            export_rows(store, tmp_path / "out", file_format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert caught.value.errno == errno.EFBIG
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
 
 
 def test_numpy_can_map_it(tmp_path: Path) -> None:
@@ -137,6 +175,10 @@ def test_bad_wishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export_rows(store, tmp_path / "out", "csv")
     with pytest.raises(FileExistsError, match="exists"):
         export_rows(store, tmp_path / "store", "npy")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="link exists"):
+        export_rows(store, tmp_path / "link", "npy")
+    (tmp_path / "link").unlink()
     with pytest.raises(ValueError, match="a key of 12 bytes, got 11"):
         export_rows(store, tmp_path / "out", "safetensors", file_bytes=11)
     monkeypatch.setattr(room, "free_bytes", lambda path: 100)
