@@ -6,6 +6,7 @@ import codecs
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ _SPELLED = {
     "\u2018": "'",
     "\u2019": "'",
 }
+
+
+def as_typed(place: object) -> str:
+    """A path in a command that people copy: quoted where a shell would take it apart."""
+    return shlex.quote(str(place))
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import ast
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ from knnext.cli import main
 from knnext.datastore.export import export_rows
 from knnext.errors import KnnextWarning
 from knnext.progress import progress
-from knnext.say import LEVELS, LOGGER
+from knnext.say import LEVELS, LOGGER, as_typed
 
 PACKAGE = Path(knnext.__file__).parent
 #: Files that are programs, and speak for themselves.
@@ -63,6 +64,14 @@ def test_the_library_prints_nothing() -> None:
         assert not found, f"{path}:{found[0].lineno} prints"
         for call in calls(path):
             assert not ast.unparse(call.func).endswith("traceback.print_exception"), path
+
+
+def test_a_path_in_a_command_to_copy_is_quoted() -> None:
+    assert as_typed("my texts/it's") == """'my texts/it'"'"'s'"""
+    assert as_typed(Path("wiki.store")) == "wiki.store"
+    command = re.compile(r"`knnext [a-z]+ \{(?!as_typed\(|repo_id\})[^}]+\}")
+    for path in PACKAGE.rglob("*.py"):
+        assert not command.findall(path.read_text(encoding="utf-8")), path
 
 
 def test_every_warning_is_of_our_class() -> None:

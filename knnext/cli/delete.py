@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnext.say import Say
+from knnext.say import Say, as_typed
 
 if TYPE_CHECKING:
     from knnext.index import Filter
@@ -20,7 +20,7 @@ def delete(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     rows = store.delete(names_of(args.documents))
     say(
         f"{args.datastore}: {rows:,} rows deleted, {len(store):,} left; no search finds them from "
-        f"now on. The files hold them until `knnext compact {args.datastore}`"
+        f"now on. The files hold them until `knnext compact {as_typed(args.datastore)}`"
     )
     tuned = tuning_path(args.datastore)
     if rows and tuned.exists():

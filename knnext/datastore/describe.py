@@ -7,7 +7,7 @@ from pathlib import Path
 from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta, DeletedMeta
 from knnext.datastore.meta_file import is_partial, missing_parts, ranges
 from knnext.datastore.open_shard import has_old_files
-from knnext.say import binary_size, shown
+from knnext.say import as_typed, binary_size, shown
 
 
 def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
@@ -81,7 +81,7 @@ def _parts(path: Path, meta: DatastoreMeta) -> str:
 def _deleted(path: Path, deleted: DeletedMeta) -> str:
     return (
         f"{deleted.num_documents:,} of the documents, with {deleted.num_rows:,} entries, which "
-        f"nobody reads and the files still hold: `knnext compact {path}`"
+        f"nobody reads and the files still hold: `knnext compact {as_typed(path)}`"
     )
 
 
@@ -90,7 +90,7 @@ def _has_old(path: Path, meta: DatastoreMeta, unfinished: bool) -> bool:
 
 
 def _old(path: Path) -> str:
-    return f"of a compacting that was interrupted; `knnext compact {path}` removes them"
+    return f"of a compacting that was interrupted; `knnext compact {as_typed(path)}` removes them"
 
 
 def _with_revision(meta: DatastoreMeta) -> str | None:

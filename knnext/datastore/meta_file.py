@@ -46,6 +46,7 @@ from knnext.datastore.meta import (
     part_folder,
     shard_names,
 )
+from knnext.say import as_typed
 
 #: What came to the format after its first datastores; null in none of them, but not there.
 _LATER = ("text", "model", "parts", "deleted", "audit", "folder")
@@ -293,12 +294,13 @@ def not_joined(directory: Path, meta: DatastoreMeta) -> str:
     """What a datastore in parts lacks, and the commands that make it."""
     missing, count = missing_parts(directory, meta), len(meta.parts or ())
     if not missing:
-        return f"{directory}: its {count} parts are whole and not joined: `knnext join {directory}`"
+        join = f"knnext join {as_typed(directory)}"
+        return f"{directory}: its {count} parts are whole and not joined: `{join}`"
     return (
         f"{directory}: of its {count} parts {count - len(missing)} are whole; missing: "
-        f"{ranges(missing)}. The `knnext build {directory}` of the others makes each with "
-        f"--part {missing[0]}/{count}{' and so on' if len(missing) > 1 else ''}, or all that are "
-        f"missing with --parts {count}"
+        f"{ranges(missing)}. The `knnext build {as_typed(directory)}` of the others makes each "
+        f"with --part {missing[0]}/{count}{' and so on' if len(missing) > 1 else ''}, or all "
+        f"that are missing with --parts {count}"
     )
 
 

@@ -28,6 +28,7 @@ from knnext.hub.layout import (
     is_ours,
     row_items,
 )
+from knnext.say import as_typed
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -139,7 +140,7 @@ def _check_whole(store: Datastore) -> None:
     if store.meta.deleted is not None:
         raise DatastoreError(
             f"{store.path}: {store.meta.deleted.num_rows:,} of its rows are deleted and still in "
-            f"its files, which would be sent: `knnext compact {store.path}` first"
+            f"its files, which would be sent: `knnext compact {as_typed(store.path)}` first"
         )
     if read_meta(store.path, META_FILE) != store.meta:
         raise DatastoreError(f"{store.path}: has changed since it was opened; open it again")

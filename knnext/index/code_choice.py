@@ -12,7 +12,7 @@ from knnext.index.codes import StoredCodes, default_path
 from knnext.index.codes_meta import HOW_TO_MAKE
 from knnext.index.tensors import TensorStore, tensor_store
 from knnext.ops import KeyCodes
-from knnext.say import binary_size
+from knnext.say import as_typed, binary_size
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -56,7 +56,7 @@ def choose_codes(
         if codes != "auto":
             raise
         begun = folder.exists()
-        hint = HOW_TO_MAKE.format(datastore.path)
+        hint = HOW_TO_MAKE.format(as_typed(datastore.path))
         why = str(error) if begun else f"no codes in {folder.name} ({hint})"
         return Choice(None, why)
     except (IndexMismatchError, OSError) as error:

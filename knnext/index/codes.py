@@ -29,6 +29,7 @@ from knnext.index.codes_meta import (
     read_meta,
 )
 from knnext.ops import KeyCodes
+from knnext.say import as_typed
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -131,7 +132,7 @@ class StoredCodes:
             begun = (folder / BUILD_FILE).exists()
             state = "an encoding that has not ended" if begun else "no codes"
             raise MissingFileError(
-                f"there is {state} in {folder}: {HOW_TO_MAKE.format(datastore.path)}"
+                f"there is {state} in {folder}: {HOW_TO_MAKE.format(as_typed(datastore.path))}"
             ) from None
         check_datastore(meta, datastore, folder)
         check_sizes(meta, folder)

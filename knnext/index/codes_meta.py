@@ -32,6 +32,7 @@ from knnext.datastore.files import (
 from knnext.datastore.meta import FileMeta
 from knnext.errors import FULL, IndexMismatchError
 from knnext.index.sidecar import read_json
+from knnext.say import as_typed
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -148,7 +149,7 @@ def check_datastore(meta: CodesMeta, datastore: Datastore, folder: Path) -> None
         raise IndexMismatchError(
             f"{folder} holds codes of another datastore, or of an earlier state of "
             f"{datastore.path} ({meta.num_entries:,} rows, now {whole.num_entries:,}): "
-            + HOW_TO_MAKE.format(datastore.path)
+            + HOW_TO_MAKE.format(as_typed(datastore.path))
         )
 
 

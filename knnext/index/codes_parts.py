@@ -51,6 +51,7 @@ from knnext.index.codes_meta import (
 from knnext.index.sidecar import read_json
 from knnext.ops import encode_keys
 from knnext.progress import Progress
+from knnext.say import as_typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +136,8 @@ def join(datastore: Datastore, folder: Path) -> None:
             count = len(plan.rows)
             raise UnfinishedDatastoreError(
                 f"{folder}: of the {count} parts of the codes {count - len(absent)} are whole; "
-                f"missing: {ranges(absent)}. `knnext index {datastore.path} --kind codes --part "
-                f"{absent[0]}/{count}` makes one, --parts {count} all"
+                f"missing: {ranges(absent)}. `knnext index {as_typed(datastore.path)} --kind "
+                f"codes --part {absent[0]}/{count}` makes one, --parts {count} all"
             )
         meta = _joined(folder, plan)
         for name in (CODES_FILE, STATS_FILE):

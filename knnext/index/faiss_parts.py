@@ -32,6 +32,7 @@ from knnext.index.sidecar import (
 )
 from knnext.output import write_json
 from knnext.progress import progress
+from knnext.say import as_typed
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
@@ -143,8 +144,8 @@ def join(datastore: Datastore, folder: Path) -> None:
         if absent or not trained:
             what = f"of its {count} segments {ranges(absent)} are" if trained else "training is"
             raise UnfinishedDatastoreError(
-                f"{folder}: {what} missing. The `knnext index {datastore.path}` of the others "
-                "makes it, with --parts 1 or with the --part that has not run"
+                f"{folder}: {what} missing. The `knnext index {as_typed(datastore.path)}` of the "
+                "others makes it, with --parts 1 or with the --part that has not run"
             )
         faiss_build.merge(folder, recipe, int(read_json(folder / PLAN_FILE)["nprobe"]))
 
