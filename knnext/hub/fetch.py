@@ -7,7 +7,6 @@ opened; what is there is kept for the next attempt.
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from knnext.datastore.room import check_disk
 from knnext.datastore.verify import Progress
 from knnext.errors import CorruptDatastoreError, DatastoreError
 from knnext.hub.client import HubError, asking
+from knnext.hub.crew import each
 from knnext.hub.layout import (
     EXTRAS,
     HEADS,
@@ -185,16 +185,14 @@ class Fetch:
         hint = "fetch less (only=, shards=), or choose another disk"
         check_disk(self.stage, total - here, f"what is fetched of {self.remote.repo_id}", hint)
         done = 0
-        with asking(self.remote.repo_id), ThreadPoolExecutor(_THREADS) as pool:
-            jobs = [pool.submit(self._one, item) for item in items]
-            try:
-                for job, item in zip(jobs, items, strict=True):
-                    job.result()
-                    done += item.num_bytes
-                    self.progress(done, total)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+
+        def tell(item: Item) -> None:
+            nonlocal done
+            done += item.num_bytes
+            self.progress(done, total)
+
+        with asking(self.remote.repo_id):
+            each(items, self._one, tell, _THREADS)
 
     def _one(self, item: Item) -> None:
         """Fetch a file, with the right bytes or an error; damaged ones do not stay."""
