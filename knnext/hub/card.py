@@ -126,7 +126,7 @@ from knnext.datastore import Datastore
 store = Datastore.from_hub("{repo_id}")
 ```
 
-or `knnext pull {repo_id} {_cell(name)}`, and then `knnext eval {_cell(name)} --model ...` with the
+or `knnext pull {repo_id} {folder}`, and then `knnext eval {folder} --model ...` with the
 very model named above: another one is refused.
 
 ## What it tells

@@ -33,6 +33,7 @@ def each(
             try:
                 work(item)
             except BaseException as error:
+                enough.set()
                 ended.put((item, error))
             else:
                 ended.put((item, None))

@@ -26,7 +26,7 @@ def test_each_is_done_once(size: int) -> None:
     each([], worked.append, told.append, size)
 
 
-def test_an_error_waits_for_what_is_under_way_and_begins_no_more() -> None:
+def test_an_error_waits_for_what_is_under_way() -> None:
     begun, ended = [], []
     failed, slow = threading.Event(), threading.Event()
 
@@ -42,7 +42,12 @@ def test_an_error_waits_for_what_is_under_way_and_begins_no_more() -> None:
 
     with pytest.raises(ValueError, match="of the first"):
         each(list(range(30)), work, lambda number: None, 2)
-    assert set(ended) == set(begun) - {0} and len(begun) < 30
+    assert ended and set(ended) == set(begun) - {0}
+    begun.clear()
+    slow.set()
+    with pytest.raises(ValueError, match="of the first"):
+        each(list(range(30)), work, lambda number: None, 1)
+    assert begun == [0]
 
 
 def test_an_interrupt_waits_for_nothing() -> None:
