@@ -102,16 +102,17 @@
       only("explorer");
       E.show([{ name: "continuation", passages }], fresh());
       keepText(value, "write");
-      let count = 0;
+      let count = 0, note = "";
       for await (const step of lines(answer.body)) {
         if (step.error) throw new Error(step.error);
+        note ||= step.note || "";
         if (!step.side || running?.signal !== signal) continue;
         const side = sides.indexOf(step.side);
         passages[side].push(new Whole(step, spans));
         E.grow(side);
         if (side === 0) say(`Writing … ${++count} tokens`);
       }
-      say("");
+      say(note);
     });
   }
 

@@ -8,7 +8,7 @@ import html
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,8 +20,8 @@ from knnext import __version__
 from knnext.explore.session import MOST_NEW_TOKENS, Limit, Session, TooLong
 from knnext.explore.worker import Busy, Worker
 from knnext.report import explorer_parts, fill, part, script_json
-from knnext.serve.errors import Refused
-from knnext.serve.guard import Guard, body_of, number_in, text_in
+from knnext.serve.errors import Gone, Refused
+from knnext.serve.guard import Guard, body_of, disconnected, number_in, text_in
 from knnext.serve.listening import Listener
 
 _log = logging.getLogger(__name__)
@@ -80,12 +80,14 @@ class Service:
         return HTMLResponse(render(self.session, self.facts), headers=_HEADERS)
 
     def _answering(
-        self, answer: Callable[[dict[str, Any]], Awaitable[Any]]
-    ) -> Callable[[Request], Awaitable[Response]]:
+        self, answer: Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
+    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def respond(request: Request) -> Response:
             try:
                 self.guard.check(request, request.headers.get("x-knnext-token"))
-                found = await answer(await body_of(request))
+                found = await _unless_gone(request, answer(await body_of(request)))
+            except Gone:
+                return Response(status_code=499)  # which nobody reads
             except Exception as error:
                 return _refusal(error)
             if isinstance(found, Response):
@@ -125,7 +127,7 @@ class Service:
 
         async def lines() -> AsyncIterator[str]:
             try:
-                yield json.dumps({"prompt": writing.prompt}) + "\n"
+                yield json.dumps({"prompt": writing.prompt, "note": writing.note}) + "\n"
                 while not writing.done:
                     for step in await self._run(writing.step):
                         yield json.dumps(step) + "\n"
@@ -137,6 +139,20 @@ class Service:
 
     async def _run(self, work: Callable[[Limit], Any]) -> Any:
         return await self.worker.run(work, self.seconds)
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Any]) -> Any:
+    """The answer; given up where whoever asked has gone, as after Stop: the next can ask."""
+    work = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Gone
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
 
 
 def _refusal(error: Exception) -> Response:

@@ -27,6 +27,9 @@ _QUERIES_AT_ONCE = 128
 _ROWS_AT_ONCE = 1 << 22  # of values
 _MOST_SPANS = 64
 MOST_NEW_TOKENS = 200
+#: A browser is told of a position's tokens in 16 bits: its k, its target and the likeliest.
+_MOST_K = 65_000
+_END_READ = "Of the text its end was read: the whole is longer than the model reads."
 
 
 class TooLong(KnnextError, RuntimeError):
@@ -78,6 +81,10 @@ class Session:
     ) -> None:
         self.model, self.tokenizer, self.store, self.index = model, tokenizer, store, index
         self.k = min(k, store.num_entries)
+        if self.k > _MOST_K:
+            raise ValueError(
+                f"k must be at most {_MOST_K:,} for this page, got {self.k:,}: see --k"
+            )
         self.temperature, self.lmbda = temperature, lmbda
         self.key_layer = store.key_layer or "att"
         self.reader = Reader(model, self.key_layer, alone=True)
@@ -172,7 +179,7 @@ class Session:
                     strict=True,
                 )
             ],
-            "note": "" if len(prompt.ids) == prompt.given else "Of the text its end was read.",
+            "note": "" if len(prompt.ids) == prompt.given else _END_READ,
         }
 
     def occurrences(self, text: str, count: int, limit: Limit) -> dict[str, Any]:
@@ -183,7 +190,7 @@ class Session:
         """
         found: list[int] = []
         total = 0
-        for ids in self._spellings(text.strip("\n")):
+        for ids in self._spellings(text):
             for row in self._rows_of(ids, limit):
                 total += 1
                 if len(found) < min(count, _MOST_SPANS):
@@ -193,10 +200,13 @@ class Session:
 
     def _spellings(self, text: str) -> list[list[int]]:
         spellings: list[list[int]] = []
-        for form in (text, text.strip(), f" {text.strip()}"):
+        words = text.strip()
+        for form in (text.strip("\n"), words, f" {words}") if words else (text,):
             options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
             ids = list(self.tokenizer(form, **options)["input_ids"])
-            if ids and ids not in spellings:
+            # What begins as another does stands where that one stands, and is counted there.
+            if ids and not any(ids[: len(known)] == known for known in spellings):
+                spellings = [known for known in spellings if known[: len(ids)] != ids]
                 spellings.append(ids)
         if not spellings:
             raise ValueError("the text has no tokens: type or paste some")
@@ -260,11 +270,16 @@ class Writing:
         self.session, self.k = session, k
         self.mixture = (temperature, lmbda)
         context = context_length(session.model)
+        asked = tokens
         tokens = min(tokens, MOST_NEW_TOKENS, *([] if context is None else [context // 2]))
         most = session.max_tokens if context is None else min(context - tokens, session.max_tokens)
         prompt = read_prompt(text, session.tokenizer, session.store, most)
         self.left = {"mixture": tokens, "base": tokens}
         self.prompt = len(prompt.ids)
+        notes = [_END_READ] if prompt.given > len(prompt.ids) else []
+        if tokens < asked:
+            notes.append(f"The model reads {context:,} tokens: at most {tokens:,} are written.")
+        self.note = " ".join(notes)
         self.writers = {side: Writer(session.reader, prompt.ids) for side in self.left}
         self.generators = {
             side: torch.Generator(device="cpu").manual_seed(seed) if draw else None

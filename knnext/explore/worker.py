@@ -45,6 +45,7 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         ask = _Ask(Limit(seconds), loop, loop.create_future(), loop.create_future())
+        self._forget()
         try:
             self._jobs.put_nowait((work, ask))
         except queue.Full:
@@ -55,6 +56,13 @@ class Worker:
             return await asyncio.wait_for(ask.answer, seconds + _GRACE)
         finally:
             ask.limit.cancelled = True
+
+    def _forget(self) -> None:
+        """Who waits no more takes no place."""
+        with self._jobs.mutex:
+            kept = [job for job in self._jobs.queue if not job[1].limit.cancelled]
+            self._jobs.queue.clear()
+            self._jobs.queue.extend(kept)
 
     def _work(self) -> None:
         while True:

@@ -25,7 +25,7 @@ const knnextExplorer = (() => {
   }
 
   // What cannot be seen gets a sign: line ends, tabs, control characters.
-  const SIGNS = /[\n\t\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+  const SIGNS = /[\n\t\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
   function sign(character) {
     if (character === "\n") return "⏎";
     if (character === "\t") return "⇥";
@@ -181,7 +181,7 @@ const knnextExplorer = (() => {
     append(line, span.before.replace(/^(…?)\s*\n/, "… "));
     line.append(append(make("mark", hit ? { class: "hit" } : {}), span.token));
     append(line, span.after.replace(/\s+(…?)$/, "$1"));
-    const said = make("p", {}, make("span", { class: "file" }, span.document || "source not kept"),
+    const said = make("p", {}, append(make("span", { class: "file" }), span.document || "source not kept"),
       ...facts.map((fact) => make("span", {}, fact)));
     return make("li", { class: "row" }, line, said);
   }

@@ -75,13 +75,15 @@ const knnextPassages = (() => {
     weight(at, first, temperature) { return Math.exp((this.distances[first] - this.distances[at]) / temperature); }
     knn(i, _, { temperature, k }) {
       const first = i * this.k, target = this.targets[i];
-      let all = 0, own = 0;
+      let all = 0, own = 0, nearest = -1; // of those with the target, which may all be far away
       for (let at = first; at < first + k && this.places[at] !== NO_TOKEN; at++) {
-        const weight = this.weight(at, first, temperature);
-        all += weight;
-        if (this.places[at] === target) own += weight;
+        all += this.weight(at, first, temperature);
+        if (this.places[at] !== target) continue;
+        if (nearest < 0) nearest = at;
+        own += this.weight(at, nearest, temperature);
       }
-      return own > 0 ? Math.log(own / all) : -Infinity;
+      if (nearest < 0) return -Infinity;
+      return (this.distances[first] - this.distances[nearest]) / temperature + Math.log(own / all);
     }
     mix(i, s, settings) { return mixed(this.lm(i), this.knn(i, s, settings), settings.lmbda, this.found(i)); }
     // The likeliest tokens of the mixture and of the base, and the target; all three p of each.

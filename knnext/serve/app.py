@@ -20,13 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from knnext.errors import KnnextError
 from knnext.serve import asked as asking
 from knnext.serve.answers import Answers, failed
 from knnext.serve.asked import Asked
 from knnext.serve.engine import Engine, Job
-from knnext.serve.errors import Refused, late, unready
-from knnext.serve.guard import Guard, body_of, same
+from knnext.serve.errors import Gone, Refused, late, unready
+from knnext.serve.guard import Guard, body_of, disconnected, same
 from knnext.serve.listening import Draining
 from knnext.serve.metrics import metrics
 from knnext.serve.writing import Piece
@@ -39,10 +38,6 @@ _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 #: Seconds in which an engine that looks at its limits finds that one has passed.
 _GRACE = 2.0
 _Parse = Callable[[dict[str, Any], Any, asking.Limits], Asked]
-
-
-class Gone(KnnextError):
-    """Whoever asked has closed the connection."""
 
 
 class Service(Draining):
@@ -279,7 +274,7 @@ async def _pieces(
 
     However it ends, the job is given up with it.
     """
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(disconnected(request))
     left = len(job.texts)
     end = time.monotonic() + job.seconds + _GRACE
     try:
@@ -300,8 +295,3 @@ async def _pieces(
     finally:
         job.cancelled = True
         gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

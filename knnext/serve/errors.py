@@ -14,6 +14,10 @@ _TYPES = {
 }
 
 
+class Gone(KnnextError):
+    """Whoever asked has closed the connection."""
+
+
 class Refused(KnnextError):
     """An answer other than what was asked for.
 

@@ -134,6 +134,12 @@ async def _read(request: Request, most: int) -> bytes | None:
     return bytes(raw) if size <= most else None
 
 
+async def disconnected(request: Request) -> None:
+    """Returns when whoever asked, and has sent the body, closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def text_in(body: dict[str, Any]) -> str:
     """The field "text". Refused where it is missing, empty, or holds half a surrogate pair."""
     text = body.get("text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 HOST = "127.0.0.1:8000"
@@ -36,18 +37,46 @@ def send(
     return asyncio.run(_send(app, method, path, headers or {}, body, host))
 
 
+def hang_up(
+    app: Any, path: str, headers: dict[str, str], body: bytes, entered: threading.Event
+) -> None:
+    """Post, and close the connection when the event comes; returns when nothing is done for it."""
+
+    async def run() -> None:
+        coming = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if coming:
+                return coming.pop()
+            await asyncio.to_thread(entered.wait, 300)
+            return {"type": "http.disconnect"}
+
+        async def give(message: Any) -> None:
+            pass
+
+        scope = _scope("POST", path, "", [*headers.items(), ("host", HOST)])
+        await asyncio.wait_for(app(scope, receive, give), 300)
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+def _scope(method: str, path: str, query: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
+        "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
+        "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
+        "headers": [(n.lower().encode(), v.encode("latin-1")) for n, v in pairs],
+    }  # fmt: skip
+
+
 async def _send(
     app: Any, method: str, path: str, headers: Any, body: bytes | list[bytes], host: str | None
 ) -> Answer:
     pairs = list(headers.items() if isinstance(headers, dict) else headers)
     pairs += [("host", host)] if host is not None else []
     path, _, query = path.partition("?")
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
-        "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
-        "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
-        "headers": [(n.lower().encode(), v.encode("latin-1")) for n, v in pairs],
-    }  # fmt: skip
+    scope = _scope(method, path, query, pairs)
     parts = body if isinstance(body, list) else [body]
     coming = [{"type": "http.request", "body": p, "more_body": True} for p in parts[:-1]]
     coming.append({"type": "http.request", "body": parts[-1], "more_body": False})

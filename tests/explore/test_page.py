@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("starlette", reason="the extra explore is not installed")
 pytest.importorskip("uvicorn", reason="the extra explore is not installed")
 
+from knnext.explore.session import Limit
 from tests.explore.small import LMBDA, TEMPERATURE, TEXT, K, open_session
 from tests.explore.test_session import scored
 from tests.report.browser import css, errors, one, resize, settled, start_chromium, wait
@@ -150,6 +153,58 @@ def test_the_browsers_perplexity_is_pythons(browser: Any, scores: Any) -> None:
     settled(browser)
     assert shown(browser) == pytest.approx(perplexity(scores, TEMPERATURE, LMBDA, K), rel=1e-5)
     assert errors(browser) == []
+
+
+def test_the_ends_of_the_settings_are_pythons_too(browser: Any, scores: Any, folder: Path) -> None:
+    """Where weights underflow, log p does not; and where nothing is left, it is infinite."""
+    raw = open_session(folder).read(TEXT, Limit(600))
+    for temperature, lmbda, k in (
+        (1e-7, 1.0, K), (1e-7, 1 - 1e-15, K), (1e9, 0.5, K), (1e-9, 0.5, 1),
+        (1.0, 1.0, 1), (1.0, 0.0, K),
+    ):  # fmt: skip
+        told = browser.execute_script(
+            "const of = new knnextPassages.Whole(arguments[0], null);"
+            "const all = of.texts.map((_, i) => of.mix(i, 0, arguments[1]));"
+            "return all.map((x) => (Number.isFinite(x) ? x : null));",
+            raw, {"temperature": temperature, "lmbda": lmbda, "k": k},
+        )  # fmt: skip
+        near = scores.truncate(k)
+        gaps = (near.distances[:, :1] - near.distances).double() / temperature
+        hits = gaps.masked_fill(near.tokens != near.targets[:, None], -torch.inf)
+        knn = hits.logsumexp(1) - gaps.logsumexp(1) + math.log(lmbda or 5e-324)
+        base = near.log_p_lm.double() + (math.log1p(-lmbda) if lmbda < 1 else -math.inf)
+        wanted = torch.logaddexp(knn, base) if lmbda else base
+        assert told == [
+            pytest.approx(x, rel=1e-5) if x > -math.inf else None for x in wanted.tolist()
+        ]
+    assert errors(browser) == []
+
+
+def test_signs_that_cannot_be_seen_are_shown(browser: Any) -> None:
+    """And those that turn the direction of what follows stand nowhere as they are."""
+    do(browser, "read", "fox \u202e\u061c\u00ad\u200b\u0000 \u05d0 fox")
+    text = one(browser, ".text").get_attribute("textContent")
+    for code in ("202e", "61c", "ad", "200b"):
+        assert f"⟨{code}⟩" in text and chr(int(code, 16)) not in text
+    assert "␀" in text and "\u05d0" in text
+    item = browser.execute_script(
+        "const item = knnextExplorer.rowItem(arguments[0], true, ['share 1 %']);"
+        "return [item.textContent, item.querySelectorAll('b').length]",
+        {"before": "a\u202e", "token": "<b>", "after": "\u2067", "document": "x\u202etxt.exe"},
+    )
+    assert not set("\u202e\u2067") & set(item[0]) and "<b>" in item[0] and item[1] == 0
+
+
+def test_a_text_that_is_too_much_is_told_so(browser: Any) -> None:
+    do(browser, "read", "fox " * 200_000)
+    assert "at most 524288 bytes" in one(browser, "#said").text
+    (logged,) = errors(browser)
+    assert "413" in logged
+    put(browser, "tokens", "40")
+    do(browser, "write", TEXT * 3)
+    said = one(browser, "#said").text
+    assert "its end was read" in said and "at most 16 are written" in said
+    assert 2 <= len(css(browser, ".t")) <= 32
 
 
 def test_a_click_explains_a_token(browser: Any, scores: Any) -> None:

@@ -16,7 +16,7 @@ from knnext.explore.session import Limit, TooLong
 from knnext.explore.worker import Busy, Worker
 from knnext.serve import guard as guard_module
 from knnext.serve.guard import MAX_BODY, Guard
-from tests.explore.asgi import HOST, Answer, send
+from tests.explore.asgi import HOST, Answer, hang_up, send
 from tests.explore.small import TEXT, K
 
 TOKEN = "secret-of-this-run"
@@ -198,6 +198,8 @@ def test_bodies_of_another_kind(app: Any, body: bytes, kind: str, status: int) -
         ("write", write_body(lmbda=1.5), "lmbda"),
         ("write", write_body(k=K + 1), "k must"),
         ("write", write_body(seed=-1), "seed"),
+        ("write", write_body(lmbda=10**400), "lmbda"),
+        ("write", write_body(temperature=-(10**400)), "temperature"),
     ],
 )
 def test_what_makes_no_sense_is_named(app: Any, what: str, body: Any, words: str) -> None:
@@ -222,7 +224,7 @@ def test_the_five_questions(app: Any) -> None:
     assert post(app, "occurrences", {"text": "fox", "count": 3}).json["total"] > 3
     written = post(app, "write", write_body())
     lines = [json.loads(line) for line in written.body.splitlines()]
-    assert lines[0] == {"prompt": lines[0]["prompt"]}
+    assert lines[0] == {"prompt": lines[0]["prompt"], "note": ""}
     assert [line["side"] for line in lines[1:]] == ["mixture", "base"] * 3
 
 
@@ -297,6 +299,52 @@ def test_who_gives_up_frees_the_place() -> None:
 
     asyncio.run(ask())
     assert not done  # what nobody waits for is not begun
+
+
+def test_those_who_wait_no_more_leave_room_for_others() -> None:
+    worker, free = Worker(most_waiting=2), threading.Event()
+
+    async def ask() -> None:
+        begun = threading.Event()
+        held = asyncio.ensure_future(worker.run(lambda limit: begun.set() or free.wait(600), 600))
+        await asyncio.to_thread(begun.wait, 600)
+        for _ in range(3):  # who stops, and asks again
+            waiting = [asyncio.ensure_future(worker.run(lambda limit: 1, 600)) for _ in range(2)]
+            await asyncio.sleep(0)
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        last = asyncio.ensure_future(worker.run(lambda limit: 7, 600))
+        await asyncio.sleep(0)
+        free.set()
+        assert await held and await last == 7
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("what", ["read", "nearest", "occurrences", "write"])
+def test_who_closes_the_connection_is_not_worked_for(
+    session: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As Stop does: a long search is given up, and the next question does not wait for it."""
+    limits: list[Limit] = []
+    entered, free = threading.Event(), threading.Event()
+
+    def work(*given: Any, **options: Any) -> None:
+        entered.set()
+        assert free.wait(600)
+
+    monkeypatch.setattr(session, what, work)
+    service = Service(session, Guard("127.0.0.1", TOKEN), {}, 600.0)
+    run = service.worker.run
+
+    async def watched(work: Any, seconds: float) -> Any:
+        return await run(lambda limit: limits.append(limit) or work(limit), seconds)
+
+    monkeypatch.setattr(service.worker, "run", watched)
+    hang_up(service.app(), f"/api/{what}", JSON, json.dumps(write_body(count=3)).encode(), entered)
+    free.set()
+    assert limits[0].cancelled
 
 
 def test_work_that_looks_at_no_limit_is_answered_all_the_same(

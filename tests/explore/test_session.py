@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,47 @@ def test_occurrences_are_all_there_are(session: Any) -> None:
     assert found["total"] == len(wanted) > 0
     assert {one["row"] for one in found["occurrences"]} <= wanted
     assert session.occurrences("zzzz qqqq zzzz", 32, LONG)["total"] == 0
+
+
+@pytest.mark.parametrize("form", ["fox ", " fox", "fox\n", "  fox\t "])
+def test_spaces_around_a_text_do_not_count(session: Any, form: str) -> None:
+    """And no place is counted twice, though one spelling begins as another does."""
+    plain, found = (session.occurrences(text, 32, LONG) for text in ("fox", form))
+    assert found["total"] == plain["total"] > 3
+    rows = [one["row"] for one in found["occurrences"]]
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_text_of_spaces_is_taken_as_it_is(session: Any) -> None:
+    for text in (" ", "\n"):
+        (ids,) = session._spellings(text)
+        assert session.tokenizer.decode(ids) == text
+
+
+def test_more_neighbors_than_a_browser_is_told_of(session: Any, folder: Path) -> None:
+    from knnext.explore import session as module
+
+    assert module._MOST_K < 0xFFFF - 21
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="see --k"):
+        patch.setattr(module, "_MOST_K", 3)
+        open_session(folder, k=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "words"),
+    [
+        ("fox", 3, ""),
+        ("fox", 40, "at most 16 are written"),
+        (TEXT * 3, 3, "its end was read"),
+        (TEXT * 3, 40, "its end was read.* at most 16 are written"),
+    ],
+)
+def test_what_writing_leaves_out_is_told(session: Any, text: str, tokens: int, words: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writing = session.write(text, tokens=tokens, temperature=1, lmbda=0.5, k=4)
+    assert re.search(words, writing.note) and bool(writing.note) == bool(words)
+    assert writing.left["mixture"] == min(tokens, CONTEXT // 2)
 
 
 def test_occurrences_do_not_stop_at_the_parts_that_are_read(

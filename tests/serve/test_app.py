@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import threading
@@ -15,7 +14,7 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from knnext.serve import app as app_module
 from knnext.serve.app import MAX_BODY, Service
-from tests.explore.asgi import HOST, Answer, send
+from tests.explore.asgi import HOST, Answer, hang_up, send
 from tests.explore.small import CONTEXT, K
 from tests.serve.asking import ask
 
@@ -543,34 +542,10 @@ def test_who_hangs_up_is_not_written_for(make_engine: Any, stream: bool) -> None
     engine.mixer.search = held
     app = service_of(engine).app()
     raw = json.dumps({"prompt": "the", "max_tokens": 20, "stream": stream}).encode()
-    asyncio.run(_hang_up(app, raw, entered))
+    hang_up(app, "/v1/completions", JSON, raw, entered)
     assert jobs[0].cancelled
     gate.set()
     assert len(jobs[0].texts[0].ids) < 20
-
-
-async def _hang_up(app: Any, raw: bytes, entered: Any) -> None:
-    """Asks, and closes the connection when the engine is at it."""
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
-        "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
-        "root_path": "", "scheme": "http", "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 8000),
-        "headers": [(b"host", HOST.encode()), (b"content-type", b"application/json")],
-    }  # fmt: skip
-    coming = [{"type": "http.request", "body": raw, "more_body": False}]
-
-    async def receive() -> Any:
-        if coming:
-            return coming.pop()
-        await asyncio.to_thread(entered.wait, 300)
-        return {"type": "http.disconnect"}
-
-    async def give(message: Any) -> None:
-        pass
-
-    await asyncio.wait_for(app(scope, receive, give), 300)
-    await asyncio.sleep(0)
 
 
 def test_time_is_up_though_the_engine_is_stuck(
