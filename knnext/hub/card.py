@@ -14,7 +14,7 @@ from typing import Any
 
 from knnext.datastore.meta import DTYPE_NAMES, DatastoreMeta
 from knnext.datastore.meta_file import to_json
-from knnext.say import binary_size, shown
+from knnext.say import as_typed, binary_size, shown
 
 _BEGIN, _END = "<!-- made by knnext from meta.json -->", "<!-- end of what knnext made -->"
 _FRONT = re.compile(r"\A---\n.*?^---\n", flags=re.DOTALL | re.MULTILINE)
@@ -106,6 +106,7 @@ def _body(
     }
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
     digest = hashlib.sha256(to_json(meta)).hexdigest()
+    folder = _cell(as_typed(name))
     return f"""# Datastore {_cell(name)}
 
 Keys and values of a kNN language model, for the Python package knnext: for every token
