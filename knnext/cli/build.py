@@ -264,6 +264,7 @@ def info(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         lacks = not_joined(store.path, store.meta)
         raise ValueError(f"--verify reads what is joined, or the folder of one part; {lacks}")
     say(store.describe())
+    say(f"fingerprint {store.fingerprint}")
     facts = facts_of(store) | _beside(args.datastore)
     for name in ("index", "tuning"):
         if name in facts:

@@ -113,6 +113,7 @@ def test_info_tells_what_is_missing(folder: Path, run: Run, capsys: Any) -> None
     assert main(["info", str(folder / "T")]) == 0
     said = capsys.readouterr().out
     assert "some of its files, without keys: `knnext pull` fetches the rest" in said
+    assert f"fingerprint {Datastore.open(folder / 'S').fingerprint}\n" in said
     assert "--verify reads a whole datastore" in run("info", "T", "--verify", code=1)
     assert "without keys" in open_partial(folder / "T").describe()
     assert "finished" in Datastore.open(folder / "S").describe()
