@@ -47,7 +47,8 @@ def check_causal(model: nn.Module) -> None:
     """NotCausalError (a ValueError) where a state of the model depends on later tokens.
 
     A model object is tried once, in the attention that it runs with. ModelError (a ValueError)
-    also where it has not one state for each token, or does not run on tokens alone.
+    also where it has not one state for each token, none that is finite, or does not run on tokens
+    alone.
     """
     if model in _causal:
         return
@@ -57,6 +58,11 @@ def check_causal(model: nn.Module) -> None:
         with evaluating(model):
             with _explained(model):
                 states = _states(model, length, 0)
+            if states is not None and not bool(states.isfinite().all()):
+                raise ModelError(
+                    f"{type(model).__name__} gives states that are not finite for {length} tokens: "
+                    "a weight of it is not, or it overflows in its dtype"
+                )
             slopes = _slopes(model, length)
             if slopes is not None and bool(slopes[length // 2 :].any()):
                 raise NotCausalError(_refusal(model, length))

@@ -80,6 +80,12 @@ def find_key_module(model: nn.Module, key_layer: str | KeyModule) -> KeyModule:
     if isinstance(key_layer, KeyModule):
         return key_layer
     known = isinstance(key_layer, str) and key_layer in KEY_LAYERS
+    if isinstance(key_layer, str) and "+" in key_layer:
+        raise ValueError(
+            f"key_layer {key_layer!r} joins several layers, which is for states in bulk (`knnext "
+            "build`, `tune`, `eval`): a KNNLM, `generate`, `serve` and hooks read one. Build a "
+            "datastore of one of them"
+        )
     if not known and not (isinstance(key_layer, str) and key_layer.startswith("module:")):
         raise ValueError(f"key_layer must be {_WANTED}, got {key_layer!r}")
     plain = plain_model(model)

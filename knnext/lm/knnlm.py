@@ -39,8 +39,8 @@ from knnext.lm.running import input_device
 from knnext.lm.wrapped import plain_model
 from knnext.ops import knn_interpolate
 
-#: Ways of decoding that read the logits of more than the last position.
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp")
+#: Ways of decoding that read, or may read, the logits of more than the last position.
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "custom_generate")
 
 
 class KNNLM(nn.Module):
@@ -216,7 +216,8 @@ class KNNLM(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``generate`` of the base model, fed with the mixture: same arguments, same result.
 
-        Only the last position of each sequence is searched. With lmbda = 0 this is the base model.
+        Only the last position of each sequence is searched, but where drafts are checked or a
+        ``custom_generate`` may read more. With lmbda = 0 this is the base model.
         What is not given is taken from the model's ``generation_config``, and from transformers
         after it, as always there: sampling then keeps the 50 likeliest tokens unless ``top_k=0``
         is given, and a chat model's file may bring a temperature, a top_p or penalties.

@@ -72,6 +72,16 @@ def test_a_model_that_wants_more_than_tokens(kind: str, message: str) -> None:
     assert num_hooks(model) == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layer", ["att", "ffn", "module:model.layers.1.mlp:input"])
+def test_weights_that_are_not_finite(layer: str, value: float) -> None:
+    """A training that diverged: no derivative tells anything about such a model."""
+    model = copy.deepcopy(tiny("llama"))
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(ModelError, match="LlamaForCausalLM gives states that are not finite"):
+        find_key_module(model, layer)
+
+
 class Index:
     def search(self, queries: Tensor, k: int) -> Any: ...
 

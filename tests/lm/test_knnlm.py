@@ -325,6 +325,14 @@ def test_a_store_of_another_model(store: Store, message: str) -> None:
 
 
 @pytest.mark.parametrize("make", [KNNLM, KNNLogitsProcessor])
+def test_a_store_of_joined_layers(make: Any) -> None:
+    store = Store(key_layer="att+ffn", dim=64)
+    index = MemoryIndex(torch.zeros(1, 64), torch.zeros(1), store)
+    with pytest.raises(ValueError, match=r"'att\+ffn' joins several layers.*a KNNLM.* read one"):
+        make(tiny("llama"), index)
+
+
+@pytest.mark.parametrize("make", [KNNLM, KNNLogitsProcessor])
 def test_what_is_no_index(make: Any) -> None:
     for index in (Store(), "STORE", None, random_tokens(4)):
         with pytest.raises(TypeError, match=r"index must have search.*ExactIndex\(Datastore.*got"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from knnext import KNNLM
+from knnext import KNNLM, KNNLogitsProcessor
 from tests.lm.test_knnlm import index_of
 from tests.lm.tiny_models import VOCAB, tiny, transformers
 from tests.lm.ways import FAMILIES, OPTIONS, PLAIN, PROMPTS, TEXT
@@ -98,3 +98,59 @@ def test_searched_with_logits_to_keep() -> None:
             rows = slice(-keep, None) if isinstance(keep, int) else keep
             torch.testing.assert_close(part, whole[:, rows])
     assert part.shape[-1] == VOCAB
+
+
+def test_a_custom_generate_is_given_all_positions(lm: KNNLM) -> None:
+    """What it reads of them is not known."""
+
+    def decode(model: Any, input_ids: Any, **_: Any) -> Any:
+        return model(input_ids=input_ids).logits
+
+    with torch.no_grad():
+        assert torch.equal(
+            lm.generate(PROMPTS, custom_generate=decode, **PLAIN), lm(PROMPTS).logits
+        )
+
+
+IMAGE = 90
+
+
+@pytest.mark.parametrize("way", [KNNLM, KNNLogitsProcessor])
+@torch.no_grad()
+def test_a_model_of_images_and_text(way: Any) -> None:
+    """The keys are its text's; an image among the tokens is read as the model reads it."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config={**small, "vocab_size": VOCAB, "model_type": "llama"},
+        vision_config={**small, "image_size": 8, "patch_size": 4, "projection_dim": 16},
+        image_token_id=IMAGE,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    text = TEXT.masked_fill(TEXT == IMAGE, 5)
+    given = {"pixel_values": torch.randn(1, 3, 8, 8)}
+    ids = torch.cat([text[:3], torch.full((4,), IMAGE), text[3:9]])[None]
+    index = index_of(model, text)
+    wanted = ids
+    for _ in range(4):  # in float64, of all tokens so far
+        read: list[torch.Tensor] = []
+        block = model.model.language_model.layers[-1].mlp
+        handle = block.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+        p_lm = model(wanted, **given).logits[0, -1].double().softmax(-1)
+        handle.remove()
+        squares = (index.keys.double() - read[0][0, -1].double()).square().sum(-1)
+        near, rows = squares.topk(4, largest=False)
+        weights = (-near / OPTIONS["temperature"]).softmax(-1)
+        p_knn = torch.zeros_like(p_lm).scatter_add_(0, index.values[rows], weights)
+        mixed = (1 - OPTIONS["lmbda"]) * p_lm + OPTIONS["lmbda"] * p_knn
+        wanted = torch.cat([wanted, mixed.argmax()[None, None]], 1)
+    options = {**given, **PLAIN, "max_new_tokens": 4}
+    made = way(model, index, **OPTIONS)
+    if way is KNNLM:
+        found = made.generate(ids, **options)
+    else:
+        with made:
+            found = model.generate(ids, logits_processor=[made], **options)
+    assert torch.equal(found, wanted)
+    assert not torch.equal(model.generate(ids, **options), wanted)
