@@ -78,7 +78,7 @@ def _read_tuning(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: found[name] for name in _TUNED}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not what `knnext tune` writes: {error}") from None
 
 

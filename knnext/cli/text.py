@@ -73,7 +73,15 @@ def text_to_score(
 def _kept(store: Datastore) -> SplitFacts | None:
     from knnext.corpus import SplitFacts
 
-    return None if store.meta.text is None else SplitFacts.from_dict(store.meta.text)
+    try:
+        kept = None if store.meta.text is None else SplitFacts.from_dict(store.meta.text)
+    except KeyError:
+        return None
+    if kept is None:
+        return None
+    words = (kept.corpus, kept.split, kept.text_column, kept.errors)
+    known = all(isinstance(word, str) for word in words) and isinstance(kept.seed, int)
+    return kept if known and len(kept.shares) == 3 else None  # no build says anything else
 
 
 def _same(spec: str, kept: SplitFacts) -> bool:

@@ -374,7 +374,7 @@ def _read_names(path: Path, num_bytes: int) -> tuple[str, ...]:
         names = tuple(json.loads(b"[" + b",".join(lines) + b"]"))  # all at once is much faster
         if len(names) != len(lines):
             raise ValueError(f"{len(names):,} values in {len(lines):,} lines")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"{path}: not one JSON string a line ({error})"
         raise CorruptDatastoreError(problem, [problem]) from None
     if not all(isinstance(name, str) for name in names):

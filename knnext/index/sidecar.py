@@ -111,7 +111,7 @@ def file_crc32(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise IndexMismatchError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(data, dict):
         raise IndexMismatchError(f"{path} must hold a JSON object")

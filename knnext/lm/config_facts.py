@@ -70,12 +70,20 @@ def settings_differences(
         old, new = stored.get("quantization", ""), asked.get("quantization", "")
         if not (old.startswith(new) or new.startswith(old)):  # an earlier knnext said less
             found.append(f"the models differ in quantization: datastore has {old}, asked for {new}")
-        configs = [json.loads(side.get("config") or "{}") for side in (stored, asked)]
         found += [
             f"the models differ in config: datastore has {name} {a}, asked for {b}"
-            for name, a, b in _settings_apart(*configs)
+            for name, a, b in _settings_apart(_config_of(stored), _config_of(asked))
         ]
     return found
+
+
+def _config_of(side: Mapping[str, str]) -> Mapping[str, Any]:
+    """Nothing, where it is not said, or in a way that no build says it."""
+    try:
+        found = json.loads(side.get("config") or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _settings_apart(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from knnext.cli.text import _kept
 from knnext.datastore import Datastore, DatastoreError
 from knnext.datastore.meta_file import from_json
 from knnext.hub import HubError
@@ -127,3 +128,47 @@ def test_what_lies_beside_it_is_used_or_refused(kind: str, stores: dict[str, Dat
 def test_a_nest_is_no_meta(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(DatastoreError, match="not JSON"):
         from_json(content, tmp_path / "meta.json")
+
+
+NEST = "[" * 100_000
+
+
+@pytest.mark.parametrize("config", ["", "{", "[]", "5", NEST, '{"a": 1}'])
+def test_a_model_whose_config_is_none(config: str, tmp_path: Path) -> None:
+    with small.begin(tmp_path / "S", model={"config": config}) as store:
+        store.append(*small.rows(0, 20))
+    asked = {"config": '{"a": 2}'}
+    if config == '{"a": 1}':
+        with pytest.raises(DatastoreError, match="config: datastore has a 1, asked for 2"):
+            store.check_compatible(model=asked)
+    else:
+        store.check_compatible(model=asked)
+
+
+FACTS = {**MORE["text"], "corpus": "x", "text_column": "c", "errors": "d", "documents": None}
+
+
+@pytest.mark.parametrize(
+    "change", [{"corpus": 5}, {"errors": 1}, {"seed": "b"}, {"shares": [1.0]}, {"split": None}]
+)
+def test_a_text_that_no_build_describes_so(change: dict[str, Any], tmp_path: Path) -> None:
+    for name, text in (("S", FACTS | change), ("T", FACTS), ("U", {"split": "train"})):
+        with small.begin(tmp_path / name, text=text) as store:
+            store.append(*small.rows(0, 20))
+        assert (_kept(Datastore.open(tmp_path / name)) is not None) == (name == "T")
+
+
+@pytest.mark.parametrize("line", [NEST, "5", '"a', '"a"\n"b"', "", "null"])
+def test_names_that_are_none(line: str, tmp_path: Path) -> None:
+    """With a right length and checksum: whoever writes files can write those."""
+    folder = small.write(tmp_path / "S", 20)
+    names = f'"0"\n{line}\n'.encode()
+    (folder / "document-names.jsonl").write_bytes(names)
+    body = json.loads((folder / "meta.json").read_bytes())
+    body["documents"]["names"] |= {
+        "num_bytes": len(names), "checksum": f"crc32:{zlib.crc32(names):08x}"
+    }  # fmt: skip
+    (folder / "meta.json").write_bytes(signed(body))
+    store = Datastore.open(folder, verify=True)
+    with pytest.raises(DatastoreError, match=r"document-names\.jsonl"):
+        list(store.document_names)
