@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from knnext.evaluation.scores import StreamScores
 
 _STARTS = 9  # tried in one document, evenly spread
+#: Tokens on end that make a phrase of the datastore. A licence that names another owner, or breaks
+#: its lines elsewhere, is no copy to the letter, and still tells a reader nothing.
+PHRASE = 8
 
 
 @dataclass(frozen=True)
 class Excerpt:
     """``positions`` (m,) int64 of consecutive targets of one document; ``copied``: the share of
-    them that the datastore holds to the letter."""
+    them in phrases that the datastore holds to the letter."""
 
     document: int
     positions: Tensor
@@ -57,7 +60,7 @@ def document_positions(scores: StreamScores, document: int) -> Tensor:
 def _least_copied(scores: StreamScores, document: int, length: int) -> Excerpt:
     """Of several windows the one with the fewest copied tokens; of equals the middle one."""
     positions = document_positions(scores, document)
-    runs = copied_runs(select(scores, positions)) > 0
+    runs = copied_runs(select(scores, positions), PHRASE) > 0
     last = max(0, len(positions) - length)
     middle = last // 2
     starts = sorted({middle, *(round(i * last / (_STARTS - 1)) for i in range(_STARTS))})
@@ -76,9 +79,13 @@ def select(scores: StreamScores, positions: Tensor) -> StreamScores:
 def telling_token(texts: Sequence[str], gains: Tensor, runs: Tensor) -> int:
     """Where an excerpt is opened: at a word, no copy, that gains more than nine in ten do.
 
-    A page opened at the largest gain of all would show a copy, or an accident.
+    A page opened at the largest gain of all would show a copy, or an accident; at a part of a word,
+    nothing that a reader knows.
     """
     words = [i for i, text in enumerate(texts) if text.strip().isalpha() and len(text.strip()) > 2]
-    chosen = [i for i in words if runs[i] == 0] or words or list(range(len(texts)))
+    new = [i for i in words if runs[i] == 0]
+    after = [*(text[:1] for text in texts[1:]), ""]
+    whole = [i for i in new if texts[i][0].isspace() and not after[i].isalpha()]
+    chosen = whole or new or words or list(range(len(texts)))
     order = sorted(chosen, key=lambda i: float(gains[i]))
     return order[int(0.9 * (len(order) - 1))]

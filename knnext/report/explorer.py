@@ -15,6 +15,7 @@ from knnext.evaluation.spans import decode_all, neighbor_spans
 from knnext.report import script_json
 from knnext.report.copies import copied_runs
 from knnext.report.excerpts import (
+    PHRASE,
     Excerpt,
     choose_excerpts,
     document_positions,
@@ -149,7 +150,7 @@ def _plain(
     texts = pieces(tokenizer, ids, first)
     part = select(scores, excerpt.positions)
     gains = part.log_p(systems[0].temperature, systems[0].lmbda) - part.log_p_lm.double()
-    runs = copied_runs(part)
+    runs, phrases = copied_runs(part), copied_runs(part, PHRASE)
     return {
         "name": scores.document_names[excerpt.document],
         "first": first,
@@ -158,7 +159,7 @@ def _plain(
         "targets": [vocabulary(token) for token in part.targets.tolist()],
         "lm": logs(part.log_p_lm),
         "copied": runs.tolist(),
-        "start": telling_token(texts, gains, runs),
+        "start": telling_token(texts, gains, phrases),
         "systems": [
             _system(system, excerpt.positions, num_neighbors, vocabulary, rows)
             for system in systems

@@ -78,6 +78,24 @@ def test_the_first_excerpt_is_no_copy() -> None:
     assert int(chosen[1].positions[0]) == 225  # where nothing is a copy, the middle
 
 
+def test_a_licence_with_other_names_in_it_is_no_first_excerpt() -> None:
+    """No run of it is a copy's 16 tokens, and it is in phrases of the datastore all the same."""
+    licence = [(start, start + 11) for start in range(0, 100, 12)]
+    scores = planted([(100, licence), (100, [(0, 7), (20, 27)])])
+    assert not copied_runs(scores).any()
+    chosen = choose_excerpts(scores, 2, 100)
+    assert [excerpt.document for excerpt in chosen] == [1, 0]
+    assert chosen[0].copied == 0 and chosen[1].copied > 0.8
+
+
+def test_the_page_opens_at_a_whole_word() -> None:
+    texts = [" so", "ftware", " datast", "ore", " neighbors", "."] * 4
+    gains = torch.tensor([1.0, 9.0, 8.0, 7.0, 2.0, 5.0] * 4)
+    assert texts[telling_token(texts, gains, torch.zeros(24))] == " neighbors"
+    parts = ["ftware", "ore"] * 3  # where no word is whole, a part will do
+    assert telling_token(parts, torch.arange(6.0), torch.zeros(6)) == 4
+
+
 def test_the_same_text_is_shown_once() -> None:
     scores = planted([(30, []), (30, []), (30, [])])
     scores.targets[30:60] = scores.targets[:30]
