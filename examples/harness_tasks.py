@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,13 @@ filter_list:
 metric_list:
   - {metric: exact_match}
 """,
+}
+
+
+WANTED = {
+    "rolling": f"texts of {READ // 2} characters are wanted",
+    "next": f"{CHOICES} lines of 20 to 100 characters, behind eight others, are wanted",
+    "line": "lines of 20 to 100 characters, behind eight others, are wanted",
 }
 
 
@@ -134,12 +142,15 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=40)
     given = parser.parse_args()
     documents = load_corpus(given.corpus).test
-    stem = Path(given.corpus).stem.replace(":", "_")
+    stem = re.sub(r"\W+", "_", Path(given.corpus).stem)  # a comma would part two tasks
     given.folder.mkdir(parents=True, exist_ok=True)
     for task, body in TASKS.items():
         name = f"{stem}_{task}"
         data = (given.folder / f"{name}.jsonl").resolve()
         found = [json.dumps(item) for item in items(documents, task, given.items)]
+        if not found:
+            print(f"{name}: left out, {WANTED[task]}, and no document held out is so")
+            continue
         data.write_text("\n".join(found) + "\n", encoding="utf-8")
         head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
         files = f"dataset_kwargs: {json.dumps({'data_files': {'test': str(data)}})}\n"

@@ -104,3 +104,18 @@ def test_harness_tasks(tmp_path: Path) -> None:
     harness = pytest.importorskip("lm_eval.tasks")
     manager = harness.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     assert {"texts_rolling", "texts_next", "texts_line"} <= set(manager.all_tasks)
+
+
+def test_harness_tasks_of_a_corpus_without_lines(tmp_path: Path) -> None:
+    """A task of no items is one that the harness stops at, as at a comma in a task's name."""
+    texts = tmp_path / "long, few"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(f"one long line of text {number} " * 90)
+    words = ("--corpus", str(texts), "--items", "5")
+    out = run(sys.executable, str(EXAMPLES / "harness_tasks.py"), str(tmp_path / "tasks"), *words)
+    assert "long_few_next: left out, 4 lines of 20 to 100 characters" in out
+    assert {file.name for file in (tmp_path / "tasks").iterdir()} == {
+        "long_few_rolling.yaml",
+        "long_few_rolling.jsonl",
+    }
