@@ -104,6 +104,10 @@ def _check_shape(index: Any, stored: Datastore, file: Path) -> dict[str, Any]:
                 f"{file} is of other keys: {name} is {found!r} there and {wanted!r} in "
                 f"{stored.path}"
             )
+    try:
+        faiss_library.check_kind(index, str(file), stored.metric)
+    except ValueError as error:
+        raise IndexMismatchError(str(error)) from None
     rows, dropped = stored.num_entries, int(index.ntotal) - stored.num_entries
     if dropped and dropped == (stored.meta.origin or {}).get("dropped_rows"):
         # The tail of zeros that the import left out, at the end of the index too.

@@ -369,9 +369,12 @@ def test_joined_datastores_are_deleted_from_as_a_whole(tmp_path: Path) -> None:
     store = Datastore.open(path, verify=True)
     store.delete(["d3"])
     check(Datastore.open(path, verify=True), 3)
+    with pytest.raises(DatastoreError, match="joined from 1 parts"):
+        store.replace(keys_of(torch.arange(2)), torch.arange(2), [("d4", 2)])
     store.compact()
     check(Datastore.open(path, verify=True), 3, compacted=True)
     assert sorted(f.name for f in path.iterdir()) == [".lock", "compact-00001", "meta.json"]
+    assert store.replace(keys_of(torch.arange(2)), torch.arange(2), [("d4", 2)]) == SIZES[4]
 
 
 @pytest.mark.parametrize("seed", range(20))

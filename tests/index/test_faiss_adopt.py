@@ -105,6 +105,23 @@ def test_what_is_no_index_of_the_kind_is_refused(
     faiss.write_index(mapped, str(tmp_path / "mapped"))
     with pytest.raises(IndexMismatchError, match="ids of their own"):
         FaissIndex.adopt(store, tmp_path / "mapped")
+    # Which finds its keys all the same, but by distances that are none of them.
+    with pytest.raises(IndexMismatchError, match="differing bits"):
+        FaissIndex.adopt(store, write(tmp_path / "lsh", store.keys[:], "LSH"))
+
+
+def test_a_kind_that_takes_no_filter_is_taken_and_filtered(
+    one_thread: None, stores: dict[str, Datastore], tmp_path: Path
+) -> None:
+    store = stores["l2"]
+    file = write(tmp_path / "theirs", store.keys[:], "PQ8np")
+    index = FaissIndex.adopt(store, file, tmp_path / "index", gpu=False)
+    everything = index.search(store.keys[:5], ROWS)
+    distances, indices = index.search(store.keys[:5], 9, [0])
+    for q in range(5):
+        kept = store.document_of(everything[1][q]) != 0
+        assert torch.equal(distances[q], everything[0][q][kept][:9])
+    assert (store.document_of(indices) != 0).all()
 
 
 def test_an_import_takes_its_index_along(tmp_path: Path) -> None:
