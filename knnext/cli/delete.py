@@ -66,6 +66,7 @@ def names_of(given: list[list[str]]) -> list[str]:
         if not one.startswith("@"):
             found.append(one)
             continue
-        lines = Path(one[1:]).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: names may hold what ends a line elsewhere, such as U+2028.
+        lines = Path(one[1:]).read_text(encoding="utf-8-sig").split("\n")
         found += [line for line in lines if line.strip()]
     return found

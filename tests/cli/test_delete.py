@@ -54,6 +54,8 @@ def test_documents_of_a_search_come_from_the_command_line(tmp_path: Path) -> Non
     assert found is not None
     assert (found.documents, found.exclude_documents) == (("a", "x", " y"), ("b",))
     assert names_of([["a"], ["b", "a"]]) == ["a", "b", "a"]
+    given.write_bytes("\ufeffx\r\ny\u2028z\x0c\x85w\r\n".encode())  # as another system writes
+    assert names_of([[f"@{given}"]]) == ["x", "y\u2028z\x0c\x85w"]
 
 
 @pytest.mark.parametrize("command", ["search", "eval", "generate", "tune", "explore"])
