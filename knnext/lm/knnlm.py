@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from knnext.lm.compiled import uncompiled
 from knnext.lm.kept_positions import Kept, kept_positions, num_positions, taken
 from knnext.lm.mixing import Call, lending
 from knnext.lm.mixture_loss import loss_trouble, mixture_loss
-from knnext.lm.not_offered import no_continuous_batching, why_not
+from knnext.lm.not_offered import FACTS, no_continuous_batching, why_not
 from knnext.lm.past_context import explained, num_asked, num_tokens
 from knnext.lm.running import input_device
 from knnext.lm.wrapped import plain_model
@@ -146,6 +146,27 @@ class KNNLM(nn.Module):
         """Torch's, under its own name."""
         return f"KNNLM({super().__repr__().partition('(')[2]}"
 
+    # The base model's own refuse what must not be moved or cast: offloaded, dispatched, quantized.
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As of any module, if the base model lets itself be moved or cast so."""
+        self._base.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """``to`` a GPU."""
+        return self.to(
+            torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+        )
+
+    def half(self) -> Self:
+        """``to(torch.float16)``."""
+        return self.to(torch.float16)
+
+    def float(self) -> Self:
+        """``to(torch.float32)``."""
+        return self.to(torch.float32)
+
     def can_generate(self) -> bool:
         """Whether the base model has ``generate``."""
         can = getattr(self.model, "can_generate", None)
@@ -173,11 +194,13 @@ class KNNLM(nn.Module):
         return found
 
     def __getattr__(self, name: str) -> Any:
-        """AttributeError that tells what to do instead, for what only the base model has."""
+        """How the base model is held; AttributeError that tells what to do for all else of it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("model")
+            if name in FACTS and hasattr(base, name):
+                return getattr(base, name)
             raise AttributeError(why_not(name, base)) from None
 
     def forward(

@@ -42,6 +42,16 @@ _OTHER = (
 )
 
 
+#: What is no method and tells how the base model is held: by it a Trainer, a pipeline or accelerate
+#: know that a model is not to be moved. Offered where the base model has it.
+FACTS = frozenset(
+    (
+        *("hf_device_map", "hf_quantizer", "quantization_method", "is_quantized"),
+        *("is_loaded_in_4bit", "is_loaded_in_8bit", "main_input_name"),
+    )
+)
+
+
 def why_not(name: str, base: Any) -> str:
     """The message of an AttributeError: what only the base model has, and what to do instead."""
     text = f"'KNNLM' object has no attribute {name!r}"

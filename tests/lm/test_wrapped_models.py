@@ -161,6 +161,35 @@ def test_tied_weights_are_one_also_where_they_are_offloaded(way: Way, tmp_path: 
     assert model_identity(model) == model_identity(tiny("gpt2"))
 
 
+def test_a_model_that_must_not_be_moved(tmp_path: Path, index: ExactIndex) -> None:
+    """Not by what takes a KNNLM for a model, either: it has empty weights, or some on each GPU."""
+    model = in_parts(copy.deepcopy(tiny("llama")), tmp_path / "weights")
+    lm, ids = KNNLM(model, index, k=4), TOKENS[:9]
+    with torch.no_grad():
+        wanted = KNNLM(tiny("llama"), index, k=4)(ids[None], labels=ids[None])
+    for move in (lm.cuda, lm.half, lm.float, lambda: lm.to("cpu"), lambda: lm.to(torch.float16)):
+        with pytest.raises(RuntimeError, match="can't move a model"):
+            move()
+    assert lm.hf_device_map is model.hf_device_map
+    options: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    trainer = transformers.Trainer(
+        model=lm,
+        args=transformers.TrainingArguments(str(tmp_path), **options),
+        eval_dataset=[{"input_ids": ids, "labels": ids}],
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted.loss.item(), rel=1e-5)
+    with torch.no_grad():
+        assert torch.equal(lm(ids[None]).logits, wanted.logits)
+    assert not hasattr(KNNLM(tiny("llama"), index, k=4), "hf_device_map")
+
+
+def test_a_model_that_is_moved(index: ExactIndex) -> None:
+    lm = KNNLM(copy.deepcopy(tiny("llama")), index, 4, 2.0, nn.Parameter(torch.tensor(0.3)))
+    assert lm.to("cpu") is lm and lm.main_input_name == "input_ids"
+    assert lm.half().dtype == torch.float16 and lm.float().dtype == torch.float32
+    assert lm.to(dtype=torch.bfloat16).dtype == torch.bfloat16 == lm.lmbda.dtype
+
+
 def test_lost_speed_is_warned_of() -> None:
     model = by_blocks(copy.deepcopy(tiny("llama")), Path())
     with pytest.warns(UserWarning, match=r"runs uncompiled: .* inside of model\.layers\.2"):
