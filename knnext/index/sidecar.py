@@ -95,7 +95,8 @@ def check_recipe(found: Recipe, wanted: Recipe, path: Path) -> None:
     ]
     if differing:
         raise IndexMismatchError(
-            f"the index at {path} was built from something else: {'; '.join(differing)}"
+            f"the index at {path} was built from something else: {'; '.join(differing)}. "
+            "overwrite=True (--overwrite) discards it"
         )
 
 
