@@ -87,7 +87,12 @@ class Torch:
         # Where each Python's environment links to one torch, what is compiled once serves all.
         root = next((r.resolve() for r in roots if (r / "version.py").is_file()), None)
         if root is None:
-            stop("PyTorch is not installed here; install torch >= 2.10 first, then repeat this.")
+            stop(
+                f"PyTorch is not installed in {sys.prefix}; install torch >= 2.10 first, then "
+                "repeat this. If that is no environment of yours: uv builds in one of its own, which "
+                "sees no torch; uv pip install setuptools ninja pybind11, then the same as before "
+                "with --no-build-isolation."
+            )
         facts: dict[str, object] = {}
         exec((root / "version.py").read_text(), facts)
         version = str(facts["__version__"])

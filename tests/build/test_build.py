@@ -67,6 +67,7 @@ def test_without_torch_the_build_ends_in_one_sentence(build, monkeypatch, tmp_pa
         find_in(build, monkeypatch, tmp_path)
     message = str(stop.value)
     assert "PyTorch is not installed" in message and "install torch >= 2.10" in message
+    assert sys.prefix in message and "--no-build-isolation" in message, "uv's builds see no torch"
     assert "\n" not in message
 
 
