@@ -89,9 +89,9 @@ class Torch:
         if root is None:
             stop(
                 f"PyTorch is not installed in {sys.prefix}; install torch >= 2.10 first, then "
-                "repeat this. If that is no environment of yours: uv builds in one of its own, which "
-                "sees no torch; uv pip install setuptools ninja pybind11, then the same as before "
-                "with --no-build-isolation."
+                "repeat this. If that is no environment of yours: uv builds in one of its own, "
+                "which sees no torch; uv pip install setuptools ninja pybind11, then the same as "
+                "before with --no-build-isolation."
             )
         facts: dict[str, object] = {}
         exec((root / "version.py").read_text(), facts)
