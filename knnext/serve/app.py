@@ -274,20 +274,21 @@ async def _pieces(
 
     However it ends, the job is given up with it.
     """
+
+    def leave(_: Any) -> None:
+        job.cancelled = True
+        told.put_nowait(Gone())
+
     gone = asyncio.ensure_future(disconnected(request))
+    gone.add_done_callback(leave)
     left = len(job.texts)
     end = time.monotonic() + job.seconds + _GRACE
     try:
         while left:
-            coming = asyncio.ensure_future(told.get())
-            wait = max(0.0, end - time.monotonic())
-            await asyncio.wait({coming, gone}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
-                coming.cancel()
-                if gone.done():
-                    raise Gone
-                raise late(job.seconds)
-            piece = coming.result()
+            try:
+                piece = await asyncio.wait_for(told.get(), max(0.0, end - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise late(job.seconds) from None
             if isinstance(piece, Exception):
                 raise piece
             left -= piece.finish is not None
