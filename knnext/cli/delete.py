@@ -18,10 +18,11 @@ def delete(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
     store = Datastore.open(args.datastore)
     rows = store.delete(names_of(args.documents))
-    say(
-        f"{args.datastore}: {rows:,} rows deleted, {len(store):,} left; no search finds them from "
-        f"now on. The files hold them until `knnext compact {as_typed(args.datastore)}`"
+    held = (
+        "; no search finds them from now on. The files hold them until "
+        f"`knnext compact {as_typed(args.datastore)}`"
     )
+    say(f"{args.datastore}: {rows:,} rows deleted, {len(store):,} left{held if rows else ''}")
     tuned = tuning_path(args.datastore)
     if rows and tuned.exists():
         say(f"{tuned} was fitted with them: `knnext tune` fits temperature and lmbda anew")

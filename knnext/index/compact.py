@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from knnext.datastore import Datastore
 from knnext.datastore.verify import Progress
-from knnext.errors import IndexMismatchError
+from knnext.errors import IndexMismatchError, KnnextError
 from knnext.index import codes, codes_build, faiss_build
 from knnext.index.codes import StoredCodes
 from knnext.index.sidecar import Recipe, read_sidecar
@@ -67,11 +67,18 @@ def _renew_index(store: Datastore, folder: Path, rebuild: bool) -> list[str]:
 
     factory = recipe.factory if current else _fitting(recipe, len(store))
     options: dict[str, Any] = {"seed": recipe.seed, "nprobe": nprobe, "overwrite": not current}
-    if factory is not None:
-        options["train_size"] = min(recipe.train_size, len(store))
+    same: dict[str, Any] = (
+        {} if factory is None else {"train_size": min(recipe.train_size, len(store))}
+    )
     if current:
-        options["segment_rows"] = recipe.segment_rows
-    FaissIndex.build(store, folder, factory, **options)
+        same["segment_rows"] = recipe.segment_rows
+    try:
+        FaissIndex.build(store, folder, factory, **options, **same)
+    except ValueError as error:
+        if factory is None or current or isinstance(error, KnnextError):
+            raise
+        factory = None  # so few rows cannot train it
+        FaissIndex.build(store, folder, **options)
     return [f"{folder}: built again, {factory or 'by the default for what is left'}"]
 
 

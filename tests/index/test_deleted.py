@@ -195,6 +195,15 @@ def codes_not_joined(store: Datastore) -> None:
                 StoredCodes.build_part(store, (number, 2))
 
 
+def test_an_index_that_so_few_rows_cannot_train_is_built_by_the_default(tmp_path: Path) -> None:
+    store = make_datastore(tmp_path / "s", grid_keys(300), documents=[("a", 100), ("b", 200)])
+    FaissIndex.build(store, factory="PQ1", gpu=False)  # 256 centroids
+    store.delete(["a"])
+    assert "by the default" in compact(store.path).beside[0]
+    index = FaissIndex.open(None, Datastore.open(store.path), gpu=False)
+    assert (index.factory, len(index)) == ("Flat", 200)
+
+
 @pytest.mark.parametrize("left", ["parts", "killed", "unreadable"])
 def test_nothing_half_made_keeps_what_was_deleted(path: Path, left: str) -> None:
     store = Datastore.open(path)
