@@ -47,8 +47,8 @@ def check_causal(model: nn.Module) -> None:
     """NotCausalError (a ValueError) where a state of the model depends on later tokens.
 
     A model object is tried once, in the attention that it runs with. ModelError (a ValueError)
-    also where it has not one state for each token, none that is finite, or does not run on tokens
-    alone.
+    also where it has not one state for each token, none that is finite, or fails on tokens by
+    themselves.
     """
     if model in _causal:
         return
@@ -80,7 +80,7 @@ def _explained(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:  # models raise what they like
         text = (
-            f"{type(model).__name__} does not run on tokens alone, which is how knnext reads a "
+            f"{type(model).__name__} fails on tokens by themselves, which is how knnext reads a "
             f"model: {type(error).__name__}: {error}"
         )
         if inside := _language_models(model):

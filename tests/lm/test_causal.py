@@ -65,7 +65,7 @@ def test_a_model_that_wants_more_than_tokens(kind: str, message: str) -> None:
     )
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     for layer in ("att", "ffn"):
-        with pytest.raises(ModelError, match=rf"does not run on tokens alone.*{message}"):
+        with pytest.raises(ModelError, match=rf"fails on tokens by themselves.*{message}"):
             find_key_module(model, layer)
     part = model.text_decoder if kind == "Blip" else model.language_model
     assert find_key_module(part, "att").name.endswith(("layer.1.intermediate", "layers.1.fc1"))
