@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from knnext.serve import app as app_module
 from knnext.serve.app import MAX_BODY, Service
 from tests.explore.asgi import HOST, Answer, hang_up, send
 from tests.explore.small import CONTEXT, K
-from tests.serve.asking import ask
+from tests.serve.asking import PATIENCE, ask
 
 NAME = "small/model"
 KEY = "a-key-of-this-run"
@@ -184,9 +185,12 @@ def test_models(app: Any) -> None:
     assert missing.status == 404 and missing.json["error"]["code"] == "model_not_found"
 
 
-def test_metrics_are_counted(app: Any) -> None:
+def test_metrics_are_counted(app: Any, engine: Any) -> None:
     post(app, prompt="a", max_tokens=2)
     post(app, prompt=7)
+    end = time.monotonic() + PATIENCE
+    while not engine.idle and time.monotonic() < end:  # it answers before it has cleared away
+        time.sleep(0.01)
     text = send(app, "GET", "/metrics").body.decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert int(values['knnext_http_answers_total{path="/v1/completions",status="400"}']) >= 1
