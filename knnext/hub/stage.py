@@ -62,7 +62,12 @@ def staged(stage: Path) -> Iterator[None]:
 def _claim(stage: Path) -> WriterLock:
     said = False
     while True:
-        stage.mkdir(exist_ok=True)
+        try:
+            stage.mkdir(exist_ok=True)
+        except FileExistsError:  # no folder, or one that took its place a moment ago
+            if stage.exists() and not stage.is_dir():
+                raise
+            continue
         try:
             lock = WriterLock(stage)
         except FileNotFoundError:  # the folder took its place a moment ago
