@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "knnext"
 ORDER = (
     ("errors",),
     ("launch",),
-    ("_host", "progress", "say", "output", "reference", "ranks"),
+    ("_host", "devices", "progress", "say", "output", "reference", "ranks"),
     ("ops",),
     ("testing",),
     ("corpus",),
@@ -105,7 +105,7 @@ def test_the_table_in_contributing_is_true() -> None:
     lines = re.findall(r"^\| `([\w.]+)` \| [^|]+ \|(.*)\|$", text, flags=re.MULTILINE)
     stated = {name: set(re.findall(r"`([\w.]+)`", known)) for name, known in lines}
     # Which all may know.
-    files = {"", "_host", "errors", "progress", "say", "output", "launch", "ranks"}
+    files = {"", "_host", "devices", "errors", "progress", "say", "output", "launch", "ranks"}
     found: dict[str, set[str]] = {name: set() for name in stated}
     for module, names in IMPORTS.items():
         if room(module) in found:

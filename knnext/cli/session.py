@@ -85,23 +85,14 @@ def _read_tuning(path: Path) -> dict[str, Any]:
 def device_of(args: argparse.Namespace) -> str:
     import torch
 
+    from knnext.devices import checked_device
+
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if args.device in (None, "cuda") and found and launched()[1] > 1:
         return f"cuda:{local_rank() % found}"  # each rank of a machine its own
     if args.device is None:
         return "cuda" if found else "cpu"
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise ValueError(
-            f"--device must be such as cpu, cuda or cuda:1, got {args.device!r}"
-        ) from None
-    if device.type == "cuda" and not found:
-        build = f"torch {torch.__version__} was built without CUDA"
-        reason = "torch sees no GPU" if torch.backends.cuda.is_built() else build
-        raise ValueError(f"--device {args.device}: {reason}; `knnext doctor` tells more")
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise ValueError(f"--device {args.device}: the GPUs here are cuda:0 to cuda:{found - 1}")
+    checked_device(args.device, "--device")
     return str(args.device)
 
 

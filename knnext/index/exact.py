@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from knnext.devices import checked_device
 from knnext.index.base import TokenTable
 from knnext.index.chunks import Chunk, parts_of, queries_of
 from knnext.index.code_choice import Codes, choose_codes, describe_choice
@@ -96,7 +97,7 @@ class ExactIndex(TokenTable):
             )
         self._cosine = self.metric == "cosine"
         self._op_metric = "ip" if self._cosine else self.metric
-        self.device: torch.device = torch.device("cpu" if device is None else device)
+        self.device: torch.device = checked_device("cpu" if device is None else device)
         self.query_batch: int = check_count("query_batch", query_batch)
         self.refine: bool = bool(refine)
         self._choice = choose_codes(datastore, codes, self.device, verify=verify)

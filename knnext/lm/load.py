@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from knnext.devices import checked_device
 from knnext.errors import MissingFileError, ModelError, missing_package
 from knnext.lm.adapter import check_adapter, check_adapter_kind, with_adapter
 from knnext.lm.causal import check_config
@@ -214,6 +215,8 @@ def _check_options(
     merge_adapter: bool,
 ) -> None:
     """ValueError for options that do not go together, MissingPackageError for lack of one."""
+    if device is not None:
+        checked_device(device)
     if revision is not None and folder.is_dir():
         raise ValueError(
             f"revision {revision!r} is for a hub name; {source} is a folder, which has one state"

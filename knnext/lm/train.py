@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from knnext.corpus import Document
+from knnext.devices import checked_device
 from knnext.lm.load import libraries
 from knnext.progress import Progress
 
@@ -137,7 +138,7 @@ def train_lm(
         )
     if seconds <= 0 or (max_steps is not None and max_steps < 1):
         raise ValueError(f"seconds and max_steps must be positive, got {seconds} and {max_steps}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = new_model(config, tokenizer).to(place).train()
     losses, elapsed = _loop(model, tokens, config, place, seconds, max_steps)
     model.config.use_cache = True

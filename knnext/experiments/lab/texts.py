@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from knnext.corpus import take_documents
+from knnext.devices import checked_device
 from knnext.experiments.lab.cache import Cache, settings_key
 from knnext.experiments.lab.presets import Preset
 from knnext.progress import format_duration
@@ -41,7 +42,9 @@ class TextLab:
     ) -> None:
         self.preset, self.folder, self.say = preset, Path(folder), say
         self.cache = Cache(self.folder / "cache")
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = str(
+            checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        )
         self.seconds: dict[str, float] = {}
 
     @cached_property
