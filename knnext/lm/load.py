@@ -29,6 +29,7 @@ from knnext.lm.loaded import check_finite, check_tokenizer, check_weights, warn_
 from knnext.lm.model_dtype import check_model_dtype, dtype_to_load, too_narrow
 from knnext.lm.model_folder import check_folder, read_json
 from knnext.lm.quantized import check_quantization, check_was_quantized, quantization_config
+from knnext.lm.running import quiet_transformers
 
 __all__ = [
     "libraries",
@@ -373,15 +374,8 @@ def _quiet_bars() -> Iterator[None]:
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
     """No bars, and no report of weights that do not fit: that is an error, said in words here."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with _quiet_bars():
-            yield
-    finally:
-        logging.set_verbosity(level)
+    with quiet_transformers(), _quiet_bars():
+        yield
 
 
 def libraries() -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from knnext.lm.kept_positions import ALL, Kept, kept_positions, taken
-from knnext.lm.running import evaluating, trace_inputs
+from knnext.lm.running import evaluating, quiet_transformers, trace_inputs
 
 IGNORED_LABEL = -100
 #: Of the trial's loss, relative: models may take theirs in half precision.
@@ -90,7 +90,7 @@ def loss_trouble(model: nn.Module) -> str | None:
     inputs = trace_inputs(model)
     arguments = {**inputs, "labels": inputs["input_ids"]}
     advice = "call the KNNLM without labels and compute the loss from its logits"
-    with evaluating(model):
+    with evaluating(model), quiet_transformers():  # which names its default loss
         try:
             output = model(**arguments)
         except Exception as error:  # GIT, for one, takes its first labels for those of an image

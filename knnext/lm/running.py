@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Nothing below an error is said by transformers inside the block, if it is loaded at all."""
+    logging: Any = sys.modules.get("transformers.utils.logging")
+    if logging is None:
+        yield
+        return
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def here(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -154,3 +154,22 @@ def test_a_model_of_images_and_text(way: Any) -> None:
             found = model.generate(ids, logits_processor=[made], **options)
     assert torch.equal(found, wanted)
     assert not torch.equal(model.generate(ids, **options), wanted)
+
+
+def test_it_is_made_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """Of GPT-2, for one, transformers says at its first loss which one it takes."""
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    once = type(transformers.modeling_utils.logger).warning_once
+    once.cache_clear()
+    level = logging.get_verbosity()
+    try:
+        model = tiny("gpt2")
+        KNNLM(model, index_of(model, TEXT), **OPTIONS)
+        assert not caplog.records and logging.get_verbosity() == level
+        once.cache_clear()
+        model.loss_function  # noqa: B018
+        assert "loss_type" in caplog.text, "or this test says nothing"
+    finally:
+        logging.disable_propagation()
