@@ -163,7 +163,8 @@ def test_it_is_made_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     logging.enable_propagation()
     once = type(transformers.modeling_utils.logger).warning_once
     once.cache_clear()
-    level = logging.get_verbosity()
+    before, level = logging.get_verbosity(), logging.WARNING
+    logging.set_verbosity(level)
     try:
         model = tiny("gpt2")
         KNNLM(model, index_of(model, TEXT), **OPTIONS)
@@ -173,3 +174,4 @@ def test_it_is_made_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
         assert "loss_type" in caplog.text, "or this test says nothing"
     finally:
         logging.disable_propagation()
+        logging.set_verbosity(before)
