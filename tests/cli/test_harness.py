@@ -16,7 +16,7 @@ from knnext.lm.load import load_lm, save_lm
 from knnext.lm.train import train_tokenizer
 from tests.lm.tiny_models import transformers
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'knnext[harness]'")
+lm_eval = pytest.importorskip("lm_eval", reason="needs the package lm_eval")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 
 from knnext.cli import lm_eval as command  # noqa: E402
@@ -388,7 +388,7 @@ def test_later_releases_find_it_by_its_entry_point() -> None:
 
 
 def test_a_gguf_file(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs gguf: pip install 'knnext[gguf]'")
+    pytest.importorskip("gguf", reason="needs the package gguf")
     from tests.lm.gguf_files import write_gguf
 
     model, words = load_lm(place / "model", model_dtype="float32")

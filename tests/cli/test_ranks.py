@@ -29,7 +29,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: str, size: str = "2") -> None
 
 def test_each_command_is_of_one_kind() -> None:
     assert not set(TOGETHER) & set(LED) and not set(TOGETHER + LED) & set(EACH)
-    assert set(TOGETHER + LED + EACH) <= {*COMMANDS, "experiment", "index"}
+    assert set(TOGETHER + LED + EACH) <= {*COMMANDS, "experiment", "index", "distill"}
 
 
 @pytest.mark.parametrize("command", [*TOGETHER, *LED])
