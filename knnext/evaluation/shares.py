@@ -121,6 +121,6 @@ def shares_of(ranks: Ranks, tokenized: TokenizedDocuments, windows: dict[str, An
         windows["stride"],
         windows["batch_size"],
         tokenized.document_offsets if windows["separate_documents"] else None,
-        bool(windows["full_last_window"]),
+        bool(windows.get("full_last_window")),
     )
     return Shares(ranks, ends)

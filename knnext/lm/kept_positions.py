@@ -35,7 +35,9 @@ def kept_positions(model: nn.Module, arguments: dict[str, Any]) -> Kept:
         return slice(-keep, None)
     if isinstance(keep, slice):
         return keep
-    places = torch.as_tensor(list(keep) if isinstance(keep, range) else keep)
+    places = keep
+    if not isinstance(places, Tensor):
+        places = torch.as_tensor(list(keep) if isinstance(keep, range) else keep, device="cpu")
     if places.ndim != 1:
         raise ValueError(
             f"logits_to_keep must be an int or positions (n,), got {type(keep).__name__} of shape "
