@@ -278,7 +278,7 @@ class Demo:
             self.say(f"        {format_duration(self.seconds[name])}")
 
 
-NUM_STEPS = 8
+NUM_STEPS = 9
 
 
 def _device() -> str:
