@@ -120,7 +120,9 @@ class Demo:
         if not (self.out / "training.json").exists():
             with self.step(f"train the language model for {self.config.train_seconds:.0f} s"):
                 self._train(corpus, folder)
-        return load_lm(folder, device=_device())
+                return load_lm(folder, device=_device())
+        with self.step("read the trained language model"):
+            return load_lm(folder, device=_device())
 
     def _finished_model(self, name: str) -> str:
         if name != SMOLLM2:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from knnext.datastore import Datastore
 from tests.datastore.crash import in_child, rows
+from tests.dying import dies_at
 
 OPERATIONS = {os: ("pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "unlink", "rename", "replace")}
 
@@ -53,31 +54,6 @@ STEPS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
 }
 
 
-def dies_at(point: int | None, count_file: Path) -> None:
-    """Count the operations that change files, and die at one of them (a write half done)."""
-    done = 0
-
-    def wrap(owner: object, name: str) -> None:
-        real = getattr(owner, name)
-
-        def counted(*arguments: object, **options: object) -> object:
-            nonlocal done
-            done += 1
-            if done - 1 == point:
-                if name == "pwrite":
-                    fd, data, offset = arguments
-                    real(fd, data[: len(data) // 2], offset)  # type: ignore[index]
-                os.kill(os.getpid(), signal.SIGKILL)
-            count_file.write_text(str(done)) if point is None else None
-            return real(*arguments, **options)
-
-        setattr(owner, name, counted)
-
-    for owner, names in OPERATIONS.items():
-        for name in names:
-            wrap(owner, name)
-
-
 def seen(path: Path) -> list[object]:
     """What a reader sees: values and names, with every checksum compared."""
     store = Datastore.open(path, verify=True)
@@ -91,16 +67,17 @@ def main() -> None:
     records = []
     for name, (change, begin) in STEPS.items():
         base, path, count_file = work / f"{name}-base", work / name, work / "count"
+        dying = partial(dies_at, OPERATIONS, count_file=count_file)
         begin(base)
         before = seen(base)
         shutil.copytree(base, path)
-        assert in_child(lambda c=change, p=path: (dies_at(None, work / "count"), c(p))) == 0
+        assert in_child(lambda c=change, p=path, d=dying: (d(None), c(p))) == 0
         after = seen(path)
         count = int(count_file.read_text())
         for point in range(count - 1, -1, -step):
             shutil.rmtree(path)
             shutil.copytree(base, path)
-            status = in_child(lambda c=change, p=path, n=point: (dies_at(n, work / "count"), c(p)))
+            status = in_child(lambda c=change, p=path, d=dying, n=point: (d(n), c(p)))
             then = seen(path)
             assert in_child(lambda c=change, p=path: c(p)) == 0
             left = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())

@@ -143,7 +143,11 @@ def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(demo.Demo, "_index", kill)
         run_demo(config, out, say=lines.append)
     trained = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    before = len(lines)
     results = run_demo(config, out, say=lines.append)
+    steps = re.findall(r"^  \[(\d+)/(\d+)\]", "\n".join(lines[before:]), flags=re.MULTILINE)
+    count = demo.NUM_STEPS
+    assert steps == [(str(number), str(count)) for number in range(1, count + 1)]
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == trained
 
     names = [row["name"] for row in results["rows"]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,34 +24,13 @@ from knnext.index import ExactIndex
 from knnext.lm.train import train_tokenizer
 from tests.datastore.crash import in_child
 from tests.distill.test_distill import LENGTHS, OPTIONS, WINDOWS, a_text
+from tests.dying import dies_at
 from tests.lm.tiny_models import tiny
 
 OPERATIONS = {
     os: ("mkdir", "unlink", "rename", "replace", "fsync"),
     ShardWriter: ("__init__", "_write", "__exit__"),
 }
-
-
-def dies_at(point: int | None, count_file: Path) -> None:
-    """Count the operations that change files, and die before one of them."""
-    done = 0
-
-    def wrap(owner: object, name: str) -> None:
-        real = getattr(owner, name)
-
-        def counted(*arguments: object, **options: object) -> object:
-            nonlocal done
-            done += 1
-            if done - 1 == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count_file.write_text(str(done)) if point is None else None
-            return real(*arguments, **options)
-
-        setattr(owner, name, counted)
-
-    for owner, names in OPERATIONS.items():
-        for name in names:
-            wrap(owner, name)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -82,7 +60,7 @@ def main() -> None:
         distill(model, ExactIndex(store), text, folder, **options)
 
     def dying(folder: Path, point: int | None) -> Callable[[], None]:
-        return lambda: (dies_at(point, work / "count"), run(folder))[1]
+        return lambda: (dies_at(OPERATIONS, point, work / "count"), run(folder))[1]
 
     assert in_child(dying(work / "whole", None)) == 0
     wanted, count = content(work / "whole"), int((work / "count").read_text())

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,33 +21,15 @@ from knnext.datastore import Datastore, DatastoreError
 from knnext.hub import open_partial
 from knnext.index import StoredCodes
 from tests.datastore.crash import in_child
+from tests.dying import dies_at
 from tests.hub.stored import REPO, ROWS
 
-NAMES = ("mkdir", "rmdir", "unlink", "rename", "replace", "fsync")
+OPERATIONS = {os: ("mkdir", "rmdir", "unlink", "rename", "replace", "fsync")}
 
 
-def dies_at(point: int | None, count_file: Path) -> None:
-    """Count the operations that change files, and die before one of them."""
-    done = 0
-
-    def wrap(name: str) -> None:
-        real = getattr(os, name)
-
-        def counted(*arguments: object, **options: object) -> object:
-            nonlocal done
-            if ".cache" in str(arguments[0]) and name != "replace":
-                return real(*arguments, **options)  # the client's own notes, of which we read none
-            done += 1
-            if done - 1 == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if point is None:
-                count_file.write_text(str(done))
-            return real(*arguments, **options)
-
-        setattr(os, name, counted)
-
-    for name in NAMES:
-        wrap(name)
+def of_the_client(name: str, arguments: tuple[Any, ...]) -> bool:
+    """The client's own notes, of which we read none."""
+    return ".cache" in str(arguments[0]) and name != "replace"
 
 
 def whole(path: Path) -> None:
@@ -91,18 +74,19 @@ def seen(path: Path) -> str:
 def main() -> None:
     work, step = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
+    dying = partial(dies_at, OPERATIONS, count_file=work / "count", passed_over=of_the_client)
     records = []
     for name, (fetch, begin) in STEPS.items():
         counting = work / f"{name}-counted" / "T"
         begin(counting) if begin is not nothing else None
-        assert in_child(lambda f=fetch, p=counting: (dies_at(None, work / "count"), f(p))) == 0
+        assert in_child(lambda f=fetch, p=counting: (dying(None), f(p))) == 0
         wanted, count = seen(counting), int((work / "count").read_text())
         for point in range(count - 1, -1, -step):
             path = work / name / "T"
             shutil.rmtree(path.parent, ignore_errors=True)
             begin(path) if begin is not nothing else None
             before = seen(path)
-            status = in_child(lambda f=fetch, p=path, n=point: (dies_at(n, work / "count"), f(p)))
+            status = in_child(lambda f=fetch, p=path, n=point: (dying(n), f(p)))
             then = seen(path)
             assert in_child(lambda f=fetch, p=path: f(p)) == 0
             records.append(
