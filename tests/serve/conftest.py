@@ -53,3 +53,18 @@ def engine(mixed: Any, opened: Any) -> Iterator[Any]:
     engine = Engine(mixed, opened.tokenizer)
     yield engine
     engine.cancel()
+
+
+@pytest.fixture(scope="module")
+def app(engine: Any) -> Any:
+    from tests.serve.posting import service_of
+
+    return service_of(engine).app()
+
+
+@pytest.fixture
+def chatting(make_engine: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from tests.serve.posting import TEMPLATE, service_of
+
+    monkeypatch.setattr(opened.tokenizer, "chat_template", TEMPLATE, raising=False)
+    return service_of(make_engine()).app()
