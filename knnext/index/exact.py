@@ -10,9 +10,7 @@ a time.
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,9 +18,9 @@ from torch import Tensor
 
 from knnext.devices import checked_device
 from knnext.index.base import TokenTable
+from knnext.index.chunk_reader import ChunkReader, default_resident_bytes
 from knnext.index.chunks import Chunk, parts_of, queries_of
 from knnext.index.code_choice import Codes, choose_codes, describe_choice
-from knnext.index.codes_meta import STATS_BYTES
 from knnext.index.filter import Filter
 from knnext.index.queries import (
     QueryGroup,
@@ -31,22 +29,16 @@ from knnext.index.queries import (
     check_k,
     prepare_queries,
 )
-from knnext.index.row_set import AnyOf, plan
+from knnext.index.row_set import AnyOf
 from knnext.index.tensors import ArrayLike, TensorStore, tensor_store
 from knnext.index.wanted import wanted_rows
-from knnext.ops import KeyCodes, key_sqnorms, knn_search, merge_topk
+from knnext.ops import KeyCodes, knn_search, merge_topk
 
 if TYPE_CHECKING:
     from knnext.datastore import Datastore
     from knnext.index.codes import StoredCodes
 
 METRICS = ("l2", "ip")
-
-
-# Rows that few queries look for are read one by one, those of many with all that lies between: a
-# disk reads about so many rows on end while it finds one.
-_ROWS_ON_END = 128
-_PAGES_A_ROW = 64  # of a disk, for each row looked for: far more than likely rows make
 
 
 class ExactIndex(TokenTable):
@@ -100,18 +92,16 @@ class ExactIndex(TokenTable):
         self.device: torch.device = checked_device("cpu" if device is None else device)
         self.query_batch: int = check_count("query_batch", query_batch)
         self.refine: bool = bool(refine)
-        self._choice = choose_codes(datastore, codes, self.device, verify=verify)
         self._asked = codes
+        self._chunks = ChunkReader(
+            datastore,
+            self.device,
+            choose_codes(datastore, codes, self.device, verify=verify),
+            with_norms=self.metric == "l2",
+            chunk_bytes=check_count("chunk_bytes", chunk_bytes),
+            resident_bytes=resident_bytes,
+        )
         self._generation = getattr(datastore, "generation", 0)
-        rows = check_count("chunk_bytes", chunk_bytes) // self._row_bytes()
-        self.chunk_rows: int = max(1, rows)
-        if resident_bytes is None:
-            resident_bytes = _default_resident_bytes(self.device)
-        self.resident_bytes = resident_bytes
-        self._keep = datastore.num_entries * self._row_bytes() <= resident_bytes
-        self._resident: list[Chunk] | None = None
-        self._scattered = True
-        self._sqnorms: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
     def from_tensors(
@@ -166,26 +156,33 @@ class ExactIndex(TokenTable):
             )
         rows = store.add(keys, values, documents)
         if isinstance(self.codes, KeyCodes):
-            self._choice = self._choice._replace(codes=store.encode(rows, self.codes))
-        self._keep = store.num_entries * self._row_bytes() <= self.resident_bytes
-        self._resident = self._values = None
-        # Blocks behind the first may have been joined.
-        given = store.given_rows
-        self._sqnorms = {at: norms for at, norms in self._sqnorms.items() if at[0] < given}
+            self._chunks.choice = self._chunks.choice._replace(codes=store.encode(rows, self.codes))
+        self._chunks.forget(store.given_rows)  # blocks behind the first may have been joined
+        self._values = None
 
     @property
     def codes(self) -> KeyCodes | StoredCodes | None:
         """What is searched by, if not the keys themselves."""
-        return self._choice.codes
+        return self._chunks.choice.codes
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that are handled at once, at most."""
+        return self._chunks.chunk_rows
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is searched by stays in memory between calls where it is no larger."""
+        return self._chunks.resident_bytes
 
     @property
     def resident(self) -> bool:
         """Whether what is searched by stays in memory between calls."""
-        return self._keep
+        return self._chunks.resident
 
     def describe(self) -> str:
         """One line: what a search goes through, how many bytes of it, where they are kept."""
-        return describe_choice(self.datastore, self._choice, self.resident_bytes)
+        return describe_choice(self.datastore, self._chunks.choice, self.resident_bytes)
 
     def search(
         self,
@@ -236,26 +233,25 @@ class ExactIndex(TokenTable):
         distances = torch.full((count, k), float("inf"), dtype=torch.float32, device=self.device)
         indices = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
         if groups:
-            with self._reading(count * k):
-                for chunk in self._chunks(AnyOf([group.kept for group in groups])):
+            wanted = AnyOf([group.kept for group in groups])
+            with self._chunks.reading_rows(count * k):
+                for chunk in self._chunks.holding(wanted):
                     self._search_chunk(queries, chunk, groups, distances, indices)
         return distances, indices
 
     def _forget(self) -> None:
         """Rows have been deleted: what is kept of them is numbered otherwise now."""
         super()._forget()
-        self._resident, self._sqnorms = None, {}
+        self._chunks.forget()
         if isinstance(self.codes, KeyCodes):
             raise ValueError(
                 f"rows of {self.datastore.path} were deleted, and the codes that this index was "
                 "given are of those before: make a new one"
             )
         if self.codes is not None:
-            self._choice = choose_codes(self.datastore, self._asked, self.device, verify=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What the datastore holds is left out and read again where it is wanted."""
-        return {**super().__getstate__(), "_resident": None, "_sqnorms": {}}
+            self._chunks.choice = choose_codes(
+                self.datastore, self._asked, self.device, verify=False
+            )
 
     def _search_chunk(
         self,
@@ -329,121 +325,11 @@ class ExactIndex(TokenTable):
             codes=chunk.codes,
         )
 
-    def _row_bytes(self) -> int:
-        """Bytes of a row of what is searched through; keys beside codes are mapped, or copied."""
-        keys = self.datastore.meta.row_bytes
-        if self.codes is None:
-            return keys
-        return self.codes.dim + STATS_BYTES + (keys if self.datastore.keys.selected else 0)
-
-    @contextmanager
-    def _reading(self, wanted: int) -> Iterator[None]:
-        """Within, rows of keys are read from a disk as suits where so many are looked for."""
-        keys = self.datastore.keys
-        few = self.codes is not None and wanted * _ROWS_ON_END < len(keys)
-        stored = len(keys) * self.datastore.meta.row_bytes > self.resident_bytes
-        if not (few and stored and self._scattered):
-            yield
-            return
-        before = _pages_read()
-        with keys.scattered():
-            yield
-        # Page by page is no way to read everything: what codes leave open, they may leave again.
-        self._scattered = _pages_read() - before < _PAGES_A_ROW * wanted + _ROWS_ON_END
-
-    def _chunks(self, wanted: AnyOf) -> Iterator[Chunk]:
-        """Chunks that hold the wanted rows: from memory where they are kept, else as they are read.
-
-        What nobody wants is not read, but where all is to stay on a GPU, and half of it is wanted.
-        """
-        if self._resident is not None:
-            yield from (c for c in self._resident if wanted.window(c.start, c.stop) is not False)
-            return
-        if not wanted.everything:
-            count = self.datastore.num_entries
-            stay = self._keep and self.device.type != "cpu"
-            if not (stay and 2 * wanted.count(count) >= count):
-                yield from self._wanted_chunks(wanted)
-                return
-        if self.codes is not None and not self.datastore.keys.selected:
-            yield from self._coded_chunks(self.codes)
-            return
-        kept: list[Chunk] = []
-        for start, keys in self._read():
-            chunk = Chunk(start, keys, self._norms(start, keys), self._codes_of(start, keys))
-            if self._keep:
-                kept.append(chunk)
-            yield chunk
-        # Only a pass that went to its end has seen every chunk.
-        if self._keep:
-            self._resident = kept
-
-    def _coded_chunks(self, codes: KeyCodes | StoredCodes) -> Iterator[Chunk]:
-        """Chunks that hold no copy of anything: keys and codes are mapped, or given."""
-        for first, last in self.datastore.keys.pieces(self.chunk_rows):
-            yield Chunk(first, self.datastore.keys[first:last], None, codes[first:last])
-
-    def _wanted_chunks(self, wanted: AnyOf) -> Iterator[Chunk]:
-        """Long runs of wanted rows, mapped where they are on the CPU; and the others, gathered."""
-        keys, places = self.datastore.keys, []
-
-        def read() -> Iterator[tuple[int, Tensor]]:
-            for (first, last), rows in plan(wanted, keys.pieces(self.chunk_rows), self.chunk_rows):
-                places.append((first, rows))
-                found = keys[first:last] if rows is None else keys[torch.from_numpy(rows)]
-                yield len(places) - 1, found
-
-        for number, found in self._on_device(read(), reuse_buffers=True):
-            first, rows = places[number]
-            if rows is None:
-                sqnorms = self._sqnorms.get((first, len(found)))
-                yield Chunk(first, found, sqnorms, self._codes_of(first, found))
-            else:  # whose keys have been read: codes would save no reading
-                yield Chunk(first, found, None, None, rows)
-
-    def _codes_of(self, start: int, keys: Tensor) -> KeyCodes | None:
-        return None if self.codes is None else self.codes[start : start + len(keys)]
-
-    def _read(self) -> Iterator[tuple[int, Tensor]]:
-        chunks = ((a, keys) for a, keys, _ in self.datastore.iter_chunks(self.chunk_rows))
-        # Chunks that stay must each have memory of their own; others share two buffers.
-        return self._on_device(chunks, reuse_buffers=not self._keep)
-
-    def _on_device(
-        self, chunks: Iterator[tuple[int, Tensor]], *, reuse_buffers: bool
-    ) -> Iterator[tuple[int, Tensor]]:
-        if self.device == getattr(self.datastore, "device", torch.device("cpu")):
-            return chunks
-        from knnext.index.transfer import prefetch_to_device
-
-        return prefetch_to_device(chunks, self.device, reuse_buffers=reuse_buffers)
-
-    def _norms(self, start: int, keys: Tensor) -> Tensor | None:
-        """Squared norms of a chunk: N float32 in all, computed once and kept."""
-        if self.metric != "l2" or self.codes is not None:
-            return None
-        at = (start, len(keys))
-        if at not in self._sqnorms:
-            self._sqnorms[at] = key_sqnorms(keys)
-        return self._sqnorms[at]
-
-
-def _pages_read() -> int:
-    """So far, by this process, for memory that is mapped from files."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-
 
 def describe_exact(
     datastore: Datastore, device: torch.device, codes: Codes = "auto"
 ) -> tuple[KeyCodes | StoredCodes | None, str]:
     """What an `ExactIndex` there would use and say of itself; no checksums are compared."""
     choice = choose_codes(datastore, codes, device, verify=False)
-    line = describe_choice(datastore, choice, _default_resident_bytes(device))
+    line = describe_choice(datastore, choice, default_resident_bytes(device))
     return choice.codes, line
-
-
-def _default_resident_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2 << 30
-    free, _ = torch.cuda.mem_get_info(device)
-    return free // 2

@@ -270,7 +270,7 @@ def test_rows_of_few_queries_are_read_one_by_one(
         return known[shard]
 
     monkeypatch.setattr(fresh.keys._files, "_map", spied)
-    monkeypatch.setattr("knnext.index.exact._pages_read", lambda: read[0])
+    monkeypatch.setattr("knnext.index.chunk_reader._pages_read", lambda: read[0])
     few, shards = queries(2), 4
     both = [mmap.MADV_RANDOM] * shards + [mmap.MADV_NORMAL] * shards
     index = ExactIndex(fresh, resident_bytes=1000)
@@ -287,7 +287,7 @@ def test_rows_of_few_queries_are_read_one_by_one(
     del advised[:]
     assert_same(index.search(few, 3), want)
     monkeypatch.setattr(
-        "knnext.index.exact._pages_read", lambda: read.append(read[-1] + 1000) or read[-1]
+        "knnext.index.chunk_reader._pages_read", lambda: read.append(read[-1] + 1000) or read[-1]
     )
     assert_same(index.search(few, 3), want)
     assert advised == both * 2

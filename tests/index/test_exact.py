@@ -177,15 +177,15 @@ def test_memory_holds_one_chunk_at_a_time(tmp_path: Path) -> None:
     assert max(sizes) <= limit and len(sizes) == 2 * 16
     assert most <= 2  # the one searched, and the one being read while its name is rebound
     assert not any(ref() is not None for ref in alive)
-    assert sum(norms.numel() for norms in index._sqnorms.values()) == 4096
+    assert sum(norms.numel() for norms in index._chunks._sqnorms.values()) == 4096
 
 
 def test_squared_norms_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import knnext.index.exact as exact
+    from knnext.index import chunk_reader
 
     calls = []
-    real = exact.key_sqnorms
-    monkeypatch.setattr(exact, "key_sqnorms", lambda keys: calls.append(1) or real(keys))
+    real = chunk_reader.key_sqnorms
+    monkeypatch.setattr(chunk_reader, "key_sqnorms", lambda keys: calls.append(1) or real(keys))
     store = make_datastore(tmp_path / "ds", grid_keys(1000))
     index = ExactIndex(store, chunk_bytes=100 * DIM * 2, resident_bytes=0)
     for _ in range(3):
