@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _BACKLOG = 512
+#: Seconds without a request, or with one that does not come whole, after which a connection ends.
+#: Many clients keep idle ones for 5 seconds: a request must not meet the closing.
+_IDLE, _PAGE_IDLE = 75.0, 5.0
+#: Seconds that a connection without a request is spared: its request may be under way.
+_JUST_NOW = 1.0
+#: Files that others than connections may open meanwhile.
+_OTHER_FILES = 64
 #: Seconds in which those who were cut short are told so.
 _FAREWELL = 5
 
@@ -50,8 +60,10 @@ class Listener:
         Args:
             app: an ASGI application; what fails it says itself.
             draining: what is to end before connections are closed.
-            connections: at most, further ones are refused with 503.
+            connections: at most. A further one takes the place of the one that has been without a
+                request for the longest, and is refused with 503 where all have one.
         """
+        connections = _allowed(connections)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -59,14 +71,13 @@ class Listener:
             access_log=False,
             lifespan="off",
             ws="none",
-            http="h11",
+            http=_Connection,
             loop="asyncio",
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=connections,
+            limit_concurrency=connections + 1,  # that many are too many
             backlog=_BACKLOG,
-            # Many clients keep idle ones for 5 seconds: a request must not meet the closing.
-            timeout_keep_alive=5 if draining is None else 75,
+            timeout_keep_alive=_PAGE_IDLE if draining is None else _IDLE,
             timeout_graceful_shutdown=0 if draining is None else _FAREWELL,
             h11_max_incomplete_event_size=32 << 10,
         )
@@ -129,3 +140,68 @@ class _Server(uvicorn.Server):  # type: ignore[misc]
                 await asyncio.sleep(0.05)
             self._draining.cut()
         await super().shutdown(sockets)
+
+
+class _Connection(H11Protocol):  # type: ignore[misc]
+    """Gives its place up where it has no request, or only a beginning of one, and others come."""
+
+    timeout_keep_alive_task: asyncio.TimerHandle | None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.idle_since = self.loop.time()
+        super().connection_made(transport)
+        self._make_room()
+        self._limit_idling()
+
+    def data_received(self, data: bytes) -> None:
+        self._make_room()
+        super().data_received(data)
+        self._limit_idling()
+
+    def on_response_complete(self) -> None:
+        self.idle_since = self.loop.time()
+        super().on_response_complete()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no request that is yet to be answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _limit_idling(self) -> None:
+        """End it in time, however slowly the bytes of its next request come."""
+        if self.idle and self.timeout_keep_alive_task is None:
+            end = self.idle_since + self.timeout_keep_alive
+            self.timeout_keep_alive_task = self.loop.call_at(end, self.timeout_keep_alive_handler)
+
+    def _make_room(self) -> None:
+        """Close who has been idle for the longest, where there are too many for a request now."""
+        over = len(self.connections) - self.limit_concurrency + 1
+        if over <= 0:
+            return
+        idle = [other for other in self.connections if other.idle and other is not self]
+        idle.sort(key=lambda other: other.idle_since)
+        for other in idle[:over]:
+            # Many that come at once are told 503 rather than cut off before they could ask.
+            young = self.loop.time() - other.idle_since < _JUST_NOW
+            if young and len(self.connections) < _most(self.limit_concurrency):
+                break
+            # It may not read what it was sent, so nothing is waited for.
+            other.transport.abort()
+            self.connections.discard(other)
+
+
+def _most(connections: int) -> int:
+    """Held at most, where many come at once."""
+    return connections + connections // 2
+
+
+def _allowed(connections: int) -> int:
+    """As many connections as this process may have files, which it is allowed where it can be."""
+    used = len(list(Path("/dev/fd").iterdir())) + _OTHER_FILES
+    wanted = used + _most(connections + 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return connections if soft == wanted else max(1, (soft - used) * 2 // 3 - 1)
