@@ -96,7 +96,8 @@ class TokenTable:
     def tokens(self, indices: Tensor) -> Tensor:
         """(Q, k) int32 values of the rows named by (Q, k) indices; -1 stays -1."""
         self.follow_datastore()
-        if self._values is None:
+        # Rows may have been added, also to the index that this one is `restricted` from.
+        if self._values is None or len(self._values) != self.datastore.num_entries:
             # One shard gives a view of its file; several are joined once, 4 bytes a row.
             self._values = self.datastore.values[0 : self.datastore.num_entries]
         if self._values.device != indices.device:

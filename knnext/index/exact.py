@@ -158,7 +158,6 @@ class ExactIndex(TokenTable):
         if isinstance(self.codes, KeyCodes):
             self._chunks.choice = self._chunks.choice._replace(codes=store.encode(rows, self.codes))
         self._chunks.forget(store.given_rows)  # blocks behind the first may have been joined
-        self._values = None
 
     @property
     def codes(self) -> KeyCodes | StoredCodes | None:

@@ -287,7 +287,6 @@ class FaissIndex(FaissSearch):
         add_in_pieces(self._cpu_index, store.add(keys, values, documents))
         if self._gpu_index is not None:
             self._gpu_index = faiss_library.to_gpu(self._cpu_index, self._gpu)
-        self._values = None
 
     @property
     def factory(self) -> str:

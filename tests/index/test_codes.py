@@ -19,6 +19,7 @@ from torch import Tensor
 
 import knnext
 from knnext.datastore import Datastore
+from knnext.errors import KnnextWarning
 from knnext.index import ExactIndex, IndexMismatchError, StoredCodes
 from tests.index.test_exact import make_datastore
 
@@ -190,6 +191,25 @@ def test_which_way_a_search_goes(store: Datastore) -> None:
     assert "KiB, mapped, of which only likely rows are read" in line
     assert "KiB, streamed; keys" in ExactIndex(store, resident_bytes=1000).describe()
     assert "copied" in ExactIndex(store.subsample(0.5)).describe()
+
+
+def test_without_its_codes_an_index_reads_keys_within_the_same_bounds(tmp_path: Path) -> None:
+    keys = hidden_states(ROWS)
+    store = make_datastore(tmp_path / "ds", keys, documents=DOCUMENTS)
+    StoredCodes.build(store)
+    few = queries(2)
+    sizes = {"chunk_bytes": 1 << 15, "resident_bytes": ROWS * (DIM + 12)}
+    index = ExactIndex(store, **sizes)
+    index.search(few, 3)
+    assert index.codes is not None and index.resident
+    store.delete(["one"])
+    store.compact()
+    with pytest.warns(KnnextWarning, match="searching without codes"):
+        found = index.search(few, 3)
+    fresh = ExactIndex(store, codes=False, **sizes)
+    assert_same(found, fresh.search(few, 3))
+    assert (index.resident, index.chunk_rows) == (fresh.resident, fresh.chunk_rows)
+    assert not index.resident and index.chunk_rows == (1 << 15) // (4 * DIM)
 
 
 def damage(path: Path, at: int = 1000) -> None:

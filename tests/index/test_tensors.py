@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from knnext.index import ExactIndex
+from knnext.index import ExactIndex, FaissIndex, Filter
 from knnext.index.base import Index
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -78,6 +78,25 @@ def test_added_is_as_given_at_once(metric: str, codes: bool, sizes: tuple[int, .
     assert torch.equal(found[1], wanted[1])
     torch.testing.assert_close(found[0], wanted[0], atol=1e-6, rtol=1e-6)
     assert torch.equal(index.tokens(found[1]), (found[1] % 50).int())
+
+
+@pytest.mark.parametrize("made", ["keys", "codes", "faiss"])
+def test_a_restricted_index_sees_what_is_added(made: str) -> None:
+    """To the index that it is of; as one does that is restricted afterwards."""
+    keys, values, queries = rows(N), torch.arange(N), rows(4, 1)
+    if made == "faiss":
+        pytest.importorskip("faiss")
+        index: Any = FaissIndex.from_tensors(keys[:500], values[:500], factory="Flat", gpu=False)
+    else:
+        index = ExactIndex.from_tensors(keys[:500], values[:500], codes=made == "codes")
+    some = Filter(exclude_rows=[0, 3])
+    early = index.restricted(some)
+    early.tokens(early.search(queries, K)[1])
+    index.add(keys[500:], values[500:])
+    for one, of in ((early, index.restricted(some)), (early.restricted(None), index)):
+        found, wanted = one.search(queries, K), of.search(queries, K)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+        assert found[1].max() >= 500 and torch.equal(one.tokens(found[1]), found[1].int())
 
 
 def test_keys_are_not_copied() -> None:
