@@ -22,6 +22,7 @@ Made by `python -m benchmarks.report` from {sources}; their story is in [LOG.md]
 pip install ".[bench]"                      # in the checkout
 make bench                                  # the short list, on what is there
 pytest benchmarks --full                    # every shape
+python -m benchmarks.grid                   # where is a search slower than a rival's?
 benchmarks/gpu_run.sh                       # everything that needs a GPU, in nine minutes
 python -m benchmarks.report FILE.json       # this page, from --benchmark-json=FILE.json
 ```

@@ -20,11 +20,11 @@ class Turns:
         self.seconds: list[float] = []
 
     def __call__(self) -> None:
-        self.seconds.append(_timed(self.run))
+        self.seconds.append(timed(self.run))
 
     def rounds(self, other: Callable[[], Any], least: int) -> int:
         """More where both are short, whose time varies more. Each is called once, to warm up."""
-        once = _timed(self.run) + _timed(other)
+        once = timed(self.run) + timed(other)
         return max(least, min(MOST_ROUNDS, round(SECONDS / once)))
 
     def ratio(self, times: Sequence[float]) -> float:
@@ -46,7 +46,7 @@ def settle() -> None:
             return
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def timed(run: Callable[[], Any]) -> float:
     """Seconds, with quiet before and after them."""
     settle()
     start = time.perf_counter()
