@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_BACKLOG = 512
+_BACKLOG, _LEAST_BACKLOG = 512, 16
 #: Seconds without a request, or with one that does not come whole, after which a connection ends.
 #: Many clients keep idle ones for 5 seconds: a request must not meet the closing.
 _IDLE, _PAGE_IDLE = 75.0, 5.0
@@ -76,7 +76,7 @@ class Listener:
             server_header=False,
             proxy_headers=False,
             limit_concurrency=connections + 1,  # that many are too many
-            backlog=_BACKLOG,
+            backlog=_backlog(connections),
             timeout_keep_alive=_PAGE_IDLE if draining is None else _IDLE,
             timeout_graceful_shutdown=0 if draining is None else _FAREWELL,
             h11_max_incomplete_event_size=32 << 10,
@@ -198,10 +198,15 @@ def _most(connections: int) -> int:
 def _allowed(connections: int) -> int:
     """As many connections as this process may have files, which it is allowed where it can be."""
     used = len(list(Path("/dev/fd").iterdir())) + _OTHER_FILES
-    wanted = used + _most(connections + 1)
+    wanted = used + _most(connections + 1) + _backlog(connections)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return connections
-    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    soft = 2 * wanted if hard == resource.RLIM_INFINITY else min(2 * wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return connections if soft == wanted else max(1, (soft - used) * 2 // 3 - 1)
+    return connections if soft >= wanted else max(1, (soft - used) // 2 - 2)
+
+
+def _backlog(connections: int) -> int:
+    """That many are taken in before any of them is looked at."""
+    return min(_BACKLOG, max(_LEAST_BACKLOG, connections // 2))

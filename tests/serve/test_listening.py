@@ -162,7 +162,7 @@ def test_connections_are_fewer_than_files_may_be_open(monkeypatch: pytest.Monkey
 
     assert allowed(1 << 20, 1 << 20) == allowed(-1, -1) == 1024 and not limits
     assert allowed(1024, 1 << 20) == allowed(1024, -1) == 1024
-    assert all(1024 * 3 // 2 < soft < 4096 for soft, _ in limits)
+    assert all(2 * 1024 < soft < 8192 for soft, _ in limits)
     few = allowed(1024, 1024)
     assert 200 < few < 1024 and limits[-1] == (1024, 1024)
     assert allowed(16, 16) == 1
