@@ -137,7 +137,7 @@ def _scores(
     """From the file, or from one pass of the model and the search; `outputs` are tried before."""
     from knnext.datastore.build import bos_of
     from knnext.evaluation import StreamScores, search_stream
-    from knnext.evaluation.stream import settled
+    from knnext.evaluation.pieces import settled
 
     if is_first(args):
         check_outputs(args.save_scores, *outputs, reads=(args.scores,))

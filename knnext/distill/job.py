@@ -27,8 +27,9 @@ from knnext.distill.plan import (
     shard_name,
 )
 from knnext.distill.sparse import ShardWriter, pyarrow, row_bytes, sparse_targets
+from knnext.evaluation.pieces import Piece, Scored, model_pieces, settled
 from knnext.evaluation.scores import check_temperature
-from knnext.evaluation.stream import Piece, Scored, built_with, common_keys, model_pieces, settled
+from knnext.evaluation.stream import built_with, common_keys
 from knnext.index.queries import check_count, check_k
 from knnext.ops import knn_target_log_prob
 from knnext.output import whole_file

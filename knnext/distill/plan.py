@@ -19,7 +19,7 @@ from knnext.output import write_json
 
 if TYPE_CHECKING:
     from knnext.corpus import TokenizedDocuments
-    from knnext.evaluation.stream import Scored
+    from knnext.evaluation.pieces import Scored
     from knnext.index.base import Index
 
 PLAN_FILE = "distill.json"

@@ -135,7 +135,7 @@ _CHILD = """
     import torch
     from knnext.evaluation import evaluate, search_stream, spill
     from knnext.evaluation.scores import StreamScores
-    from knnext.evaluation.stream import run_model
+    from knnext.evaluation.pieces import run_model
     from knnext.evaluation.tune import tune
     from knnext.lm import hidden_states
     from tests.evaluation.noise import NoiseIndex, noise_states, text_of

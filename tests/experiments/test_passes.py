@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from knnext.datastore import Datastore
-from knnext.evaluation.stream import run_model
+from knnext.evaluation.pieces import run_model
 from knnext.experiments.lab import Lab, passes
 from knnext.experiments.lab.cache import Cache
 from knnext.experiments.lab.lm_training import score_text

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from knnext.datastore import Datastore
+from knnext.evaluation.pieces import Piece
 from knnext.evaluation.spans import neighbor_spans
-from knnext.evaluation.stream import Piece, _Found, describe_stream
+from knnext.evaluation.stream import _Found, describe_stream
 from knnext.index import ExactIndex, FaissIndex, check_exactness
 from tests.index.stores import clustered, make_datastore
 

@@ -8,8 +8,6 @@ is cut where batches of windows end, so that states and figures are those of one
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from knnext.evaluation import stream
+from knnext.evaluation import pieces
 from knnext.evaluation.shares import shares_of
 from knnext.evaluation.spill import empty_rows
 from knnext.experiments.lab.texts import TextLab, load_text, save_text
 from knnext.index.sharded_crew import call, device_here, is_leading
+from knnext.output import scratch_folder
 from knnext.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -49,8 +48,8 @@ def run_model(
         place: of the model, see `LM`; of one in memory a copy is written for the other ranks.
     """
     if not is_leading():
-        return stream.run_model(model, text, key_layer, torch.float32, windows)
-    grid = stream.settled(model, **windows)
+        return pieces.run_model(model, text, key_layer, torch.float32, windows)
+    grid = pieces.settled(model, **windows)
     with _shared(lab, model, text, place) as given:
         return call(
             f"{_HERE}:states",
@@ -80,7 +79,7 @@ def _states(ranks: Ranks, given: Any, key_layer: str, grid: dict[str, int]) -> P
     def run() -> tuple[Any, Passed]:
         model, text = given()
         shares = shares_of(ranks, text, {**grid, "separate_documents": False})
-        return shares, stream.run_model(model, text, key_layer, torch.float32, grid, shares.mine)
+        return shares, pieces.run_model(model, text, key_layer, torch.float32, grid, shares.mine)
 
     shares, mine = ranks.all_or_none("running the model", run)
     width = max(number for (number,) in ranks.gather([mine[0].shape[1]]))
@@ -171,13 +170,10 @@ def _shared(
     from knnext.lm.load import save_lm
 
     lab.cache.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=lab.cache.folder.absolute(), prefix="shared-"))
-    try:
+    with scratch_folder(lab.cache.folder.absolute() / "shared") as folder:
         save_text(folder / "text.npz", text)
         if place is None:
             save_lm(folder / "lm", model, lab.tokenizer)
             device = str(next(model.parameters()).device)
             place = {"path": str(folder / "lm"), "model_dtype": "checkpoint", "device": device}
         yield {"model": place, "text": str(folder / "text.npz")}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
