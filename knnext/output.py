@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from knnext.errors import FULL, NoRoomError
 
 _log = logging.getLogger(__name__)
 _numbers = count()
+_PART = re.compile(r"\.[0-9a-f]+-[0-9a-f]+\.part")
 
 
 def check_writable(path: str | Path) -> Path:
@@ -56,33 +60,105 @@ def whole_file(path: str | Path, *, commit: bool = True) -> Iterator[Path]:
     name (NoRoomError of a full disk), and so is whatever else a library says where the disk is
     what is wrong.
     Without `commit` the file is made and removed. Whoever writes the same file at the same time
-    has a part of its own, and the last one to end has the name. A link is written through.
+    has a part of its own, and the last one to end has the name. A link is written through. What
+    killed processes left of the same file is removed.
     """
     place = Path(path)
     if place.exists() and not place.is_file() and not place.is_dir():
         raise OSError(errno.EINVAL, "not a regular file; nothing can take its place", str(path))
     path = place.resolve() if place.is_symlink() else place
-    part = path.with_name(f"{path.name}.{os.getpid():x}-{next(_numbers):x}.part")
-    try:
-        part.open("wb").close()
-        yield part
-        if commit:
-            _sync(part)
-            part.replace(path)
-            _sync(path.parent)
-            _log.debug("wrote %s", path)
-    except OSError as error:
-        if error.filename not in (None, str(part)):
+    with _claimed(path, lambda part: part.open("xb").close()) as part:
+        try:
+            yield part
+            if commit:
+                _sync(part)
+                part.replace(path)
+                _sync(path.parent)
+                _log.debug("wrote %s", path)
+        except OSError as error:
+            if error.filename not in (None, str(part)):
+                raise
+            reason = error.errno or _refusal(part) or errno.EIO
+            raise _refused(reason, error.strerror or str(error), path) from error
+        except Exception as error:
+            # Libraries write in C++ and call a full disk anything: ask it.
+            if part.exists() and (number := _refusal(part)):
+                raise _refused(number, os.strerror(number), path) from error
             raise
-        reason = error.errno or _refusal(part) or errno.EIO
-        raise _refused(reason, error.strerror or str(error), path) from error
-    except Exception as error:
-        # Libraries write in C++ and call a full disk anything: ask it.
-        if part.exists() and (number := _refusal(part)):
-            raise _refused(number, os.strerror(number), path) from error
-        raise
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, of this call alone; removed at the end, if it is still there.
+
+    Those that killed processes left beside the same `path` are removed before. OSError names
+    `path` where none can be made.
+    """
+    with _claimed(path, Path.mkdir) as part:
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new name beside `path` for what `make` puts there, locked for as long as this lasts.
+
+    The kernel drops the lock of a process that dies: what has none is removed first.
+    """
+    _remove_left(path)
+    while True:
+        part = path.with_name(f"{path.name}.{os.getpid():x}-{next(_numbers):x}.part")
+        try:
+            make(part)
+        except FileExistsError:  # of a process with our number, in another container
+            continue
+        except OSError as error:
+            raise _refused(error.errno or errno.EIO, error.strerror or "", path) from error
+        lock = None
+        with suppress(OSError):  # gone, see below; or a file system without locks
+            lock = _opened(part)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if part.exists():
+            break
+        if lock is not None:  # another process took it for left, before it was locked
+            os.close(lock)
+    try:
+        yield part
     finally:
-        part.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what writers of `path` left that are dead: it is locked by nobody."""
+    with suppress(OSError):
+        for other in os.scandir(path.parent):
+            name = other.name
+            if not (name.startswith(path.name) and _PART.fullmatch(name[len(path.name) :])):
+                continue
+            with suppress(OSError):
+                lock = _opened(Path(other.path))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if other.is_dir(follow_symlinks=False):
+                        shutil.rmtree(other.path)
+                    elif other.is_file(follow_symlinks=False):
+                        Path(other.path).unlink()
+                finally:
+                    os.close(lock)
+
+
+def _opened(path: Path) -> int:
+    """A descriptor to lock, which must be one to write with on network file systems."""
+    kept = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDWR | kept)
+    except IsADirectoryError:
+        return os.open(path, os.O_RDONLY | kept)
 
 
 def _refused(number: int, words: str, path: Path) -> OSError:

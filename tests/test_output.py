@@ -70,6 +70,96 @@ def test_two_processes_that_write_one_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == [199] * 1000 and names(tmp_path) == ["a.json"]
 
 
+# It tells when it has a part, and is killed or let end.
+HOLD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from output import scratch_folder, whole_file
+path = Path(sys.argv[1])
+with (whole_file if sys.argv[2] == "file" else scratch_folder)(path) as part:
+    (part if sys.argv[2] == "file" else part / "within").write_text("half")
+    print("has", flush=True)
+    input()
+"""
+
+
+@contextmanager
+def holding(path: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has a part of this path."""
+    command = [sys.executable, "-c", HOLD, str(path), kind, str(Path(output.__file__).parent)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **pipes)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "has\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_killed_writers_left_goes_with_the_next(tmp_path: Path, kind: str) -> None:
+    """And not what a living one writes, nor what is of another name."""
+    path = tmp_path / "a[s].json"
+    others = {"a[s].json.part", "a[s].jsonl.1-0.part", "as.json.1-0.part", "a[s].json.1-0.part.b"}
+    for name in others:
+        (tmp_path / name).touch()
+    with holding(path, kind) as killed, holding(path, kind) as living:
+        killed.kill()
+        killed.wait()
+        left = set(names(tmp_path)) - others
+        assert len(left) == 2
+        for write in (lambda: write_json(path, 1), lambda: check_writable(path)):
+            write()
+            (of_the_living,) = {*names(tmp_path)} - others - {path.name}
+            assert of_the_living in left
+        living.communicate("\n")
+        assert living.returncode == 0
+    assert set(names(tmp_path)) == {path.name, *others}
+    assert path.read_text() == ("half" if kind == "file" else "1\n")
+
+
+def test_a_part_that_another_takes_for_left_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, taken = output._opened, []
+
+    def slow(path: Path) -> int:
+        if not taken:
+            taken.append(path)
+            path.unlink()
+        return real(path)
+
+    monkeypatch.setattr(output, "_opened", slow)
+    write_json(tmp_path / "a", 1)
+    assert len(taken) == 1 and names(tmp_path) == ["a"]
+
+
+def test_a_name_that_a_process_with_our_number_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in another container over the same disk."""
+    with whole_file(tmp_path / "a") as theirs:
+        theirs.write_text("theirs")
+        monkeypatch.setattr(output, "_numbers", iter([int(theirs.name[2:-5].split("-")[1], 16), 9]))
+        write_json(tmp_path / "a", 1)
+        assert theirs.read_text() == "theirs"
+
+
+def test_without_locks_nothing_is_taken_for_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with whole_file(tmp_path / "a") as part:
+        write_json(tmp_path / "a", 1)
+        assert part.exists()
+    assert names(tmp_path) == ["a"]
+
+
 @pytest.mark.parametrize("where", ["pipe", "/dev/null", "/dev/full"])
 def test_what_is_no_file_is_left_alone(tmp_path: Path, where: str) -> None:
     path = tmp_path / where  # an absolute path stays as it is

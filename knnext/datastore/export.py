@@ -10,8 +10,6 @@ bfloat16 exactly.
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +26,7 @@ from knnext.datastore.reader import DatastoreReader
 from knnext.datastore.room import check_disk
 from knnext.datastore.verify import Progress
 from knnext.errors import missing_package
-from knnext.output import whole_file, write_text
+from knnext.output import scratch_folder, whole_file, write_text
 
 FACTS_FILE = "datastore.json"
 #: Of keys in one file of safetensors, which is held in memory while it is written.
@@ -47,6 +45,8 @@ def export_rows(
     progress: Progress | None = None,
 ) -> list[Path]:
     """Writes all rows into the new folder ``path`` and returns its files; whole or not at all.
+
+    What an export to the same place left that was killed is removed first.
 
     Args:
         store: a datastore or a view of one.
@@ -75,10 +75,9 @@ def export_rows(
     documents = _DOCUMENT_BYTES if store.num_documents else 0
     needed = len(store) * (width + VALUE_BYTES + documents)
     check_disk(path, needed, f"an export of {len(store):,} rows", "give another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Of this export alone: another one into the same place must not find its files half-written.
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    part.mkdir(parents=True)
-    try:
+    with scratch_folder(path) as part:
         _WRITERS[file_format](store, part, file_bytes, progress or (lambda done, total: None))
         write_text(part / FACTS_FILE, json.dumps(_facts(store), indent=1) + "\n")
         try:
@@ -90,9 +89,6 @@ def export_rows(
                     f"{path} was made meanwhile; this export is dropped"
                 ) from error
             raise
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return sorted(path.iterdir())
 
 

@@ -150,7 +150,7 @@ def _standard_stack(sizes: Sizes, device: torch.device) -> Forward:
 
 def _disk(sizes: Sizes, _: torch.device, folder: Path, __: Forward | None) -> Found:
     block = np.random.default_rng(0).bytes(8 * _MIB if sizes.disk_bytes >= 8 * _MIB else 1 << 16)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".knnext-rates-") as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         fd, written, start = file.fileno(), 0, time.perf_counter()
         while written < sizes.disk_bytes and time.perf_counter() - start < 4:
             written += os.write(fd, block)

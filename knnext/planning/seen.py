@@ -7,7 +7,6 @@ it took as the plan said. Each stage is run some times and the quickest counts, 
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch
 from knnext.datastore import Datastore
 from knnext.index import ExactIndex, FaissIndex, StoredCodes
 from knnext.lm.hidden_states import hidden_states
+from knnext.output import scratch_folder
 from knnext.planning.job import Job
 from knnext.planning.measure import Sizes, best, measure
 from knnext.planning.model_shape import described, read_shape
@@ -40,11 +40,11 @@ def seen(
     store = Datastore.open(path)
     store = store.rows(0, min(rows, store.num_entries))
     found: list[tuple[str, float, float]] = []
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".knnext-seen-") as work:
+    with scratch_folder(Path(folder) / ".knnext-seen") as work:
         rates = measure(Sizes(dim=store.dim), say, folder=work)
         say("")
         say(f"{'stage':44} seen / predicted")
-        for name, predicted, took in _stages(store, model, rates, Path(work)):
+        for name, predicted, took in _stages(store, model, rates, work):
             found.append((name, predicted, took))
             say(f"{name:44} {took / predicted:6.2f}")
     return found

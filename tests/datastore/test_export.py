@@ -99,6 +99,24 @@ def test_two_at_once_are_one_whole_and_one_refused(file_format: str, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
 
 
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
+    """Another one that is under way, here the outer of two, is left alone."""
+    store = write(tmp_path / "store", torch.float16)
+    left = tmp_path / "out.1f-0.part"
+    left.mkdir()
+    (left / "keys.npy").touch()
+
+    def meanwhile(done: int, total: int) -> None:
+        (under_way,) = tmp_path.glob("out.*.part")  # its own
+        export_rows(store, tmp_path / "out", "npy")
+        assert under_way.is_dir() and not left.exists()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        export_rows(store, tmp_path / "out", "npy", progress=meanwhile)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_empty_store_and_a_view(file_format: str, tmp_path: Path) -> None:
     store = write(tmp_path / "store", torch.float16)
