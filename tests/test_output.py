@@ -46,20 +46,26 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
     assert path.read_text() == "one" and names(tmp_path) == ["a.json"]
 
 
-# The module alone, for which nobody needs torch.
+# The module alone, without the package's own, which loads torch.
+ALONE = """
+import sys, types
+sys.modules["knnext"] = types.ModuleType("knnext")
+sys.modules["knnext"].__path__ = [sys.argv[1]]
+from knnext.output import check_writable, scratch_folder, whole_file, write_json
+from pathlib import Path
+path = Path(sys.argv[2])
+"""
+HERE = str(Path(output.__file__).parent)
 WRITE = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from output import check_writable, write_json
 for i in range(200):
-    check_writable(sys.argv[1])
-    write_json(sys.argv[1], [i] * 1000)
+    check_writable(path)
+    write_json(path, [i] * 1000)
 """
 
 
 def test_two_processes_that_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    command = [sys.executable, "-c", WRITE, str(path), str(Path(output.__file__).parent)]
+    command = [sys.executable, "-c", ALONE + WRITE, HERE, str(path)]
     writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         ends = [writer.communicate(timeout=120) for writer in writers]
@@ -72,13 +78,9 @@ def test_two_processes_that_write_one_file(tmp_path: Path) -> None:
 
 # It tells when it has a part, and is killed or let end.
 HOLD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from output import scratch_folder, whole_file
-path = Path(sys.argv[1])
-with (whole_file if sys.argv[2] == "file" else scratch_folder)(path) as part:
-    (part if sys.argv[2] == "file" else part / "within").write_text("half")
+is_file = sys.argv[3] == "file"
+with (whole_file if is_file else scratch_folder)(path) as part:
+    (part if is_file else part / "within").write_text("half")
     print("has", flush=True)
     input()
 """
@@ -87,7 +89,7 @@ with (whole_file if sys.argv[2] == "file" else scratch_folder)(path) as part:
 @contextmanager
 def holding(path: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that has a part of this path."""
-    command = [sys.executable, "-c", HOLD, str(path), kind, str(Path(output.__file__).parent)]
+    command = [sys.executable, "-c", ALONE + HOLD, HERE, str(path), kind]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen(command, text=True, **pipes)
     try:
