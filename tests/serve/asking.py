@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import queue
+import threading
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from knnext.serve.asked import chat, completion
 
 #: Seconds in which a thread that works must have answered, on a machine however slow.
 PATIENCE = 600.0
+PROMPTS = ["the quick", "a lazy dog é 漢字", "fox", "over the lazy dog the fox", "🦊 jumps"]
 
 
 def asked(engine: Any, **body: Any) -> Any:
@@ -59,3 +63,35 @@ class Asking:
 
 def ask(engine: Any, **body: Any) -> Asking:
     return Asking(engine, asked(engine, **body))
+
+
+class Gate:
+    """An index that can be held, that counts, and that can fail."""
+
+    def __init__(self, index: Any) -> None:
+        self._index, self.datastore = index, index.datastore
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.sizes: list[int] = []
+        self.failing = False
+
+    def search(self, queries: Tensor, k: int) -> Any:
+        self.sizes.append(len(queries))
+        self.entered.set()
+        assert self.open.wait(PATIENCE)
+        if self.failing:
+            raise RuntimeError("the disk is gone")
+        return self._index.search(queries, k)
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        return self._index.tokens(indices)
+
+    def hold(self) -> None:
+        """The next search waits, and so do those after it."""
+        self.entered.clear()
+        self.open.clear()
+
+    def held(self) -> None:
+        """Returns when a search waits."""
+        assert self.entered.wait(PATIENCE)

@@ -30,6 +30,16 @@ def mixed(opened: Any) -> Any:
 
 
 @pytest.fixture
+def gated(opened: Any) -> Any:
+    """The same, and its searches can be held and fail: its index is a `Gate`."""
+    from knnext.lm.knnlm import KNNLM
+    from tests.serve.asking import Gate
+
+    gate = Gate(opened.index)
+    return KNNLM(opened.model, gate, small.K, small.TEMPERATURE, small.LMBDA)
+
+
+@pytest.fixture
 def make_engine(mixed: Any, opened: Any) -> Iterator[Callable[..., Any]]:
     """Engines that end with the test."""
     from knnext.serve.engine import Engine

@@ -15,7 +15,6 @@ from tests.explore.small import LMBDA, TEMPERATURE, K
 from tests.serve.asking import PATIENCE
 
 KEY = "a-key-of-this-run"
-PROMPTS = ["the quick", "a lazy dog é 漢字", "fox", "over the lazy dog the fox", "🦊 jumps"]
 
 
 @contextlib.contextmanager

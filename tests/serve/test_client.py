@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.asking import PATIENCE
-from tests.serve.serving import KEY, PROMPTS, served
+from tests.serve.asking import PATIENCE, PROMPTS
+from tests.serve.serving import KEY, served
 
 openai = pytest.importorskip("openai", reason="the client openai is not installed")
 pytest.importorskip("starlette", reason="the extra serve is not installed")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.asking import PATIENCE
-from tests.serve.serving import KEY, PROMPTS, served
+from tests.serve.asking import PATIENCE, PROMPTS
+from tests.serve.serving import KEY, served
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
