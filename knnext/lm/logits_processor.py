@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from knnext.lm.compiled import compiled_around
 from knnext.lm.key_layer import KeyModule
 from knnext.lm.knnlm import KNNLM
-from knnext.lm.running import first_tensor
+from knnext.lm.running import Hook, first_tensor
 
 #: Between log-probabilities of the same logits, rounded in two ways.
 _TOLERANCE = 1e-3
@@ -48,7 +48,8 @@ class KNNLogitsProcessor:
     It comes first among the processors, so that penalties act on the mixture. Greedy search, beams,
     sampling, prompt lookup, early exit and batches padded on the left give the mixture's tokens;
     other assistant models are for KNNLM. Several threads may generate with one. It keeps hooks on
-    the model until ``close``, the end of a ``with`` block, or until nobody has it any more.
+    the model until ``close``, the end of a ``with`` block, or until nobody has it any more. A copy
+    of the model, deep or pickled, is a plain model.
 
     Args:
         model, index, k, temperature, lmbda, key_layer: as of ``KNNLM``. With the number 0 as lmbda
@@ -85,6 +86,12 @@ class KNNLogitsProcessor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a KNNLogitsProcessor is of one model and is not copied or pickled: make one for the "
+            "copy of the model"
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, V) scores of the next tokens to (B, V) float32 log p of the mixture."""
@@ -145,10 +152,10 @@ def _put_on(model: nn.Module, key: KeyModule, passes: _Passes) -> Callable[[], N
             passes.latest = logits.detach(), rows
 
     if key.side == "input":
-        reading = key.module.register_forward_pre_hook(before_key, with_kwargs=True)
+        reading = key.module.register_forward_pre_hook(Hook(before_key), with_kwargs=True)
     else:
-        reading = key.module.register_forward_hook(after_key)
-    handles = (reading, model.register_forward_hook(after_model))
+        reading = key.module.register_forward_hook(Hook(after_key))
+    handles = (reading, model.register_forward_hook(Hook(after_model)))
 
     def take_off() -> None:
         for handle in handles:

@@ -6,7 +6,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,14 +51,28 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+class Hook:
+    """A hook of its module alone: in a copy of the module, deep or pickled, it does nothing."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What takes any arguments and gives None, also where the copy is loaded without knnext.
+        return getattr, (nullcontext(), "__exit__")
+
+
+def here(hook: Callable[..., Any]) -> Hook:
     """The hook for the calls of this thread alone: others may be using the model meanwhile."""
     thread = threading.get_ident()
 
     def for_this_thread(*args: Any) -> Any:
         return hook(*args) if threading.get_ident() == thread else None
 
-    return for_this_thread
+    return Hook(for_this_thread)
 
 
 def context_length(model: nn.Module) -> int | None:
