@@ -10,8 +10,9 @@ import torch
 from knnext.datastore import Datastore
 from knnext.index import ExactIndex, ShardedIndex
 from knnext.ranks import RankLostError, Ranks, joined, local_rank
+from tests.index.sharded_cases import Case
 from tests.index.test_exact import grid_keys, make_datastore
-from tests.index.test_sharded import PATIENCE, Case
+from tests.index.threads import PATIENCE
 
 
 def search_for_ever(folder: Path) -> None:

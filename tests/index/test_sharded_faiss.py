@@ -1,4 +1,7 @@
-"""One FAISS index whose rows are divided among ranks: the answers of the whole, in every bit."""
+"""One FAISS index whose rows are divided among ranks: the answers of the whole, in every bit.
+
+And an index of its own on every shard.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import torch
 
 from knnext.datastore import Datastore
 from knnext.errors import IndexMismatchError
-from knnext.index import FaissIndex, Filter, ShardedIndex
+from knnext.index import ExactIndex, FaissIndex, Filter, ShardedIndex
 from knnext.index.faiss_slice import open_slice, undivided
 from knnext.index.sharded_crew import open_faiss
 from knnext.ranks import RankFailedError, Ranks
+from tests.index.sharded_cases import assert_same, sharded
 from tests.index.test_exact import make_datastore
 from tests.index.test_sharded_crew import crew
 from tests.index.threads import PATIENCE, on_ranks
@@ -90,8 +94,6 @@ def test_recall_is_that_of_the_whole_index(store: Datastore, built: Any) -> None
 
     one, two = on_ranks(2, work)
     both = torch.cat(asked)
-    from knnext.index import ExactIndex
-
     true, found = ExactIndex(store).search(both, 10)[1], whole.search(both, 10)[1]
     hits = sum(int(torch.isin(a, b).sum()) for a, b in zip(true, found, strict=True))
     assert one == two == hits / true.numel() < 1
@@ -127,3 +129,31 @@ def test_a_wrong_index_is_an_error_of_all(store: Datastore, built: Any, tmp_path
 
     built("Flat")
     on_ranks(2, work)
+
+
+def test_faiss_on_every_shard_tells_its_recall(tmp_path: Path) -> None:
+    keys = torch.randn(1200, 16, generator=torch.Generator().manual_seed(1)).half()
+    store = make_datastore(tmp_path / "ds", keys, documents=[("a", 700), ("b", 500)])
+    queries = keys[::40].clone()
+    exact = ExactIndex(store)
+
+    def work(group: Any, rank: int) -> float:
+        index = sharded(
+            store, group, bounds=[0, 500, 500, 1200], faiss=True, rescore=True, gpu=False
+        )
+        mine = queries[rank::3]
+        assert_same(index.search(mine, 9), exact.search(mine, 9))  # flat, and rescored
+        found = index.search(mine, 9, [0])
+        assert (found[1] >= 700).all()
+        assert "FAISS" in index.describe() or rank == 1
+        again = sharded(
+            store, group, bounds=[0, 500, 500, 1200], faiss=True, path=tmp_path / "lists",
+            factory="IVF16,PQ4", nprobe=1, gpu=False,
+        )  # fmt: skip
+        told = again.recall(mine, 9)
+        assert told.num_queries == 30
+        return told.recall
+
+    recalls = on_ranks(3, work)
+    assert len(set(recalls)) == 1 and 0 < recalls[0] < 1
+    assert {path.name for path in (tmp_path / "lists").iterdir()} == {"0-500", "500-1200"}
