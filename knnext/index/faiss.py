@@ -285,8 +285,6 @@ class FaissIndex(FaissSearch):
                 f"{self.datastore.path}: append there, and build the index again"
             )
         add_in_pieces(self._cpu_index, store.add(keys, values, documents))
-        if self._gpu_index is not None:
-            self._gpu_index = faiss_library.to_gpu(self._cpu_index, self._gpu)
 
     @property
     def factory(self) -> str:

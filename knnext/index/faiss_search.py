@@ -39,6 +39,7 @@ class FaissSearch(TokenTable):
     _op_metric: str
     _cpu_index: Any
     _gpu_index: Any | None
+    _gpu: bool | str
     _setting: threading.Lock
     sidecar: Sidecar
     _alive: tuple[KeptRows, RowSet] | None = None
@@ -155,12 +156,21 @@ class FaissSearch(TokenTable):
             )
         if self._gpu_index is not None and kept.everything and k <= GPU_MAX_K:
             with self._setting:
-                faiss_library.set_nprobe(self._cpu_index, nprobe, self._gpu_index)
-                return self._convert(*faiss_library.search(self._gpu_index, queries, k))
+                if (replica := self._replica()) is not None:
+                    faiss_library.set_nprobe(self._cpu_index, nprobe, replica)
+                    return self._convert(*faiss_library.search(replica, queries, k))
         found = faiss_library.search_among(self._cpu_index, queries, k, nprobe, kept)
         if found is not None:
             return self._convert(*found)
         return self._overfetch(queries, k, kept, nprobe)
+
+    def _replica(self) -> Any | None:
+        """The index on GPUs, made again where rows were added since, to this object or to another
+        with the same index."""
+        if self._gpu_index is not None and self._gpu_index.ntotal != self._cpu_index.ntotal:
+            self._gpu_index = None  # its memory, before the next one's
+            self._gpu_index = faiss_library.to_gpu(self._cpu_index, self._gpu)
+        return self._gpu_index
 
     def _overfetch(
         self, queries: NDArray[np.float32], k: int, kept: RowSet, nprobe: int

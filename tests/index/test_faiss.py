@@ -248,7 +248,7 @@ def test_bad_requests(stores: dict[str, Datastore], tmp_path: Path) -> None:
 
 
 class PretendedGpus:
-    """As much of FAISS for GPUs as FaissIndex calls; replicas are the indexes themselves."""
+    """As much of FAISS for GPUs as FaissIndex calls; replicas are copies on the CPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
         self.fails, self.replicas, self.nprobes = fails, [], []
@@ -265,8 +265,8 @@ class PretendedGpus:
     def replicate(self, index: Any, co: Any) -> Any:
         if self.fails:
             raise RuntimeError("Error in clone:\nThis index type is not implemented on GPU")
-        self.replicas.append(index)
-        return index
+        self.replicas.append(faiss.clone_index(index))
+        return self.replicas[-1]
 
     def set(self, index: Any, name: str, nprobe: int) -> None:
         ivf = faiss.try_extract_index_ivf(index)
@@ -289,6 +289,22 @@ def test_a_replica_on_gpus_is_asked(
     got, want = index.search(queries, 9, nprobe=5), plain.search(queries, 9, nprobe=5)
     assert gpus.replicas and gpus.nprobes == nprobes
     assert torch.equal(got[1], want[1])
+
+
+def test_a_replica_has_the_rows_that_were_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the objects with one index they were added to."""
+    keys = clustered(ROWS)
+    gpus = PretendedGpus(monkeypatch)
+    index = FaissIndex.from_tensors(keys[:500], factory="IVF4,Flat")
+    other = index.with_options(nprobe=4)
+    assert other.search(keys[:3], 1)[1].tolist() == [[0], [1], [2]]
+    before = len(gpus.replicas)
+    index.add(keys[500:])
+    assert len(gpus.replicas) == before  # made when it is next asked
+    for one in (other, index):
+        for _ in range(2):
+            assert one.search(keys[500:503], 1, nprobe=4)[1].tolist() == [[500], [501], [502]]
+    assert len(gpus.replicas) == before + 2 and len(gpus.nprobes) == 5
 
 
 def test_what_gpus_cannot_hold_stays_on_the_cpu(
