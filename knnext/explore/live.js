@@ -73,6 +73,11 @@
   function only(shown) {
     for (const name of ["explorer", "hits"]) byId(name).hidden = name !== shown;
   }
+  // What was asked for is seen where it begins too far below.
+  function bring(name) {
+    const place = byId(name);
+    if (place.getBoundingClientRect().top > innerHeight / 2) place.scrollIntoView();
+  }
   const fresh = () => new URLSearchParams();
 
   function read(address = fresh()) {
@@ -84,6 +89,7 @@
       of.note = raw.note;
       only("explorer");
       E.show([{ name: of.name, passages: [of] }], address);
+      bring("explorer");
       keepText(value, "read");
       say("");
     });
@@ -101,6 +107,7 @@
       const passages = names.map((name) => new Grown(name));
       only("explorer");
       E.show([{ name: "continuation", passages }], fresh());
+      bring("explorer");
       keepText(value, "write");
       let count = 0, note = "";
       for await (const step of lines(answer.body)) {
@@ -158,6 +165,7 @@
     only("hits");
     byId("hits-note").textContent = note;
     byId("hit-list").replaceChildren(...items);
+    bring("hits");
     say("");
   }
 
