@@ -215,6 +215,40 @@ def test_trainers_evaluate(tmp_path: Path, smoothing: float, batch: int) -> None
     assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # without tied weights, and with
+def test_what_a_trainer_saves(tmp_path: Path, kind: str) -> None:
+    """Inside the block the base model; of a KNNLM its bare weights, by its own names."""
+    pytest.importorskip("accelerate")
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = copy.deepcopy(tiny(kind))
+    mixed = KNNLM(model, index_of(model, random_tokens(60)), 8, lmbda=0.4)
+    before = [parameter.clone() for parameter in model.parameters()]
+    options: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_strategy="no", learning_rate=0.1, **options
+    )
+    rows = [{"input_ids": row, "labels": row} for row in (random_tokens(12, seed=1),)]
+
+    def train(model: Any, folder: Path) -> None:
+        trainer = transformers.Trainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        trainer.save_model(str(folder))
+
+    with mixed.attached() as lent:
+        train(lent, tmp_path / "attached")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "attached")
+    assert all(map(torch.equal, saved.parameters(), model.parameters()))
+    assert not all(map(torch.equal, before, model.parameters()))
+    if kind == "gpt2":
+        with pytest.raises(RuntimeError, match="share memory"):
+            train(mixed, tmp_path / "mixed")
+        return
+    train(mixed, tmp_path / "mixed")
+    weights = safetensors.load_file(tmp_path / "mixed" / "model.safetensors")
+    assert all(name.startswith("model.") for name in weights)
+    mixed.load_state_dict(weights)
+
+
 def test_training_through_the_block_reaches_the_base() -> None:
     model = copy.deepcopy(tiny("gpt2"))
     mixed = KNNLM(model, index_of(model, random_tokens(60)), 8, lmbda=0.4)
