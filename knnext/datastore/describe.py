@@ -9,6 +9,9 @@ from knnext.datastore.meta_file import is_partial, missing_parts, ranges
 from knnext.datastore.open_shard import has_old_files
 from knnext.say import as_typed, binary_size, shown
 
+#: Of deleted documents and rows; meta.json has a list of them, which is read at each opening.
+_MANY_RUNS = 50_000
+
 
 def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
     """One ``name  value`` line for each fact; sizes in bytes and in the unit that suits."""
@@ -23,7 +26,7 @@ def describe(path: Path, meta: DatastoreMeta, *, unfinished: bool) -> str:
         "values": f"int32, {size(values)}",
         **({} if meta.parts is None else {"parts": _parts(path, meta)}),
         "documents": "not kept" if meta.documents is None else f"{meta.documents.count:,}",
-        **({} if meta.deleted is None else {"deleted": _deleted(path, meta.deleted)}),
+        **({} if meta.deleted is None else {"deleted": _deleted(path, meta, meta.deleted)}),
         **({"old files": _old(path)} if _has_old(path, meta, unfinished) else {}),
         "metric": meta.metric,
         "key_layer": meta.key_layer,
@@ -78,10 +81,13 @@ def _parts(path: Path, meta: DatastoreMeta) -> str:
     return f"{count - len(missing):,} of {count:,} whole, of {rows:,} entries in all; {lacking}"
 
 
-def _deleted(path: Path, deleted: DeletedMeta) -> str:
+def _deleted(path: Path, meta: DatastoreMeta, deleted: DeletedMeta) -> str:
+    runs = len(deleted.documents) + len(deleted.rows)
+    slow = f" (in {runs:,} runs, which slow down opening)" if runs >= _MANY_RUNS else ""
     return (
-        f"{deleted.num_documents:,} of the documents, with {deleted.num_rows:,} entries, which "
-        f"nobody reads and the files still hold: `knnext compact {as_typed(path)}`"
+        f"{deleted.num_documents:,} of the documents, with {deleted.num_rows:,} of "
+        f"{meta.num_entries:,} entries{slow}, which nobody reads and the files still hold: "
+        f"`knnext compact {as_typed(path)}`"
     )
 
 

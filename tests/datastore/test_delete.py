@@ -154,6 +154,14 @@ def test_copies_hold_nothing_of_what_is_deleted(tmp_path: Path) -> None:
     assert str(len(rows)) in store.describe() and "knnext compact" in store.describe()
 
 
+def test_info_says_how_much_is_deleted_and_when_it_slows_down(tmp_path: Path, monkeypatch) -> None:
+    store = Datastore.open(make(tmp_path / "s"))
+    store.delete(["d3", "d5"])
+    assert "2 of the documents, with 11 of 40 entries, which nobody reads" in store.describe()
+    monkeypatch.setattr("knnext.datastore.describe._MANY_RUNS", 4)
+    assert "(in 4 runs, which slow down opening)" in store.describe()
+
+
 def test_bad_requests_delete_nothing(tmp_path: Path) -> None:
     path = make(tmp_path / "s")
     store = Datastore.open(path)
