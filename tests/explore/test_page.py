@@ -310,6 +310,20 @@ def test_every_state_fits(browser: Any, width: int, dark: bool) -> None:
             assert browser.execute_script(SCROLLS) == [], what
 
 
+@pytest.mark.parametrize(("width", "height"), [(400, 800), (360, 640), (768, 1024), (1280, 800)])
+def test_the_text_that_was_read_is_on_the_screen(browser: Any, width: int, height: int) -> None:
+    """Above what it is looked at with, where there is no room for both."""
+    resize(browser, width, height)
+    for what in ("read", "write", "nearest"):
+        do(browser, what, "the quick brown fox jumps over the lazy dog")
+        place = "#hit-list li" if what == "nearest" else ".text"
+        top = "return document.querySelector(arguments[0]).getBoundingClientRect().top"
+        least, most = browser.execute_script(top, place), 0.8 * height
+        assert 0 <= least < most, (what, least)
+        if width < 800 and what != "nearest":
+            assert browser.execute_script(top, "#gain") > least
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_when_told_so(folder: Path, ending: signal.Signals) -> None:
     """Also while a browser holds a connection, and nothing is left behind."""
