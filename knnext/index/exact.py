@@ -13,13 +13,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from knnext.devices import checked_device
 from knnext.index.base import TokenTable
 from knnext.index.chunk_reader import ChunkReader, default_resident_bytes
-from knnext.index.chunks import Chunk, parts_of, queries_of
+from knnext.index.chunks import (
+    Chunk,
+    answer_of,
+    kept_by_each,
+    labelled,
+    parts_of,
+    queries_of,
+    those_together,
+)
 from knnext.index.code_choice import Codes, choose_codes, describe_choice
 from knnext.index.filter import Filter
 from knnext.index.queries import (
@@ -261,20 +270,23 @@ class ExactIndex(TokenTable):
         indices: Tensor,
     ) -> None:
         """Carry the results over one chunk, updating them in place."""
-        whole = []
+        whole, partly = [], []
         for group in groups:
-            if chunk.rows is None:
-                answer = group.kept.window(chunk.start, chunk.stop)
-            else:
-                answer = group.kept.among(chunk.rows)
+            answer = answer_of(chunk, group)
             if answer is True:
                 whole.append(group)
-            elif answer is not False:
-                for part in parts_of(chunk, answer):
-                    self._search_rows(queries, group.queries, part, distances, indices)
+            elif answer is not False:  # of many groups masks would take too much memory
+                partly.append((group, len(answer) - int(np.count_nonzero(answer))))
         if whole:
             rows = queries_of(whole, len(whole) == len(groups))
             self._search_rows(queries, rows, chunk, distances, indices)
+        together, alone, more = those_together(partly, distances.shape[1])
+        for group in alone:
+            answer = answer_of(chunk, group)
+            for part in parts_of(chunk, np.asarray(answer)):
+                self._search_rows(queries, group.queries, part, distances, indices)
+        if together:
+            self._search_together(queries, together, more, chunk, distances, indices)
 
     def _search_rows(
         self,
@@ -295,12 +307,43 @@ class ExactIndex(TokenTable):
             if chunk.rows is None:
                 found = self._search_keys(queries[batch], chunk, k, *before)
             else:
-                near, places = self._search_keys(queries[batch], chunk, min(k, len(chunk.rows)))
-                rows_of = torch.from_numpy(chunk.rows).to(self.device)
-                near_rows = torch.where(places >= 0, rows_of[places.clamp_min(0)], places)
+                near, near_rows = self._search_alone(queries[batch], chunk, k)
                 joined = torch.cat([before[0], near], 1), torch.cat([before[1], near_rows], 1)
                 found = merge_topk(*joined, k)
             distances[batch], indices[batch] = found
+
+    def _search_together(
+        self,
+        queries: Tensor,
+        groups: list[QueryGroup],
+        more: int,
+        chunk: Chunk,
+        distances: Tensor,
+        indices: Tensor,
+    ) -> None:
+        """Groups each of which leaves out at most `more` rows of a chunk, in one search.
+
+        It looks for as many rows more, of which each query drops those that it may not find.
+        """
+        k = distances.shape[1]
+        rows, owners = labelled(groups)
+        for part, own in zip(
+            rows.split(self.query_batch), owners.split(self.query_batch), strict=True
+        ):
+            batch = part.to(self.device)
+            near, near_rows = self._search_alone(queries[batch], chunk, k + more)
+            near_rows = kept_by_each(near_rows, own, groups)
+            near = torch.cat([distances[batch], near], 1)
+            near_rows = torch.cat([indices[batch], near_rows], 1)
+            distances[batch], indices[batch] = merge_topk(near, near_rows, k)
+
+    def _search_alone(self, queries: Tensor, chunk: Chunk, k: int) -> tuple[Tensor, Tensor]:
+        """The nearest rows of a chunk, at most k, whatever was found before."""
+        near, places = self._search_keys(queries, chunk, min(k, chunk.keys.shape[0]))
+        if chunk.rows is None:
+            return near, places
+        rows_of = torch.from_numpy(chunk.rows).to(self.device)
+        return near, torch.where(places >= 0, rows_of[places.clamp_min(0)], places)
 
     def _search_keys(
         self,

@@ -199,6 +199,39 @@ def test_each_query_may_have_its_own(
     assert_same(index.search(queries, K, filter=both), each_of_its_own(index, queries, apart))
 
 
+@pytest.mark.parametrize(("kind", "k"), [*((kind, K) for kind in KINDS), ("plain", 2040)])
+def test_a_document_left_out_for_each_query_costs_no_search_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, k: int
+) -> None:
+    """The bits of one search a query, in one search for all of them."""
+    generator, documents = torch.Generator().manual_seed(6), [("long", 900)]
+    documents += [(f"d{d}", 5 + d) for d in range(20)]
+    keys = torch.randn(sum(rows for _, rows in documents), DIM, generator=generator).half()
+    keys[1000:1100] = keys[1000]  # those that are equally far, in several documents
+    store = make_datastore(tmp_path / "s", keys, documents=documents)
+    if KINDS[kind]["codes"]:
+        StoredCodes.build(store)
+    index = ExactIndex(store, query_batch=16, **KINDS[kind])
+    own = torch.cat([torch.arange(20), torch.tensor([-1, 12, 0, 12])])
+    queries = store.keys[store.document_offsets[own.clamp_min(0)]]
+    queries = queries + 0.1 * torch.randn(queries.shape, generator=generator).half()
+    searches: list[int] = []
+
+    def counted(queries: Tensor, *arguments: Any, **options: Any) -> Any:
+        searches.append(len(queries))
+        return knn_search(queries, *arguments, **options)
+
+    monkeypatch.setattr("knnext.index.exact.knn_search", counted)
+    for more in (None, Filter(rows=torch.arange(0, len(keys), 3))):
+        searches.clear()
+        found = index.search(queries, k, own, filter=more)
+        assert more or k != K or "resident_bytes" in KINDS[kind] or len(searches) < 12
+        for place, document in enumerate(own.tolist()):
+            without = [] if document < 0 else [document]
+            want = index.search(queries[place : place + 1], k, without, filter=more)
+            assert_same((found[0][place], found[1][place]), (want[0][0], want[1][0]))
+
+
 @pytest.mark.parametrize("kind", ["plain", "coded"])
 def test_a_row_does_not_find_itself(stores: dict[str, Datastore], kind: str) -> None:
     for store in stores.values():
