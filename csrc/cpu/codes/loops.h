@@ -83,15 +83,21 @@ void hadamard(float* x, int64_t n) {
   }
 }
 
+// As search/tile.h packs keys: each line is asked for ahead, in the same row or the next panel's.
 template <class V, int kKeys>
 void pack_codes(const int8_t* rows, int64_t stride, int num_rows, int64_t dim, uint32_t* panel) {
+  constexpr int64_t kLine = 64, kAhead = 4 * kLine;
   constexpr int kBlockCodes = V::kWidth * V::kWordCodes;  // of one row of a transposed block
   const int64_t words = (dim + V::kWordCodes - 1) / V::kWordCodes;
   for (int64_t word = 0; word < words; word += V::kWidth) {
     const int64_t d = word * V::kWordCodes;
     const int64_t held = dim - d < kBlockCodes ? dim - d : kBlockCodes;
     const int64_t count = words - word < V::kWidth ? words - word : V::kWidth;
+    const int8_t* ahead =
+        d + kAhead < dim ? rows + d + kAhead : rows + kKeys * stride + (d + kAhead) % dim;
     for (int group = 0; group < kKeys; group += V::kWidth) {
+      if (d % kLine == 0)
+        for (int i = 0; i < V::kWidth; ++i) __builtin_prefetch(ahead + (group + i) * stride);
       typename V::Word block[V::kWidth];
       for (int i = 0; i < V::kWidth; ++i) {
         int8_t padded[kBlockCodes];
