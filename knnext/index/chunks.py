@@ -67,7 +67,7 @@ def those_together(
 def labelled(groups: list[QueryGroup]) -> tuple[Tensor, Tensor]:
     """(n,) the queries of several groups, and the number of the group of each."""
     rows = [group.queries for group in groups if group.queries is not None]
-    sizes = torch.tensor([len(one) for one in rows], device="cpu")
+    sizes = torch.tensor([len(one) for one in rows], dtype=torch.int64, device="cpu")
     return torch.cat(rows), torch.arange(len(rows), device="cpu").repeat_interleave(sizes)
 
 

@@ -236,7 +236,9 @@ def test_what_a_trainer_saves(tmp_path: Path, kind: str) -> None:
 
     with mixed.attached() as lent:
         train(lent, tmp_path / "attached")
-    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "attached")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "attached", trust_remote_code=False
+    )
     assert all(map(torch.equal, saved.parameters(), model.parameters()))
     assert not all(map(torch.equal, before, model.parameters()))
     if kind == "gpt2":
