@@ -35,6 +35,7 @@ RIVALS = (
     *("faiss_flat", "faiss_sq_fp16", "svs_flat", "usearch_exact", "scann_brute_force"),
     "torch_chunked",
 )
+DTYPES = ("float16", "bfloat16", "float32")
 ROUNDS, HOPELESS = 5, 20.0
 #: Rows of keys, fewer where they would fill more: what is kept for all shapes over them.
 ENTRIES, MOST_VALUES = 200_000, 1 << 28
@@ -93,7 +94,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 576, 768, 1024, 4096])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 128, 1024])
-    parser.add_argument("--dtype", nargs="+", default=["float16"])
+    parser.add_argument("--dtype", nargs="+", default=["float16"], choices=DTYPES)
     parser.add_argument("--entries", type=int, default=ENTRIES, help="rows of keys at most")
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=RIVALS)
     parser.add_argument("--threads", type=int, default=2)
