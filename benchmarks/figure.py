@@ -21,7 +21,7 @@ from knnext.report.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = ROOT / "docs" / "results" / "small-stdlib" / "approximation.json"
-SPEED = ROOT / "benchmarks" / "results" / "cpu-2026-11-22.json"
+SPEED = ROOT / "benchmarks" / "results" / "cpu-2026-11-29.json"
 PICTURE = ROOT / "docs" / "images" / "perplexity-and-speed.png"
 
 #: The search of the experiment that stands for FAISS: the paper's, scaled to this datastore.

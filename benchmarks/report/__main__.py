@@ -2,7 +2,7 @@
 
     pytest benchmarks --benchmark-json=benchmarks/out/cpu.json
     python -m benchmarks.report benchmarks/out/cpu.json              # README.md and results/*.png
-    python -m benchmarks.report --store cpu-2026-11-22 out/cpu.json  # keep its short form first
+    python -m benchmarks.report --store cpu-2026-11-29 out/cpu.json  # keep its short form first
 
 Several files may be given: of one shape and implementation the first counts. Rows measured with
 KNNEXT_SM90=1 keep a name of their own, so both kernels' runs go into one report.

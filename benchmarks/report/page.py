@@ -20,7 +20,7 @@ Made by `python -m benchmarks.report` from {sources}; their story is in [LOG.md]
 
 ```
 pip install ".[bench]"                      # in the checkout
-make bench                                  # the short list, on what is there
+make bench                                  # the short list; peers for a quarter of an hour
 pytest benchmarks --full                    # every shape
 python -m benchmarks.grid                   # where is a search slower than a rival's?
 benchmarks/gpu_run.sh                       # everything that needs a GPU, in nine minutes

@@ -191,15 +191,29 @@ def test_the_same_bits_on_every_vector_path(path: str) -> None:
     run_python(code, KNNEXT_CPU_ISA=path)
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
-def test_the_library_multiplies_bytes_where_the_processor_does() -> None:
+@pytest.fixture(scope="module")
+def disassembled() -> str:
+    """The library, a paragraph for each function."""
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
     if "avx512_vnni" not in _host.build_info()["vector_paths"]:
         pytest.skip("not built for x86-64")
     library = Path(knnext.__file__).parent / "lib" / "libknnext_cpu.so"
-    text = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True)
-    used = [line for line in text.stdout.splitlines() if "vpdpbusd" in line]
+    return subprocess.run(
+        ["objdump", "-dC", library], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_the_library_multiplies_bytes_where_the_processor_does(disassembled: str) -> None:
+    used = [line for line in disassembled.splitlines() if "vpdpbusd" in line]
     assert [line for line in used if "zmm" in line], "AVX-512 VNNI"
     assert [line for line in used if "{vex}" in line and "ymm" in line], "AVX-VNNI"
+
+
+def test_rows_that_are_scored_again_are_asked_for_ahead(disassembled: str) -> None:
+    """A compiler may drop that, in silence: it changes no result."""
+    functions = [f for f in disassembled.split("\n\n") if "<knnext::cpu::Rescoring::score" in f[:99]]
+    assert sum(f.count("prefetch") for f in functions) >= 2, "by either form"
 
 
 @pytest.mark.parametrize("name", ["in order", "all equal", "two clusters", "near duplicates"])

@@ -12,10 +12,6 @@ namespace {
 
 constexpr int64_t kAhead = 8;  // rows on their way from memory
 
-void fetch_row(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-}
-
 }  // namespace
 
 Rescoring::Rescoring(const KeyRows& queries, const KeyRows& keys, const float* key_sqnorms,
@@ -59,10 +55,8 @@ void Rescoring::score(uint64_t* entries, int64_t count, std::vector<uint64_t>& s
   std::sort(entries, entries + count,
             [](uint64_t a, uint64_t b) { return candidate_row(a) < candidate_row(b); });
   if (by_direct_form_) {
-    const int64_t bytes = keys_.dim() * keys_.element_bytes();
     for (int64_t i = 0; i < count; ++i) {
-      if (i + kAhead < count)
-        fetch_row(keys_.rows(candidate_row(entries[i + kAhead]), 1, scratch_).data, bytes);
+      if (i + kAhead < count) keys_.fetch(candidate_row(entries[i + kAhead]));
       const uint32_t row = candidate_row(entries[i]);
       const float distance = direct_.distance(keys_, row);
       if (std::isfinite(distance)) scored.push_back(pack_candidate(distance, row));
@@ -70,14 +64,16 @@ void Rescoring::score(uint64_t* entries, int64_t count, std::vector<uint64_t>& s
     return;
   }
   for (int64_t i = 0; i < count; i += kernels_.panel_keys)
-    score_panel(entries + i, static_cast<int>(std::min<int64_t>(kernels_.panel_keys, count - i)),
-                scored);
+    score_panel(entries + i, count - i, scored);
 }
 
-void Rescoring::score_panel(const uint64_t* entries, int count, std::vector<uint64_t>& scored) {
+void Rescoring::score_panel(const uint64_t* entries, int64_t left, std::vector<uint64_t>& scored) {
   const int64_t dim = keys_.dim(), bytes = dim * keys_.element_bytes();
   const int64_t width = kernels_.panel_keys;
+  const int count = static_cast<int>(std::min(width, left));
   for (int i = 0; i < count; ++i) {
+    // The next panel's rows come while this one is multiplied.
+    if (i + width < left) keys_.fetch(candidate_row(entries[i + width]));
     const int64_t row = candidate_row(entries[i]);
     std::memcpy(rows_.data() + i * bytes, keys_.rows(row, 1, scratch_).data, bytes);
     if (key_sqnorms_) terms_[i] = key_sqnorms_[row];

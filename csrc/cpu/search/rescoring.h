@@ -23,7 +23,8 @@ class Rescoring {
   void score(uint64_t* entries, int64_t count, std::vector<uint64_t>& scored);
 
  private:
-  void score_panel(const uint64_t* entries, int count, std::vector<uint64_t>& scored);
+  // The first panel's of the entries that are left.
+  void score_panel(const uint64_t* entries, int64_t left, std::vector<uint64_t>& scored);
 
   const KeyRows& queries_;
   const KeyRows& keys_;
