@@ -107,8 +107,13 @@ class Ranks:
         if self.size == 1:
             return [mine.tolist()]
         found = [torch.empty_like(mine) for _ in range(self.size)]
+        from torch._C._distributed_c10d import AllgatherOptions  # which has no public name
+
+        # By the group's own limit it would go on after this rank has given up, and hold up its end.
+        options = AllgatherOptions()
+        options.timeout = timedelta(seconds=self.timeout)
         with self.waiting("comparing notes"):
-            self._wait(self._cpu_group.allgather([found], [mine]))
+            self._wait(self._cpu_group.allgather([found], [mine], options))
         return [one.tolist() for one in found]
 
     def all_or_none(self, what: str, make: Callable[[], Made]) -> Made:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.index.test_exact import grid_keys, make_datastore
+from tests.index.threads import PATIENCE as GROUP_PATIENCE
 from tests.launch import TORCHRUN, ended, on_machines, on_processes, processes, two_machines
 
 PROGRAM = "tests.index.sharded_program"
@@ -33,7 +35,7 @@ def test_a_rank_lost_in_a_search_ends_all_others(tmp_path: Path, number: signal.
     with on_processes([PROGRAM, str(store.path)], 3) as begun:
         assert begun[0].stdout is not None and begun[0].stdout.readline() == "searching\n"
         os.killpg(begun[1].pid, number)
-        causes = []
+        lost, causes = time.monotonic(), []
         for process in (begun[0], begun[2]):
             code, _, err = ended(process)
             [said] = [line for line in err.splitlines() if line.startswith("lost:")]
@@ -42,6 +44,8 @@ def test_a_rank_lost_in_a_search_ends_all_others(tmp_path: Path, number: signal.
         # Whoever notices ends, and is then itself lost to the last one.
         late = "did not answer within 8 s" if number == signal.SIGSTOP else "has gone"
         assert any(late in said for said in causes), causes
+        # Nothing goes on in them for as long as the group would wait, which is far longer.
+        assert time.monotonic() - lost < 0.75 * GROUP_PATIENCE
 
 
 @pytest.mark.slow
