@@ -299,13 +299,16 @@ def test_duplicates_come_with_the_lower_index_first() -> None:
         assert (distances[q, : len(same)] == 0).all()
 
 
-def test_where_subnormals_are_taken_for_zero() -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_subnormals_are_taken_for_zero(count: int) -> None:
+    """By this thread, which is one of two."""
     torch.set_flush_denormal(True)
     try:
         for name in ("all equal", "duplicates", "zero", "subnormal", "near 1e-30", "scales"):
             keys = TRAPS[name](6000, 12)
             for metric, refine in FORMS:
-                assert_same(near(keys, 400, 1e-3), keys, 30, metric, refine=refine)
+                with threads(count):
+                    assert_same(near(keys, 400, 1e-3), keys, 30, metric, refine=refine)
     finally:
         torch.set_flush_denormal(False)
 

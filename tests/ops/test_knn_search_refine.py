@@ -14,6 +14,7 @@ from torch import Tensor
 import knnext
 from knnext import _host, reference
 from knnext.testing import assert_equal_results
+from tests.ops.mixing_cases import threads
 from tests.ops.search_threads import FEW, MANY, SWEPT, threads_that_share  # noqa: F401
 
 INF, NAN = float("inf"), float("nan")
@@ -308,3 +309,20 @@ def test_the_reference_does_the_same(name: str, metric: str) -> None:
     everything = everything.masked_fill(~distances.isfinite(), -1)
     want = reference.merge_topk(distances, everything, 30)
     assert_equal_results(reference.knn_search(queries, keys, 30, metric, refine=True), want)
+
+
+@pytest.mark.parametrize("refine", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_ties_at_zero_where_subnormals_are_taken_for_it(count: int, refine: bool) -> None:
+    """The step above 0 is a subnormal: keys at just this distance must not be lost to it."""
+    keys, k = torch.ones(6000, 12), 30
+    first = torch.arange(k).expand(400, k)
+    given = {"init_distances": torch.zeros(400, k), "init_indices": 6000 + first}
+    torch.set_flush_denormal(True)
+    try:
+        for init in ({}, given):
+            with threads(count):
+                distances, indices = knnext.knn_search(keys[:400], keys, k, refine=refine, **init)
+            assert torch.equal(indices, first) and (distances == 0).all()
+    finally:
+        torch.set_flush_denormal(False)

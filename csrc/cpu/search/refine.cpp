@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/search/results.h"
+
 namespace knnext::cpu {
 namespace {
 
@@ -13,10 +15,10 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 float first_too_far(const std::vector<uint64_t>& scored, int64_t k, float start) {
   if (static_cast<int64_t>(scored.size()) < k) return start;
   const float kth = candidate_distance(*std::max_element(scored.begin(), scored.begin() + k));
-  return std::min(start, std::nextafter(kth, kInf));
+  return std::min(start, step_above(kth));
 }
 
-// Also where the processor takes subnormals for 0, as the step above a distance of 0 is one.
+// Also where the processor takes subnormals for 0.
 bool is_less(float a, float b) {
   return ordered_bits(a) < ordered_bits(b);
 }

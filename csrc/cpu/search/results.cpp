@@ -10,8 +10,14 @@ namespace knnext::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLeastNormal = std::numeric_limits<float>::min();
 
 }  // namespace
+
+float step_above(float x) {
+  const float above = std::nextafter(x, kInf);
+  return std::fabs(above) < kLeastNormal ? kLeastNormal : above;
+}
 
 std::vector<float> start_thresholds(const Given& given, int64_t num_queries, int64_t k) {
   std::vector<float> thresholds(num_queries, kInf);
@@ -26,7 +32,7 @@ std::vector<float> start_thresholds(const Given& given, int64_t num_queries, int
       if (static_cast<int64_t>(row.size()) < k) continue;
       std::nth_element(row.begin(), row.begin() + (k - 1), row.end());
       // One step up: a key at just this distance enters where its index is lower.
-      thresholds[q] = std::nextafter(row[k - 1], kInf);
+      thresholds[q] = step_above(row[k - 1]);
     }
   });
   return thresholds;

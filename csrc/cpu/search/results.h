@@ -24,6 +24,10 @@ struct Finish {
   Result result;
 };
 
+// A threshold that x itself is below: the next number, past the subnormals. A thread that takes those
+// for 0, as torch.set_flush_denormal asks of the one that calls it, sees no step from 0 to them.
+float step_above(float x);
+
 // Distances above which no key can enter the result, where the given neighbors already say so.
 std::vector<float> start_thresholds(const Given& given, int64_t num_queries, int64_t k);
 
