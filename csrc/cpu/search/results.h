@@ -24,8 +24,9 @@ struct Finish {
   Result result;
 };
 
-// A threshold that x itself is below: the next number, past the subnormals. A thread that takes those
-// for 0, as torch.set_flush_denormal asks of the one that calls it, sees no step from 0 to them.
+// A threshold that x itself is below: the next number, past the subnormals. A thread that takes
+// those for 0, as torch.set_flush_denormal asks of the one that calls it, sees no step from 0 to
+// them.
 float step_above(float x);
 
 // Distances above which no key can enter the result, where the given neighbors already say so.
