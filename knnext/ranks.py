@@ -106,9 +106,9 @@ class Ranks:
         mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         if self.size == 1:
             return [mine.tolist()]
-        found = [torch.empty_like(mine) for _ in range(self.size)]
         from torch._C._distributed_c10d import AllgatherOptions  # which has no public name
 
+        found = [torch.empty_like(mine) for _ in range(self.size)]
         # By the group's own limit it would go on after this rank has given up, and hold up its end.
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout)
